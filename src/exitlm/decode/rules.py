@@ -1,0 +1,91 @@
+"""Exit rules: whether a token leaves at an exit. Pure functions of tensors and numbers.
+
+A rule gives a score in [0, 1]; it fires iff ``threshold < 1 and score >= threshold``, so 1.0 never fires (even on a
+saturated softmax) and 0.0 always does. Sources: maximum probability (EE-LLM section 4), margin and decaying threshold
+(CALM, arXiv 2207.07061), entropy (BranchyNet), patience (arXiv 2006.04152). The gate is a trained probe and needs no
+logits at all.
+
+Shapes: logits are one row ``[K]``, K tokens of the vocabulary or of the candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exitlm.errors import UserError, nearest
+
+RULES = ("probability", "margin", "entropy", "gate", "patience", "fixed", "decay")
+DECAY_RATE = 4.0
+
+
+def probability(logits_K: Tensor) -> float:
+    """The largest probability."""
+    return math.exp(float(logits_K.max() - logits_K.logsumexp(-1)))
+
+
+def margin(logits_K: Tensor) -> float:
+    """The largest minus the second largest probability."""
+    if logits_K.shape[-1] == 1:
+        return 1.0
+    top = torch.softmax(logits_K, -1).topk(2).values
+    return float(top[0] - top[1])
+
+
+def entropy(logits_K: Tensor) -> float:
+    """One minus the entropy over its maximum log K: 1 is certain, 0 is uniform."""
+    if logits_K.shape[-1] == 1:
+        return 1.0
+    log_p = torch.log_softmax(logits_K, -1)
+    found = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum()
+    return min(1.0, max(0.0, 1.0 - float(found) / math.log(logits_K.shape[-1])))
+
+
+SCORES = {"probability": probability, "margin": margin, "entropy": entropy, "decay": probability}
+
+
+def fires(score: float, threshold: float) -> bool:
+    """The one comparison of all rules."""
+    return threshold < 1.0 and score >= threshold
+
+
+def decayed(threshold: float, position: int, length: int) -> float:
+    """CALM's threshold over the output position: ``0.9 * t + 0.1 * exp(-4 * position / length)``, clipped to [0, 1];
+    1.0 stays 1.0 and 0.0 stays 0.0."""
+    if threshold in (0.0, 1.0):
+        return threshold
+    return min(1.0, max(0.0, 0.9 * threshold + 0.1 * math.exp(-DECAY_RATE * position / max(1, length))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRule:
+    """A rule with its numbers, resolved for a model: one threshold per active exit layer."""
+
+    name: str
+    thresholds: Mapping[int, float]
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        if self.name not in RULES:
+            raise UserError(
+                f"rule '{self.name}' is unknown; use one of {', '.join(RULES)}{nearest(self.name, RULES)}"
+            )
+        for layer, threshold in self.thresholds.items():
+            check_threshold(threshold, f"threshold of exit {layer}")
+        if self.patience < 1:
+            raise UserError(f"patience is {self.patience}, but at least 1 exit must agree; use 1 or more")
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether testing an exit that does not fire costs a projection on its output matrix."""
+        return self.name not in ("gate", "fixed")
+
+
+def check_threshold(threshold: float, what: str = "threshold") -> None:
+    """Refuse a threshold outside of [0, 1] or NaN."""
+    if not isinstance(threshold, (int, float)) or math.isnan(threshold) or not 0.0 <= threshold <= 1.0:
+        raise UserError(f"{what} is {threshold}, but must lie between 0 (always exit) and 1 (never exit)")

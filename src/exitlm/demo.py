@@ -1,0 +1,177 @@
+"""The main job on a real model: tune exits on SmolLM2-135M, decode in every mode, show where each token left.
+
+Prints the coloured texts and a table, and draws two pictures. It is a program over the public surface; the adapter it
+tuned stays in its directory, so that a second run only decodes. The figures are those of one run: ``benchmarks/`` is
+where they are measured with care.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from exitlm import show
+from exitlm.decode.generation import Generation
+from exitlm.errors import UserError
+from exitlm.evaluate.plots import Point, depth_picture, speed_quality_picture
+from exitlm.llm import LLM, load
+from exitlm.train import RunConfig, tune
+
+BASE = "smollm2"
+PROMPTS = (
+    "Why is the sky blue?",
+    "Give me five tips for learning a new language.",
+    "Write a short story about a lighthouse keeper and a storm.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+)
+THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.5)
+WANTED_AGREEMENT = 0.9  # the coloured text is the fastest setting that keeps this
+
+
+@dataclass(kw_only=True)
+class Setting:
+    """One way to decode, and what all prompts together measured for it."""
+
+    label: str
+    mode: str
+    threshold: float | None = None
+    answers: list[Generation] = field(default_factory=list)
+    agreeing: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """What ``LLM.generate`` is given."""
+        return {"mode": self.mode, **({} if self.threshold is None else {"threshold": self.threshold})}
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """The exit layer of every token of every answer."""
+        return [layer for answer in self.answers for layer in answer.exit_layers]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, without the prefill (which gives each answer's first token)."""
+        tokens = sum(len(answer.token_ids) - 1 for answer in self.answers)
+        return tokens / max(sum(answer.stats["decode_seconds"] for answer in self.answers), 1e-9)
+
+    @property
+    def mean_layers(self) -> float:
+        """The mean exit layer."""
+        return sum(self.exit_layers) / len(self.exit_layers)
+
+    @property
+    def agreement(self) -> float:
+        """The share of tokens that the full model would have written at the same place."""
+        return self.agreeing / len(self.exit_layers)
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of drafts that the full model accepted; None where nothing was drafted."""
+        drafted = sum(answer.stats["drafted"] for answer in self.answers)
+        return sum(answer.stats["accepted"] for answer in self.answers) / drafted if drafted else None
+
+
+def run(out: Path, *, quick: bool = False) -> None:
+    """Do it all in the directory ``out``; ``quick`` writes less text, tunes for fewer steps and asks fewer prompts."""
+    if find_spec("matplotlib") is None:
+        raise UserError("the demo draws pictures with matplotlib; install it with: pip install 'exitlm[plots]'")
+    console = Console(highlight=False)
+    adapter = out / "adapter"
+    console.rule("[bold]1. tune exits on text that the model writes itself", align="left")
+    tune(tuning(adapter, quick))
+    console.rule("[bold]2. decode", align="left")
+    llm = load(BASE, exits=adapter)
+    settings = measure(llm, PROMPTS[:2] if quick else PROMPTS, 32 if quick else 64, console)
+    _report(llm, settings, out, console)
+
+
+def tuning(directory: Path, quick: bool) -> RunConfig:
+    """The settings of the demo's tuning run."""
+    settings = [f"model.base={BASE}", "exits.layers=8,15,22", f"checkpoint.dir={json.dumps(str(directory))}"]
+    short = ["data.files=self:2000", "train.steps=20", "data.validation_sequences=4"]
+    return RunConfig().with_overrides(settings + (short if quick else []))
+
+
+def measure(llm: LLM, prompts: Sequence[str], tokens: int, console: Console) -> list[Setting]:
+    """Decode every prompt in every setting, one prompt after the other, so that all settings see the same machine."""
+    settings = [
+        Setting(label="full", mode="full"),
+        Setting(label="lossless", mode="lossless"),
+        Setting(label="threshold, as tuned", mode="threshold"),
+        *(Setting(label=f"threshold {value}", mode="threshold", threshold=value) for value in THRESHOLDS),
+    ]
+    for setting in settings:
+        llm.generate(prompts[0], chat=True, max_new_tokens=8, **setting.options())
+    with console.status("") as status:
+        for number, prompt in enumerate(prompts, 1):
+            ids = llm.encode(prompt, chat=True)
+            choices: dict[tuple[int, ...], int] = {}
+            for setting in settings:
+                status.update(f"prompt {number} of {len(prompts)}: {setting.label}")
+                answer = llm.generate(ids, max_new_tokens=tokens, **setting.options())
+                setting.answers.append(answer)
+                text = tuple(answer.token_ids)
+                if text not in choices:
+                    choices[text] = agreeing(llm, ids, answer.token_ids)
+                setting.agreeing += choices[text]
+    return settings
+
+
+def agreeing(llm: LLM, prompt: list[int], answer: list[int]) -> int:
+    """How many tokens of ``answer`` are the full model's most likely ones, given the same text before them."""
+    logits_TV = llm.logits([*prompt, *answer])[0, len(prompt) - 1 : -1]
+    return sum(int(best == given) for best, given in zip(logits_TV.argmax(-1).tolist(), answer, strict=True))
+
+
+def _report(llm: LLM, settings: list[Setting], out: Path, console: Console) -> None:
+    """The coloured answers, the table and the pictures."""
+    colours = show.palette(llm.exit_layers, llm.num_layers)
+    full = settings[0]
+    by_depth = sorted((s for s in settings if s.threshold is not None), key=lambda s: s.mean_layers)
+    chosen = next((s for s in by_depth if s.agreement >= WANTED_AGREEMENT), by_depth[-1])
+
+    console.rule(f"[bold]3. where tokens left ({chosen.label})", align="left")
+    texts = [[(token.text, token.exit_layer) for token in answer.trace] for answer in chosen.answers]
+    for prompt, tokens in zip(PROMPTS, texts, strict=False):
+        console.print(show.answer(prompt, tokens, colours))
+    console.print(show.legend(colours))
+
+    console.rule("[bold]4. speed and quality", align="left")
+    rows = [_row(setting, full, llm.num_layers) for setting in settings]
+    console.print(show.table(rows, f"{BASE} on this machine, {len(full.exit_layers)} tokens each, one run"))
+    for note in llm.engine.notes:
+        console.print(f"note: {note}", style="dim")
+
+    points = [
+        Point(
+            label="tuned" if s.threshold is None else f"{s.threshold}",
+            agreement=s.agreement,
+            speed=s.tokens_per_second / full.tokens_per_second,
+            mode=s.mode,
+        )
+        for s in settings
+    ]
+    depths = {setting.label: setting.exit_layers for setting in (chosen, settings[1])}
+    layers = f"exits at {', '.join(map(str, llm.exit_layers))} of {llm.num_layers} layers"
+    for path in (
+        speed_quality_picture(out / "speed-quality.png", points, depths, colours, title=f"SmolLM2-135M, {layers}"),
+        depth_picture(out / "depth.png", texts[0], colours, title=f"“{PROMPTS[0]}” SmolLM2-135M, {layers}"),
+    ):
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _row(setting: Setting, full: Setting, layers: int) -> dict[str, str]:
+    acceptance = setting.acceptance
+    return {
+        "mode": setting.label,
+        "tokens/s": f"{setting.tokens_per_second:.1f}",
+        "speed / full": f"{setting.tokens_per_second / full.tokens_per_second:.2f}x",
+        f"mean layers of {layers}": f"{setting.mean_layers:.1f}",
+        "agreement with full": f"{setting.agreement:.1%}",
+        "acceptance": "" if acceptance is None else f"{acceptance:.0%}",
+    }

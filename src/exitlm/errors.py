@@ -1,0 +1,18 @@
+"""The one exception that speaks to users, and the helper that names the nearest known word.
+
+Every mistake a user can make raises :class:`UserError`; the command line turns it into one sentence and exit code 2.
+Any other exception is a defect of exitlm and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in the input: the message is one sentence that says what is wrong and what to do."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest of the ``known`` words, or an empty string."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{found[0]}'?" if found else ""

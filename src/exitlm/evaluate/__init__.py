@@ -1,0 +1,1 @@
+"""How fast and how faithful: the figures of early-exit decoding, drawn."""

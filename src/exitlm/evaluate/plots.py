@@ -1,0 +1,188 @@
+"""The pictures of early-exit decoding: depth per token, the speed-quality curve, the histogram of exit depths.
+
+Plain data in, a PNG or SVG file out (the suffix of the path decides). matplotlib, an extra, is loaded when a picture is
+drawn; nothing here measures or knows a model.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exitlm.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _GREY, _BAND = "#22262b", "#8a8f98", "#eceff2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One setting on the speed-quality curve: agreement with the full model in 0..1, speed as a ratio to ``full``."""
+
+    label: str
+    agreement: float
+    speed: float
+    mode: str
+
+
+def depth_picture(
+    path: Path, tokens: Sequence[tuple[str, int]], colours: Mapping[int, str], *, title: str, width: int = 84
+) -> Path:
+    """Draw a text with a bar above each token as high as the layers it used; ``tokens`` are (text, exit layer).
+
+    ``colours`` maps each exit layer, and the final one (the deepest), to ``#rrggbb``; a row holds ``width`` characters.
+    """
+    from matplotlib.patches import Patch, Rectangle
+
+    final = max(colours)
+    lines = _wrap(tokens, width)
+    advance, gap, bar = 0.6, 3.1, 1.35  # character width, row height and tallest bar, in units of the font's size
+    size = 10.5  # points
+    inch = size / 72
+    top, bottom = 3.2, 1.9
+    span = (width * advance + 2, top + len(lines) * gap + bottom)
+    figure = _figure((span[0] * inch, span[1] * inch))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set(xlim=(-1, span[0] - 1), ylim=(-span[1], 0))
+    axes.axis("off")
+    axes.text(0, -1.6, title, fontsize=size * 1.15, fontweight="bold", color=_INK, va="center")
+    for row, line in enumerate(lines):
+        base = -(top + row * gap + bar)
+        x = 0.0
+        for text, layer in line:
+            wide = len(text) * advance
+            shade = colours[layer] if layer != final else "#c9ced6"
+            axes.add_patch(Rectangle((x + 0.04, base), wide - 0.08, bar, color=_BAND, linewidth=0))
+            axes.add_patch(Rectangle((x + 0.04, base), wide - 0.08, bar * layer / final, color=shade, linewidth=0))
+            ink = _INK if layer == final else colours[layer]
+            weight = "normal" if layer == final else "bold"
+            axes.text(x, base - 0.75, text, fontsize=size, family="monospace", color=ink, weight=weight, va="center")
+            x += wide
+    marks = [
+        Patch(color=colours[layer] if layer != final else "#c9ced6", label=f"layer {layer}")
+        for layer in sorted(colours)
+    ]
+    marks[-1].set_label(f"layer {final} (final head)")
+    axes.legend(
+        handles=marks, loc="lower left", ncols=len(marks), frameon=False, fontsize=size * 0.9, borderaxespad=0.2
+    )
+    return _save(figure, path)
+
+
+def _wrap(tokens: Sequence[tuple[str, int]], width: int) -> list[list[tuple[str, int]]]:
+    """Cut tokens into rows of at most ``width`` characters, at newlines too; unprintable characters become dots."""
+    lines: list[list[tuple[str, int]]] = [[]]
+    used = 0
+    for text, layer in tokens:
+        for index, part in enumerate(text.split("\n")):
+            shown = "".join(c if c.isprintable() else "·" for c in part)[:width]
+            if index and lines[-1]:
+                lines.append([])
+                used = 0
+            if used + len(shown) > width:
+                lines.append([])
+                used = 0
+            if not used:
+                shown = shown.lstrip()
+            if shown:
+                lines[-1].append((shown, layer))
+                used += len(shown)
+    return [line for line in lines if line] or [[("·", max((layer for _, layer in tokens), default=1))]]
+
+
+def speed_quality_picture(
+    path: Path,
+    points: Sequence[Point],
+    exit_layers: Mapping[str, Sequence[int]],
+    colours: Mapping[int, str],
+    *,
+    title: str,
+) -> Path:
+    """Draw the speed-quality curve beside the histogram of exit depths.
+
+    ``points``: those of mode ``threshold`` are joined by a line, by agreement; the others stand alone.
+    ``exit_layers``: for each mode, the layer that every one of its tokens left at.
+    """
+    figure = _figure((10.5, 4.2))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=_INK)
+    _curve(left, points)
+    _histogram(right, exit_layers, colours)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def _curve(axes: "Axes", points: Sequence[Point]) -> None:
+    curve = sorted((p for p in points if p.mode == "threshold"), key=lambda p: p.agreement)
+    axes.axhline(1, color=_GREY, linewidth=1, linestyle=":")
+    axes.plot([p.agreement for p in curve], [p.speed for p in curve], "o-", color="#2a8ff4", label="threshold")
+    for point in curve:
+        axes.annotate(
+            point.label, (point.agreement, point.speed), (0, 7), textcoords="offset points", ha="center", fontsize=8
+        )
+    for mode, mark, colour in (("lossless", "*", "#a45ee5"), ("full", "s", _GREY)):
+        others = [p for p in points if p.mode == mode]
+        axes.plot(
+            [p.agreement for p in others], [p.speed for p in others], mark, color=colour, label=mode, markersize=10
+        )
+    axes.set(xlabel="agreement with the full model (same prefix)", ylabel="speed, full = 1", title="speed and quality")
+    axes.margins(0.1, 0.18)
+    axes.legend(frameon=False, fontsize=9)
+    axes.grid(color=_BAND)
+    axes.set_axisbelow(True)
+
+
+def _histogram(axes: "Axes", exit_layers: Mapping[str, Sequence[int]], colours: Mapping[int, str]) -> None:
+    from matplotlib.patches import Patch
+
+    layers = sorted(colours)
+    counts = {mode: Counter(found) for mode, found in exit_layers.items()}
+    wide = 0.8 / max(len(counts), 1)
+    looks: dict[str, dict[str, Any]] = {
+        mode: {"alpha": 1 - 0.5 * index / max(len(counts) - 1, 1), "hatch": "//" if index else ""}
+        for index, mode in enumerate(counts)
+    }
+    for index, (mode, count) in enumerate(counts.items()):
+        total = max(sum(count.values()), 1)
+        places = [at + (index - (len(counts) - 1) / 2) * wide for at in range(len(layers))]
+        bars = axes.bar(
+            places,
+            [count[layer] / total for layer in layers],
+            wide * 0.92,
+            color=[colours[layer] for layer in layers],
+            edgecolor="white",
+            linewidth=0,
+            **looks[mode],
+        )
+        axes.bar_label(bars, [f"{count[layer] / total:.0%}" for layer in layers], fontsize=8, padding=2)
+    axes.set(
+        xticks=range(len(layers)),
+        xticklabels=[f"{layer}" for layer in layers],
+        xlabel="layer",
+        ylabel="share of tokens",
+    )
+    axes.set_title("where tokens leave")
+    axes.margins(y=0.15)
+    handles = [
+        Patch(facecolor=_GREY, edgecolor="white", linewidth=0, label=mode, **look) for mode, look in looks.items()
+    ]
+    axes.legend(handles=handles, frameon=False, fontsize=9)
+
+
+def _figure(size: tuple[float, float]) -> "Figure":
+    """A figure of ``size`` inches that no window and no global state of pyplot knows."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("pictures need matplotlib; install it with: pip install 'exitlm[plots]'") from None
+    return Figure(figsize=size, dpi=144, facecolor="white")
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

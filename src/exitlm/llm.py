@@ -1,0 +1,172 @@
+"""The facade: one object that holds a model, its exits, its tokenizer and its decoding engine.
+
+``load`` and :class:`LLM` are the Python surface of exitlm. Nothing is computed here: the maths lives in
+:mod:`exitlm.model`, files in :mod:`exitlm.weights`, decoding in :mod:`exitlm.decode`.
+
+Shapes: B sequences, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exitlm.decode.engine import Engine
+from exitlm.decode.generation import Generation, GenerationConfig, Piece
+from exitlm.errors import UserError, nearest
+from exitlm.model.decoder import EarlyExitModel
+from exitlm.model.exits import ExitConfig
+from exitlm.weights.adapter import attach, save_adapter
+from exitlm.weights.export import export
+from exitlm.weights.load import load_model
+from exitlm.weights.source import resolve
+
+Source = str | PathLike[str]
+Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
+
+
+def load(
+    source: Source,
+    exits: Source | Sequence[Source] | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    quant: str = "auto",
+    allow_other_base: bool = False,
+) -> LLM:
+    """Load a model: a directory with safetensors, a ``.gguf`` file, a hub id, or ``smollm2`` for the packaged one.
+
+    ``exits`` is one adapter directory or several of the same base; without it, a directory that holds exits beside its
+    weights brings its own. ``dtype`` ``auto`` is the checkpoint's. ``quant`` is how weights are packed for ``generate``
+    and ``stream`` on a CPU. Raises :class:`UserError` for anything that can't be loaded, and for an adapter that was
+    tuned on other weights unless ``allow_other_base``.
+    """
+    model = load_model(source, dtype=dtype, device=device)
+    if exits is None:
+        own = Path(resolve(source))
+        adapters = [own] if (own / "exits.json").is_file() else []
+    else:
+        adapters = [Path(exits)] if isinstance(exits, str | PathLike) else [Path(path) for path in exits]
+    if adapters:
+        attach(model, adapters, allow_other_base=allow_other_base)
+    return LLM(model, quant=quant)
+
+
+class LLM:
+    """A decoder-only language model with exits. ``model`` is the plain ``nn.Module`` behind it."""
+
+    def __init__(self, model: EarlyExitModel, *, quant: str = "auto") -> None:
+        self.model = model
+        self.tokenizer = model.checkpoint.tokenizer() if model.checkpoint else None
+        self.quant = quant
+        self._engine: Engine | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of layers; the final head is the exit at L."""
+        return self.model.config.num_hidden_layers
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """The 1-based layers that have an exit, ascending, without the final head."""
+        return sorted(int(layer) for layer in self.model.exits if layer.isdigit())
+
+    @property
+    def engine(self) -> Engine:
+        """The decoding engine; built when first needed, and again after the exits have changed."""
+        if self._engine is None:
+            self._engine = Engine(self.model, quant=self.quant, tokenizer=self.tokenizer)
+        return self._engine
+
+    def logits(self, ids: Ids) -> Tensor:
+        """Logits of the final head, ``[B, T, V]``, for token ids ``[T]`` or ``[B, T]``."""
+        return self.model.logits(ids)
+
+    def exit_logits(self, ids: Ids) -> dict[int, Tensor]:
+        """Logits of every early exit, ``{layer: [B, T, V]}``; ``-inf`` outside an exit's candidate vocabulary."""
+        return self.model.exit_logits(ids)
+
+    def generate(self, prompt: str | Sequence[int], *, chat: bool = False, **settings: Any) -> Generation:
+        """Continue ``prompt``, a string or a list of token ids, and return the text with the story of every token.
+
+        ``chat`` puts a string prompt into the model's chat template. ``settings`` are the fields of
+        :class:`GenerationConfig`: ``mode``, ``threshold``, ``max_new_tokens`` and so on.
+        """
+        return self.engine.generate(self.encode(prompt, chat=chat), GenerationConfig.of(settings))
+
+    def stream(self, prompt: str | Sequence[int], *, chat: bool = False, **settings: Any) -> Iterator[Piece]:
+        """As :meth:`generate`, in pieces as they become certain; in ``lossless`` mode that is after verification."""
+        return self.engine.stream(self.encode(prompt, chat=chat), GenerationConfig.of(settings))
+
+    def encode(self, prompt: str | Sequence[int], *, chat: bool = False) -> list[int]:
+        """The token ids of a prompt; ``chat`` puts a string into the model's chat template first."""
+        if isinstance(prompt, str):
+            return self._tokenize(prompt, chat)
+        if chat:
+            raise UserError("chat needs a prompt that is a string, not token ids")
+        try:
+            return [operator.index(i) for i in prompt]
+        except TypeError:
+            raise UserError("the prompt must be a string or a list of token ids") from None
+
+    def _tokenize(self, prompt: str, chat: bool) -> list[int]:
+        if self.tokenizer is None:
+            raise UserError("this model came without a tokenizer, so the prompt must be a list of token ids")
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one character")
+        if not chat:
+            return list(self.tokenizer(prompt)["input_ids"])
+        if not self.tokenizer.chat_template:
+            raise UserError("this model's tokenizer has no chat template; leave chat off")
+        messages = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def add_exits(
+        self,
+        layers: Sequence[int],
+        *,
+        kind: str = "lens",
+        output: str = "shared",
+        seed: int = 0,
+        candidate_ids: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Add untrained exits after ``layers`` (1-based) and keep those the model has.
+
+        ``settings`` are further fields of :class:`ExitConfig`: ``init``, ``rank``, ``gate``, ``branch``.
+        ``candidate_ids`` restricts the new exits to these token ids.
+        """
+        known = {field.name for field in fields(ExitConfig)} - {"layer", "candidates"}
+        for name in settings:
+            if name not in known:
+                raise UserError(f"an exit has no setting '{name}'{nearest(name, known)}")
+        candidates = None if candidate_ids is None else torch.as_tensor(candidate_ids, dtype=torch.long)
+        count = 0 if candidates is None else candidates.numel()
+        configs = [
+            ExitConfig(layer=layer, kind=kind, output=output, candidates=count, **settings)  # type: ignore[arg-type]
+            for layer in layers
+        ]
+        self.model.add_exits(configs, seed=seed, candidate_ids=candidates)
+        self._engine = None
+
+    def remove_exits(self, layers: Sequence[int]) -> None:
+        """Drop the exits after these layers."""
+        self.model.remove_exits(layers)
+        self._engine = None
+
+    def save_exits(self, directory: Source) -> Path:
+        """Write the exits to an adapter directory, whole or not at all."""
+        save_adapter(Path(directory), self.model)
+        return Path(directory)
+
+    def export(self, directory: Source, *, dtype: str | torch.dtype | None = None) -> Path:
+        """Write a directory that ``transformers`` loads as it is, with the exits beside the weights."""
+        export(self.model, Path(directory), dtype=dtype)
+        return Path(directory)

@@ -1,0 +1,152 @@
+"""A run's directory: who may write to it, its settings, its checkpoints.
+
+A checkpoint is a directory of its own, filled beside its place, synced and renamed, so that a kill at any instant leaves
+the previous one whole. It holds the heads, the optimizer's moments and the step; data order and draws are functions of
+the step, so nothing else is needed to go on bit-identically. Only safetensors and JSON, never pickle.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from exitlm.errors import UserError
+from exitlm.train.run import RunConfig, differences
+from exitlm.weights.publish import fresh_directory, fresh_file
+
+FORMAT = 1
+_TENSORS = "state.safetensors"
+_META = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``tensors``: parameters as ``exits.8.lens.weight``, moments as ``optimizer.exp_avg.exits.8.lens.weight``.
+    ``meta``: step, digests of base and data, the last validation."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """How many optimizer steps are done."""
+        return int(self.meta["step"])
+
+
+@contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Own a run's directory; the lock is the operating system's and dies with its process.
+
+    Raises:
+        UserError: another process owns it, or it can't be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"the run cannot write to {out}: {error.strerror}; choose another directory") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing to {out}; wait for it, or choose another directory") from error
+        yield
+
+
+def claim(out: Path, config: RunConfig) -> None:
+    """Write the settings of a new run, or compare with those of the run that is there.
+
+    Raises:
+        UserError: the directory belongs to a run with other settings (named), or to an adapter that no run made.
+    """
+    saved = out / "run.toml"
+    if not saved.exists():
+        if (out / "exits.json").exists():
+            raise UserError(f"{out} holds an exit adapter already; choose another directory")
+        with fresh_file(saved) as path:
+            path.write_text(config.to_toml(), encoding="utf-8")
+        return
+    changed = differences(RunConfig.from_toml(saved), config)
+    if changed:
+        raise UserError(
+            f"{out} holds a run with other settings ({'; '.join(changed)}); "
+            "start it with the same settings to go on, or choose another directory"
+        )
+
+
+def check_same(out: Path, meta: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """Refuse to go on with another base or other data than the run began with; ``now`` maps names to digests."""
+    for name, digest in now.items():
+        before = meta.get(name)
+        if before != digest:
+            raise UserError(
+                f"the {name.replace('_', ' ')} changed since the run in {out} began "
+                f"({str(before)[:12]} then, {digest[:12]} now); restore it, or choose another directory"
+            )
+
+
+def save(out: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int) -> Path:
+    """Publish a checkpoint and drop all but the newest ``keep``.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    place = out / "checkpoints" / f"step-{int(meta['step']):08d}"
+    if place.exists():  # left by an earlier life of the run and found damaged, else it would have been resumed from
+        _remove(place)
+    with fresh_directory(place) as home:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, home / _TENSORS)
+        with (home / _TENSORS).open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        (home / _META).write_text(json.dumps({**meta, "format": FORMAT, "sha256": digest}, indent=1))
+    for old in _list(out)[:-keep]:
+        _remove(old)
+    return place
+
+
+def newest(out: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; a damaged one is skipped with a warning."""
+    for place in reversed(_list(out)):
+        try:
+            meta = json.loads((place / _META).read_text())
+            with (place / _TENSORS).open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            if meta["format"] != FORMAT or meta["sha256"] != digest:
+                raise ValueError("its digest is wrong")
+            return Checkpoint(load_file(place / _TENSORS), meta)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{place} is damaged ({error}); going on from the one before it", stacklevel=2)
+    return None
+
+
+def clean(out: Path) -> None:
+    """Remove what a killed run left half-written."""
+    home = out / "checkpoints"
+    for place in [*home.glob(".step-*"), *home.glob(".old-*"), *out.glob(".run.toml.*"), *out.glob(".metrics.jsonl.*")]:
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
+
+
+def _list(out: Path) -> list[Path]:
+    return sorted(p for p in (out / "checkpoints").glob("step-*") if p.is_dir())
+
+
+def _remove(place: Path) -> None:
+    """Out of the way at once, so that no half-deleted directory looks like a checkpoint."""
+    doomed = place.with_name(f".old-{place.name}-{os.getpid()}")
+    place.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,148 @@
+"""The exits as the tuner sees them: their parameters, what they read of a row, and the matrices they multiply with.
+
+Heads compute in one dtype (bfloat16 by autocast); parameters are kept in at least float32. The shared output matrix is
+frozen and cast once. Not here: the loss (``objective.py``) and the optimizer (``loop.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exitlm.model.decoder import EarlyExitModel
+from exitlm.model.exits import ExitHead, RidgeStatistics, Tap
+from exitlm.train.hidden import Row, join_optional, join_rows
+from exitlm.train.objective import HeadInput, Teacher
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """What the losses of a batch read: one input per exit, the gates' log-odds (None without a gate), the teacher."""
+
+    inputs: list[HeadInput]
+    gates: list[Tensor | None]
+    labels_N: Tensor
+    teacher: Teacher | None
+
+
+class Heads:
+    """The exits of ``model`` in ascending order, computing in ``dtype``."""
+
+    def __init__(self, model: EarlyExitModel, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self.by_layer: dict[int, ExitHead] = model.exit_heads()
+        self.layers = list(self.by_layer)
+        self.device = model.device
+        self.master = torch.promote_types(model.dtype, torch.float32)
+        for head in self.by_layer.values():
+            head.to(self.master)
+        self.ids: dict[int, Tensor | None] = {}  # equal sets are one tensor: the teacher's part is computed once for it
+        for layer, head in self.by_layer.items():
+            mine = head.candidate_ids
+            same = (x for x in self.ids.values() if x is not None and mine is not None and torch.equal(x, mine))
+            self.ids[layer] = next(same, mine)
+        self._final = {model.dtype: model.lm_head.weight.detach()}
+        self._restricted: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter once, by its name in an adapter."""
+        out: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        for layer, head in self.by_layer.items():
+            for name, parameter in head.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    out[f"exits.{layer}.{name}"] = parameter
+        return out
+
+    def owner(self, name: str) -> int:
+        """The exit that a parameter's name belongs to."""
+        return int(name.split(".")[1])
+
+    def final_weight(self, dtype: torch.dtype) -> Tensor:
+        """The final head's matrix, cast once."""
+        if dtype not in self._final:
+            self._final[dtype] = self.model.lm_head.weight.detach().to(dtype)
+        return self._final[dtype]
+
+    def matrix(self, layer: int, dtype: torch.dtype) -> Tensor:
+        """What the features of an exit are multiplied with, ``[K, D]`` (low rank: ``[K, rank]``)."""
+        head = self.by_layer[layer]
+        if head.config.output in ("own", "exits"):
+            return head.output.weight.to(dtype)
+        if head.config.output == "low_rank":
+            return head.output_up.weight.to(dtype)
+        if head.candidate_ids is None:
+            return self.final_weight(dtype)
+        key = (layer, dtype)
+        if key not in self._restricted:
+            self._restricted[key] = self.final_weight(dtype)[head.candidate_ids]
+        return self._restricted[key]
+
+    def batch(self, rows: Sequence[Row], dtype: torch.dtype | None = None) -> HeadBatch:
+        """The losses' inputs for several rows, all their counted positions in one list of N tokens."""
+        dtype = dtype or self.dtype
+        inputs: list[HeadInput] = []
+        gates: list[Tensor | None] = []
+        autocast: Any = (
+            torch.autocast(self.device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
+        )
+        for layer, head in self.by_layer.items():
+            with autocast:
+                features, hidden = self._features(head, rows, layer)
+                if head.config.output == "low_rank":
+                    features = head.output_down(features)
+            gates.append(head.gate_logit(hidden) if head.config.gate else None)
+            inputs.append(
+                HeadInput(features_ND=features.to(dtype), weight_KD=self.matrix(layer, dtype), ids_K=self.ids[layer])
+            )
+        final = join_optional([row.final_ND for row in rows])
+        teacher = None
+        if final is not None:
+            teacher = Teacher(
+                features_ND=final.to(dtype),
+                weight_VD=self.final_weight(dtype),
+                argmax_N=join_optional([row.argmax_N for row in rows]),
+                lse_N=join_optional([row.lse_N for row in rows]),
+            )
+        return HeadBatch(inputs, gates, torch.cat([row.labels_N for row in rows]), teacher)
+
+    def _features(self, head: ExitHead, rows: Sequence[Row], layer: int) -> tuple[Tensor, Tensor]:
+        """Features ``[N, D]`` and the hidden states ``[N, D]`` that the gate reads."""
+        if head.config.kind != "block":
+            tap = self._wide(join_rows(rows, layer))
+            return head.features(tap)[0], tap.hidden[0]
+        features, hidden = [], []
+        for row in rows:
+            for tap, counted in zip(row.taps[layer], row.counted, strict=True):
+                tap = self._wide(tap)
+                context = self.model.context_for(1, tap.hidden.shape[1])
+                features.append(head.features(tap, context)[0, -counted:])
+                hidden.append(tap.hidden[0, -counted:])
+        return torch.cat(features), torch.cat(hidden)
+
+    def _wide(self, tap: Tap) -> Tap:
+        """The tap in the dtype of the parameters."""
+        return Tap(*(None if t is None else t.to(self.master) for t in (tap.hidden, tap.residual, tap.normed)))  # type: ignore[arg-type]
+
+    def solve_closed_form(self, rows: Iterator[Row], layers: Sequence[int]) -> int:
+        """Set the lenses of ``layers`` to the ridge solution over ``rows``; returns the number of tokens used."""
+        sums = {layer: RidgeStatistics(self.model.config.hidden_size, self.device) for layer in layers}
+        tokens = 0
+        with torch.no_grad():
+            for row in rows:
+                assert row.final_ND is not None
+                tokens += len(row.labels_N)
+                for layer, statistics in sums.items():
+                    hidden = self._wide(join_rows([row], layer)).hidden[0]
+                    statistics.add(self.by_layer[layer].unit(hidden), row.final_ND)
+            for layer, statistics in sums.items():
+                slope, offset = statistics.solve()
+                self.by_layer[layer].lens.weight.copy_(slope)
+                self.by_layer[layer].lens.bias.copy_(offset)
+        return tokens

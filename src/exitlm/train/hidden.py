@@ -1,0 +1,195 @@
+"""What the frozen backbone computes for each block of training data, and a bounded cache of it.
+
+One forward of the backbone gives every exit its input, and the final features where the objective needs them; no layer
+above the highest one asked for is run. A document piece is a pass of its own, so a result is a pure function of the block
+and the cache changes nothing but the time.
+
+Shapes: N positions of a block that count, D hidden_size, V vocab_size, k of the teacher's best ids.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from exitlm.model.decoder import EarlyExitModel
+from exitlm.model.exits import Tap
+from exitlm.train.data import Blocks
+from exitlm.train.objective import chunk_tokens
+
+BEST = 16
+_TAP_FIELDS = ("hidden", "residual", "normed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the objective needs: taps of ``exits``; ``whole`` are those with attention of their own, which need every
+    position of a piece. ``final``: the final features. ``teacher``: its argmax, log-sum-exp at ``temperature`` and best
+    ids, so that no full product is needed while training."""
+
+    exits: tuple[int, ...]
+    whole: frozenset[int] = frozenset()
+    final: bool = True
+    teacher: bool = False
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block. ``taps[layer]`` holds one tap ``[1, N, D]``, or for a ``whole`` exit one per piece with all positions,
+    of which the last ``counted[i]`` count."""
+
+    labels_N: Tensor
+    counted: tuple[int, ...]
+    taps: dict[int, list[Tap]]
+    final_ND: Tensor | None = None
+    argmax_N: Tensor | None = None
+    lse_N: Tensor | None = None
+    best_Nk: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name, for a file."""
+        out = {"labels": self.labels_N, "counted": torch.tensor(self.counted)}
+        for name in ("final_ND", "argmax_N", "lse_N", "best_Nk"):
+            if (tensor := getattr(self, name)) is not None:
+                out[name] = tensor
+        for layer, taps in self.taps.items():
+            for i, tap in enumerate(taps):
+                for field in _TAP_FIELDS:
+                    if (tensor := getattr(tap, field)) is not None:
+                        out[f"tap.{layer}.{i}.{field}"] = tensor
+        return out
+
+    @staticmethod
+    def from_tensors(found: dict[str, Tensor]) -> Row:
+        """The inverse of :meth:`tensors`."""
+        parts: dict[int, dict[int, dict[str, Tensor]]] = {}
+        for name, tensor in found.items():
+            if name.startswith("tap."):
+                _, layer, i, field = name.split(".")
+                parts.setdefault(int(layer), {}).setdefault(int(i), {})[field] = tensor
+        taps = {layer: [Tap(**many[i]) for i in sorted(many)] for layer, many in sorted(parts.items())}
+        rest = {name: found.get(name) for name in ("final_ND", "argmax_N", "lse_N", "best_Nk")}
+        return Row(found["labels"], tuple(found["counted"].tolist()), taps, **rest)
+
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+class HiddenStates:
+    """The rows of ``blocks``, computed when first asked for. ``keep``: ``memory``, ``disk`` (files under ``home``, gone
+    with :meth:`close`) or ``none``; at most ``limit`` bytes are kept, the rest is computed again."""
+
+    def __init__(
+        self, model: EarlyExitModel, blocks: Blocks, wanted: Wanted, *, keep: str, limit: float, home: Path
+    ) -> None:
+        self.model, self.blocks, self.wanted = model, blocks, wanted
+        self.keep, self.limit, self.home = keep, limit, home
+        self.held: dict[int, Row | Path] = {}
+        self.bytes = 0
+        self.computed = 0
+        shutil.rmtree(home, ignore_errors=True)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def row(self, index: int) -> Row:
+        """The row of a block, from the cache or computed."""
+        if (found := self.held.get(index)) is not None:
+            return found if isinstance(found, Row) else Row.from_tensors(load_file(found, str(self.model.device)))
+        row = self.compute(index)
+        self.computed += 1
+        size = row.nbytes()
+        if self.keep != "none" and self.bytes + size <= self.limit:
+            if self.keep == "memory":
+                self.held[index] = row
+            else:
+                self._store(index, row)
+            self.bytes += size
+        return row
+
+    def _store(self, index: int, row: Row) -> None:
+        path = self.home / f"{index}.safetensors"
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in row.tensors().items()}, path)
+            self.held[index] = path
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"no more hidden states are kept, they are computed again instead: {error}", stacklevel=3)
+            path.unlink(missing_ok=True)
+            self.keep = "none"
+
+    def close(self) -> None:
+        """Forget everything, files included."""
+        self.held.clear()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    @torch.no_grad()
+    def compute(self, index: int) -> Row:
+        """Run the backbone on one block."""
+        wanted, depth = self.wanted, self.model.config.num_hidden_layers
+        layers = {*wanted.exits, *([depth] if wanted.final else [])}
+        labels, counted, final = [], [], []
+        taps: dict[int, list[Tap]] = {layer: [] for layer in wanted.exits}
+        for segment in self.blocks[index]:
+            ids = segment.ids.to(self.model.device)
+            found = self.model.taps(ids[None, :-1], layers)
+            labels.append(ids[1 + segment.first :])
+            counted.append(segment.targets)
+            if wanted.final:
+                final.append(self.model.final_features(found[depth].hidden[0, segment.first :]))
+            for layer in wanted.exits:
+                taps[layer].append(_cut(found[layer], 0 if layer in wanted.whole else segment.first))
+        joined = {layer: many if layer in wanted.whole else [_join(many)] for layer, many in taps.items()}
+        row = Row(torch.cat(labels), tuple(counted), joined, torch.cat(final) if final else None)
+        if not wanted.teacher:
+            return row
+        assert row.final_ND is not None
+        argmax, lse, best = teacher_summary(row.final_ND, self.model.lm_head.weight, wanted.temperature)
+        return Row(row.labels_N, row.counted, row.taps, row.final_ND, argmax, lse, best)
+
+
+def teacher_summary(final_ND: Tensor, weight_VD: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The final head's argmax ``[N]``, log-sum-exp of logits / temperature ``[N]`` and best ids ``[N, k]``."""
+    wide = torch.promote_types(final_ND.dtype, torch.float32)
+    argmax, lse, best = [], [], []
+    for part in final_ND.split(chunk_tokens(len(weight_VD))):
+        logits = F.linear(part, weight_VD).to(wide)
+        top = logits.topk(min(BEST, len(weight_VD)), -1).indices
+        argmax.append(top[:, 0])
+        best.append(top)
+        lse.append((logits / temperature).logsumexp(-1))
+    return torch.cat(argmax), torch.cat(lse), torch.cat(best)
+
+
+def _cut(tap: Tap, first: int) -> Tap:
+    return Tap(*(None if t is None else t[:, first:].clone() for t in (tap.hidden, tap.residual, tap.normed)))  # type: ignore[arg-type]
+
+
+def _join(taps: Sequence[Tap]) -> Tap:
+    if len(taps) == 1:
+        return taps[0]
+    hidden, residual, normed = zip(*((t.hidden, t.residual, t.normed) for t in taps), strict=True)
+    return Tap(*(None if many[0] is None else torch.cat(many, 1) for many in (hidden, residual, normed)))  # type: ignore[arg-type]
+
+
+def join_rows(rows: Sequence[Row], layer: int) -> Tap:
+    """The tap of an exit without attention of its own for several rows, ``[1, sum of N, D]``."""
+    return _join([row.taps[layer][0] for row in rows])
+
+
+def join_optional(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """All tensors in one, or None if they are absent."""
+    present = [t for t in tensors if t is not None]
+    assert len(present) in (0, len(tensors))
+    return torch.cat(present) if present else None

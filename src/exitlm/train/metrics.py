@@ -1,0 +1,172 @@
+"""What a run tells while it goes: ``metrics.jsonl`` always, trackers where asked for, and progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from exitlm.errors import UserError
+from exitlm.train.run import LoggingSection, RunConfig
+from exitlm.weights.publish import fresh_file
+
+PLAIN_SECONDS = 10.0
+
+
+class Tracker(Protocol):
+    """Anything that takes numbers by step."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the values of one step."""
+        ...
+
+    def close(self) -> None:
+        """Flush and let go."""
+        ...
+
+
+class JsonLines:
+    """One JSON object per line with ``step``. A resumed run first drops the lines after the step it goes on from."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
+            with fresh_file(path) as fresh:
+                fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.file: TextIO = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append and flush one line."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # torn by a kill
+
+
+class TensorBoard:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("logging.tensorboard needs 'pip install tensorboard'") from error
+        self.writer: Any = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write each value as a scalar."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush."""
+        self.writer.close()
+
+
+class Hosted:
+    """Weights & Biases, or trackio, which has the same calls."""
+
+    def __init__(self, package: str, project: str, config: RunConfig) -> None:
+        try:
+            module = __import__(package)
+        except ImportError as error:
+            raise UserError(f"logging.{package} needs 'pip install {package}'") from error
+        self.run: Any = module.init(project=project, config=config.flat())
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the values."""
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+def open_trackers(out: Path, config: RunConfig, resume_step: int) -> list[Tracker]:
+    """``metrics.jsonl`` and what the settings ask for.
+
+    Raises:
+        UserError: a tracker whose package is not installed.
+    """
+    settings: LoggingSection = config.logging
+    trackers: list[Tracker] = [JsonLines(out / "metrics.jsonl", resume_step)]
+    if settings.tensorboard:
+        trackers.append(TensorBoard(out / "tensorboard"))
+    if settings.wandb:
+        trackers.append(Hosted("wandb", settings.wandb, config))
+    if settings.trackio:
+        trackers.append(Hosted("trackio", settings.trackio, config))
+    return trackers
+
+
+class Progress:
+    """A bar with what is worth watching, by rich on a terminal; a line now and then elsewhere."""
+
+    def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
+        self.title, self.total = title, total
+        self.stream = stream or sys.stderr
+        self.last = 0.0
+        self.bar: Any = None
+        self.task: Any = None
+        if not self.stream.isatty():
+            return
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+        except ImportError:
+            return
+        self.bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(file=self.stream),
+        )
+        self.task = self.bar.add_task(title, total=total, note="")
+        self.bar.start()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show that ``done`` of the total are done."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, note=note)
+        elif done >= self.total or time.monotonic() - self.last >= PLAIN_SECONDS:
+            self.last = time.monotonic()
+            print(f"{self.title}: {done}/{self.total} {note}".rstrip(), file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Progress]:
+    """A :class:`Progress` that is closed at the end."""
+    shown = Progress(title, total)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def step_note(losses: Mapping[int, float], agreement: Mapping[int, float], tokens_per_second: float) -> str:
+    """Loss and agreement of each exit, and the speed, for the bar."""
+    exits = "  ".join(f"{layer}: {losses[layer]:.2f}/{agreement[layer]:.0%}" for layer in losses)
+    return f"exit: loss/agreement  {exits}  {tokens_per_second:,.0f} tok/s"

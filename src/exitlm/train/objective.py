@@ -1,0 +1,319 @@
+"""The losses of exits as pure functions of tensors: chunked cross-entropy and distillation, the gate, the schedules.
+
+Follows EE-LLM (arXiv 2312.04916, section 3) for the weighted losses and the confidence weights, EE-Tuning (arXiv
+2402.00518) for the frozen backbone. This file knows neither modules nor data, and draws no random number of its own.
+
+Shapes: N tokens, D width of the features, V vocab_size, K rows of a head's matrix (V, or the ids it is restricted to),
+E heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadInput:
+    """What one head multiplies: ``features_ND @ weight_KD.T``; ``ids_K`` (sorted) names the rows, None all of them."""
+
+    features_ND: Tensor
+    weight_KD: Tensor
+    ids_K: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The final head: ``features_ND @ weight_VD.T``. ``argmax_N`` and ``lse_N`` (log-sum-exp of the logits divided by
+    the distillation temperature) spare the full product where every student is restricted to ids."""
+
+    features_ND: Tensor
+    weight_VD: Tensor
+    argmax_N: Tensor | None = None
+    lse_N: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """``(1 - distill) * CE + distill * temperature**2 * KL(teacher || exit)``, each token times its weight.
+
+    ``renormalise``: the teacher's distribution is taken within the head's ids (sampled vocabulary); otherwise its
+    probabilities are those of the whole vocabulary, so tokens that the candidates don't cover count less."""
+
+    distill: float = 0.0
+    temperature: float = 1.0
+    confidence_weighted: bool = False
+    renormalise: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossResult:
+    """``loss_E``: weighted sums, differentiable. ``correct_EN``: the exit's best id is the teacher's (the label where
+    there is no teacher). ``confidence_EN``: the exit's largest probability."""
+
+    loss_E: Tensor
+    correct_EN: Tensor
+    confidence_EN: Tensor
+
+
+def linear_losses(
+    heads: Sequence[HeadInput],
+    weight_N: Tensor,
+    *,
+    labels_N: Tensor | None = None,
+    teacher: Teacher | None = None,
+    settings: LossSettings,
+    chunk: int | None = None,
+) -> LossResult:
+    """Loss, agreement and confidence of several heads without ever holding ``[N, V]``: loss and gradient are computed
+    ``chunk`` tokens at a time (default: about 32 MiB of logits) in one pass, the teacher's logits once for all heads.
+
+    ``weight_N`` holds each token's share (such as 1 / valid tokens of the batch). Gradients reach features and weights
+    of the heads; never the teacher. Logits are reduced in float32 (float64 for float64 inputs)."""
+    assert heads and (labels_N is not None or teacher is not None)
+    assert settings.distill == 0.0 or teacher is not None, "distillation needs a teacher"
+    assert settings.distill == 1.0 or labels_N is not None, "cross-entropy needs labels"
+    widest = max(len(h.weight_KD) for h in heads)
+    job = _Job(tuple(h.ids_K for h in heads), weight_N, labels_N, teacher, settings, chunk or chunk_tokens(widest))
+    flat = [t for h in heads for t in (h.features_ND, h.weight_KD)]
+    loss_E, correct_EN, confidence_EN = _ChunkedLosses.apply(job, *flat)
+    return LossResult(loss_E=loss_E, correct_EN=correct_EN, confidence_EN=confidence_EN)
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """How many tokens' logits (float32) make about 32 MiB."""
+    return max(16, CHUNK_BYTES // (4 * vocab_size))
+
+
+@dataclass(frozen=True)
+class _Job:
+    ids: tuple[Tensor | None, ...]
+    weight_N: Tensor
+    labels_N: Tensor | None
+    teacher: Teacher | None
+    settings: LossSettings
+    chunk: int
+
+
+class _Buffers:
+    """Scratch ``[chunk, K]`` matrices, allocated once per call: fresh pages for every chunk cost as much as a softmax."""
+
+    def __init__(self, chunk: int, device: torch.device) -> None:
+        self.chunk, self.device = chunk, device
+        self.held: dict[tuple[str, int, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        key = (name, width, dtype)
+        if key not in self.held:
+            self.held[key] = torch.empty(self.chunk, width, dtype=dtype, device=self.device)
+        return self.held[key][:rows]
+
+    def product(self, name: str, x_nD: Tensor, weight_KD: Tensor, wide: torch.dtype) -> Tensor:
+        """``x @ weight.T`` in the dtype of ``x``, then as ``wide``."""
+        n, width = len(x_nD), len(weight_KD)
+        narrow = self.get(name, n, width, x_nD.dtype)
+        torch.mm(x_nD, weight_KD.T, out=narrow)
+        return narrow if narrow.dtype == wide else self.get(name, n, width, wide).copy_(narrow)
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    """Gradients are made in the forward, chunk by chunk, and only scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, *flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features, weights = flat[0::2], flat[1::2]
+        N, E, device = len(job.weight_N), len(features), features[0].device
+        wide = torch.promote_types(features[0].dtype, torch.float32)
+        buffers = _Buffers(min(job.chunk, N), device)
+        loss_E = torch.zeros(E, dtype=wide, device=device)
+        correct_EN = torch.zeros(E, N, dtype=torch.bool, device=device)
+        confidence_EN = torch.zeros(E, N, dtype=wide, device=device)
+        needs = ctx.needs_input_grad[1:]
+        grad_features = [torch.empty_like(f) if needs[2 * e] else None for e, f in enumerate(features)]
+        grad_weights = [torch.zeros_like(w, dtype=wide) if needs[2 * e + 1] else None for e, w in enumerate(weights)]
+        for start in range(0, N, job.chunk):
+            part = slice(start, start + job.chunk)
+            teacher = _TeacherChunk(job, part, wide, buffers)
+            for e in range(E):
+                x, W = features[e][part], weights[e]
+                logits = buffers.product("logits", x, W, wide)
+                wants = needs[2 * e] or needs[2 * e + 1]
+                loss, correct, confidence, weight_n = _chunk_loss(job, part, logits, job.ids[e], teacher, buffers, wants)
+                loss_E[e] += loss
+                correct_EN[e, part] = correct
+                confidence_EN[e, part] = confidence
+                if not wants:
+                    continue
+                grad = logits  # overwritten by the gradient of the logits, still without the tokens' weights
+                if x.dtype != wide:
+                    grad = buffers.get("logits", len(x), len(W), x.dtype).copy_(logits)
+                weight_n1 = weight_n[:, None].to(x.dtype)
+                if (into := grad_features[e]) is not None:
+                    into[part] = (grad @ W) * weight_n1
+                if (sums := grad_weights[e]) is not None:
+                    sums += grad.T @ (x * weight_n1)
+        ctx.grads = [g for pair in zip(grad_features, grad_weights, strict=True) for g in pair]
+        ctx.dtypes = [t.dtype for t in flat]
+        ctx.mark_non_differentiable(correct_EN, confidence_EN)
+        return loss_E, correct_EN, confidence_EN
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_E: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [
+            None if g is None else (g * grad_E[i // 2].to(g.dtype)).to(ctx.dtypes[i]) for i, g in enumerate(ctx.grads)
+        ]
+        return (None, *grads)
+
+
+class _TeacherChunk:
+    """The teacher's logits of one chunk, computed once for every set of ids that a head asks for."""
+
+    def __init__(self, job: _Job, part: slice, wide: torch.dtype, buffers: _Buffers) -> None:
+        self.job, self.part, self.wide, self.teacher, self.buffers = job, part, wide, job.teacher, buffers
+        self.cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self.full: Tensor | None = None
+        self.argmax: Tensor | None = None
+        if self.teacher is None:
+            return
+        restricted = all(ids is not None for ids in job.ids)
+        spared = job.settings.distill == 0.0 or job.settings.renormalise or self.teacher.lse_N is not None
+        if self.teacher.argmax_N is None or not (restricted and spared):
+            self.full = buffers.product("teacher", self.teacher.features_ND[part], self.teacher.weight_VD, wide)
+        self.argmax = self.full.max(-1).indices if self.teacher.argmax_N is None else self.teacher.argmax_N[part]
+
+    def distribution(self, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``(probabilities [n, K], sum of p log p [n])`` at the distillation temperature."""
+        key = 0 if ids is None else id(ids)
+        if key not in self.cache:
+            self.cache[key] = self._distribution(ids, key)
+        return self.cache[key]
+
+    def _distribution(self, ids: Tensor | None, key: int) -> tuple[Tensor, Tensor]:
+        assert self.teacher is not None
+        tau = self.job.settings.temperature
+        if ids is None:
+            assert self.full is not None
+            scaled = self.full
+        elif self.full is not None:
+            scaled = self.full[:, ids]
+        else:
+            x, W = self.teacher.features_ND[self.part], self.teacher.weight_VD[ids]
+            scaled = self.buffers.product(f"teacher{key}", x, W, self.wide)
+        if tau != 1.0:
+            scaled = scaled / tau
+        p = self.buffers.get(f"p{key}", *scaled.shape, self.wide)
+        if ids is None or self.job.settings.renormalise:
+            torch.softmax(scaled, -1, out=p)
+            peak, at = p.max(-1)
+            lse = scaled.gather(1, at[:, None])[:, 0] - peak.log()
+            return p, torch.linalg.vecdot(p, scaled) - lse
+        if self.teacher.lse_N is not None:
+            lse = self.teacher.lse_N[self.part].to(self.wide)
+        else:
+            assert self.full is not None
+            lse = (self.full / tau).logsumexp(-1)
+        torch.sub(scaled, lse[:, None], out=p).exp_()
+        return p, torch.linalg.vecdot(p, scaled) - p.sum(-1) * lse
+
+
+def _chunk_loss(
+    job: _Job, part: slice, logits: Tensor, ids: Tensor | None, teacher: _TeacherChunk, buffers: _Buffers, wants: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(loss, correct [n], confidence [n], weight [n])`` of one head in one chunk. If ``wants``, ``logits`` are replaced
+    by the gradient of the unweighted loss with respect to them: (1 - distill) (q - onehot) for the cross-entropy,
+    distill * tau (mass * q_tau - p) for the distillation."""
+    s, tau = job.settings, job.settings.temperature
+    labels = None if job.labels_N is None else job.labels_N[part]
+    q = torch.softmax(logits, -1, out=buffers.get("q", *logits.shape, logits.dtype))
+    confidence, argmax = q.max(-1)
+    lse = logits.gather(1, argmax[:, None])[:, 0] - confidence.log()
+    reference = teacher.argmax if teacher.argmax is not None else labels
+    assert reference is not None
+    correct = (argmax if ids is None else ids[argmax]) == reference
+    weight_n = job.weight_N[part].to(logits.dtype)
+    if s.confidence_weighted:
+        weight_n = weight_n * confidence
+
+    loss_n = torch.zeros_like(lse)
+    keep_n: Tensor | float = 0.0  # the factor of q in the gradient, by token
+    column = known = p = None
+    if s.distill < 1.0:
+        assert labels is not None
+        column = labels if ids is None else torch.searchsorted(ids, labels).clamp_(max=len(ids) - 1)
+        known = (labels >= 0 if ids is None else ids[column] == labels).to(logits.dtype) * (1.0 - s.distill)
+        column = column.clamp(min=0)[:, None]
+        loss_n = known * (lse - logits.gather(1, column)[:, 0])
+        keep_n = known
+    if s.distill > 0.0:
+        p, negative_entropy = teacher.distribution(ids)
+        mass = 1.0 if ids is None or s.renormalise else p.sum(-1)
+        cross = torch.linalg.vecdot(p, logits) / tau
+        if tau == 1.0:
+            keep_n = keep_n + s.distill * mass
+            lse_tau, soft = lse, None
+        else:
+            soft = logits / tau
+            lse_tau = soft.logsumexp(-1)
+        loss_n = loss_n + s.distill * tau**2 * (negative_entropy - cross + mass * lse_tau)
+    loss = (loss_n * weight_n).sum()
+    if not wants:
+        return loss, correct, confidence, weight_n
+
+    if s.distill == 1.0 and tau == 1.0 and isinstance(keep_n, float):
+        assert p is not None
+        torch.sub(q, p, out=logits)
+        return loss, correct, confidence, weight_n
+    torch.mul(q, keep_n[:, None] if isinstance(keep_n, Tensor) else keep_n, out=logits)
+    if p is not None:
+        logits.sub_(p, alpha=s.distill * tau)
+        if soft is not None:
+            factor = s.distill * tau * (mass[:, None] if isinstance(mass, Tensor) else mass)
+            logits.add_(torch.softmax(soft, -1).mul_(factor))
+    if column is not None and known is not None:
+        logits.scatter_add_(1, column, -known[:, None])
+    return loss, correct, confidence, weight_n
+
+
+def gate_loss(gate_logit_N: Tensor, correct_N: Tensor, weight_N: Tensor) -> Tensor:
+    """Weighted sum of the binary cross-entropy of "this exit's argmax is the final argmax"."""
+    losses = F.binary_cross_entropy_with_logits(gate_logit_N, correct_N.to(gate_logit_N.dtype), reduction="none")
+    return (losses * weight_N.to(losses.dtype)).sum()
+
+
+def exit_weight(step: int, initial: float, target: float, steps: int, shape: str) -> float:
+    """The weight of an exit's loss at ``step``: from ``initial`` to ``target`` over ``steps``, up or down, along a line
+    or half a cosine (EE-LLM section 3.1.2)."""
+    done = 1.0 if steps == 0 else min(1.0, step / steps)
+    if shape == "cosine":
+        done = 0.5 * (1.0 - math.cos(math.pi * done))
+    return initial + (target - initial) * done
+
+
+def sampled_vocabulary(
+    teacher_ids: Tensor, frequent_ids: Tensor, vocab_size: int, count: int, generator: torch.Generator
+) -> Tensor:
+    """Sorted distinct ids for one step of the candidate loss: the teacher's best tokens of the batch, ``count // 2``
+    draws from the frequent ids and as many from the whole vocabulary (rare ids must be among them)."""
+    half = count // 2
+    frequent = frequent_ids[torch.randint(len(frequent_ids), (half,), generator=generator)]
+    uniform = torch.randint(vocab_size, (count - half,), generator=generator)
+    return torch.cat([teacher_ids.reshape(-1).cpu().long(), frequent, uniform]).unique()
+
+
+def candidate_vocabulary(counts_V: Tensor, special_ids: Sequence[int], size: int) -> Tensor:
+    """The ids for heads with up to ``size`` candidates, best first: all special ids, then the most frequent ones; ties
+    and unseen tokens go to the lower id, which BPE vocabularies give to the more frequent token."""
+    assert 0 < size <= len(counts_V)
+    rank = counts_V.long().clone()
+    if special_ids:
+        rank[torch.tensor(sorted(set(special_ids)))] = torch.iinfo(torch.long).max
+    return rank.sort(descending=True, stable=True).indices[:size]

@@ -1,0 +1,25 @@
+"""Which dtype a setting means: names to torch dtypes, and where bfloat16 is worth choosing."""
+
+from __future__ import annotations
+
+import torch
+
+from exitlm.decode.formats import has_amx_bf16
+
+
+def resolve_dtype(name: str, device: torch.device, fallback: torch.dtype) -> torch.dtype:
+    """The dtype that ``name`` means. ``auto`` is bfloat16 where ``device`` computes in it natively and ``fallback`` is
+    not float64, else ``fallback``."""
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    return torch.bfloat16 if fallback != torch.float64 and native_bfloat16(device) else fallback
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32: CUDA from Ampere on, processors with AMX. A rule
+    about the hardware and never a timing, so that one machine always computes the same numbers."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and has_amx_bf16()

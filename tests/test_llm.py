@@ -1,0 +1,229 @@
+"""The facade: loading, plain tensors, text in and out, exits added and dropped, and every mistake a caller can make."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import exitlm
+from exitlm import UserError
+from tests.checkpoints import VOCAB, write_checkpoint
+from tests.model.families import tiny_hf_model
+
+IDS = [5, 9, 77, 200, 31]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> exitlm.LLM:
+    return exitlm.load(checkpoint, dtype="float64")
+
+
+@pytest.fixture
+def model_with_exits(model: exitlm.LLM) -> exitlm.LLM:
+    model.add_exits([1, 3], kind="norm")
+    return model
+
+
+def test_importing_exitlm_loads_no_torch() -> None:
+    code = (
+        "import sys, exitlm; assert exitlm.__version__; assert not {'torch', 'transformers', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'lod'"):
+        exitlm.lod  # noqa: B018
+
+
+def test_logits_are_those_of_transformers(model: exitlm.LLM) -> None:
+    reference = tiny_hf_model("llama", vocab_size=VOCAB, max_position_embeddings=64).double()
+    with torch.no_grad():
+        expected = reference(torch.tensor([IDS, IDS[::-1]])).logits
+    torch.testing.assert_close(model.logits([IDS, IDS[::-1]]), expected, rtol=0, atol=1e-9)
+    assert model.logits(IDS).shape == (1, len(IDS), VOCAB)
+    assert model.logits(torch.tensor([IDS])).dtype == torch.float64
+
+
+def test_dtype_auto_is_the_checkpoints(checkpoint: Path) -> None:
+    assert exitlm.load(checkpoint).logits(IDS).dtype == torch.float32
+    assert exitlm.load(checkpoint, dtype=torch.bfloat16).logits(IDS).dtype == torch.bfloat16
+
+
+def test_exits_come_and_go(model: exitlm.LLM) -> None:
+    assert model.exit_layers == []
+    assert model.exit_logits(IDS) == {}
+    model.add_exits([1, 3], kind="lens", init="random", output="shared", seed=0)
+    model.add_exits([2], kind="norm", gate=True)
+    assert model.exit_layers == [1, 2, 3]
+    assert {layer: tuple(t.shape) for layer, t in model.exit_logits(IDS).items()} == dict.fromkeys(
+        (1, 2, 3), (1, len(IDS), VOCAB)
+    )
+    model.remove_exits([1])
+    assert model.exit_layers == [2, 3]
+
+
+def test_the_engine_follows_the_exits(model: exitlm.LLM) -> None:
+    """Exits that are added after a generation take part in the next one."""
+    with pytest.raises(UserError, match="exitlm tune"):
+        model.generate(IDS, mode="threshold", threshold=0.0, max_new_tokens=4)
+    model.add_exits([2], kind="norm")
+    out = model.generate(IDS, mode="threshold", threshold=0.0, max_new_tokens=4, ignore_eos=True)
+    assert out.exit_layers == [4, 2, 2, 2]
+
+
+def test_candidates_restrict_an_exit(model: exitlm.LLM) -> None:
+    model.add_exits([2], kind="norm", candidate_ids=[7, 3, 9])
+    logits = model.exit_logits(IDS)[2]
+    assert torch.isfinite(logits[0, 0]).nonzero().flatten().tolist() == [3, 7, 9]
+
+
+def test_generate_takes_text_or_ids(model_with_exits: exitlm.LLM) -> None:
+    settings = {"max_new_tokens": 6, "ignore_eos": True, "mode": "full"}
+    by_text = model_with_exits.generate("hello", **settings)
+    by_ids = model_with_exits.generate(model_with_exits.encode("hello"), **settings)
+    assert by_text.token_ids == by_ids.token_ids
+    assert by_text.text == model_with_exits.tokenizer.decode(by_text.token_ids, skip_special_tokens=True)
+    assert len(by_text.exit_layers) == len(by_text.token_ids) == 6
+
+
+@pytest.mark.parametrize("mode", ["full", "threshold", "lossless"])
+def test_a_stream_is_the_generation_in_pieces(model_with_exits: exitlm.LLM, mode: str) -> None:
+    settings = {"max_new_tokens": 12, "ignore_eos": True, "mode": mode, "threshold": 0.1}
+    whole = model_with_exits.generate("hello", **settings)
+    pieces = list(model_with_exits.stream("hello", **settings))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [i for piece in pieces for i in piece.token_ids] == whole.token_ids
+    assert [layer for piece in pieces for layer in piece.exit_layers] == whole.exit_layers
+
+
+def test_lossless_is_full_and_chat_uses_the_template(model_with_exits: exitlm.LLM) -> None:
+    settings = {"chat": True, "max_new_tokens": 16, "ignore_eos": True}
+    full = model_with_exits.generate("hi", mode="full", **settings)
+    assert model_with_exits.generate("hi", mode="lossless", threshold=0.0, **settings).token_ids == full.token_ids
+    assert model_with_exits.encode("hi", chat=True) == [1, *model_with_exits.encode("hi")]
+
+
+def test_an_adapter_round_trip(model_with_exits: exitlm.LLM, checkpoint: Path, tmp_path: Path) -> None:
+    expected = model_with_exits.exit_logits(IDS)
+    model_with_exits.save_exits(tmp_path / "adapter")
+    again = exitlm.load(checkpoint, exits=tmp_path / "adapter", dtype="float64")
+    for layer, logits in again.exit_logits(IDS).items():
+        torch.testing.assert_close(logits, expected[layer], rtol=0, atol=0)
+
+
+def test_two_adapters_of_one_base(checkpoint: Path, tmp_path: Path) -> None:
+    for layer in (1, 3):
+        one = exitlm.load(checkpoint)
+        one.add_exits([layer], kind="norm")
+        one.save_exits(tmp_path / str(layer))
+    assert exitlm.load(checkpoint, exits=[tmp_path / "3", tmp_path / "1"]).exit_layers == [1, 3]
+
+
+def test_an_adapter_of_another_base_is_refused(model_with_exits: exitlm.LLM, checkpoint: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", seed=1)
+    model_with_exits.save_exits(tmp_path / "adapter")
+    with pytest.raises(UserError):
+        exitlm.load(other, exits=tmp_path / "adapter")
+    assert exitlm.load(other, exits=tmp_path / "adapter", allow_other_base=True).exit_layers == [1, 3]
+
+
+def test_an_exported_directory_brings_its_exits(model_with_exits: exitlm.LLM, tmp_path: Path) -> None:
+    where = model_with_exits.export(tmp_path / "out")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(where)
+    assert reference.dtype == torch.float64
+    again = exitlm.load(where)
+    assert again.exit_layers == [1, 3]
+    with torch.no_grad():
+        torch.testing.assert_close(again.logits(IDS), reference(torch.tensor([IDS])).logits, rtol=0, atol=1e-9)
+    assert again.generate("x", max_new_tokens=3, mode="full").text is not None
+
+
+def test_without_a_tokenizer_only_text_is_refused(tmp_path: Path) -> None:
+    model = exitlm.load(write_checkpoint(tmp_path / "bare", tokenizer=False))
+    out = model.generate(IDS, max_new_tokens=3, mode="full", ignore_eos=True)
+    assert (out.text, len(out.token_ids)) == (None, 3)
+    with pytest.raises(UserError, match="without a tokenizer"):
+        model.generate("hello")
+
+
+def test_a_tokenizer_without_a_template_refuses_chat(checkpoint: Path, tmp_path: Path) -> None:
+    plain = write_checkpoint(tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        exitlm.load(plain).generate("hi", chat=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ("", {}, "prompt is empty"),
+        ([], {}, "prompt is empty"),
+        ("x" * 65, {}, "65 tokens"),
+        ([1.5], {}, "list of token ids"),
+        ([VOCAB], {}, f"{VOCAB}"),
+        ([-1], {}, "-1"),
+        ([1], {"chat": True}, "chat"),
+        ("x", {"mode": "lossles"}, "did you mean 'lossless'"),
+        ("x", {"rule": "entrpy"}, "did you mean 'entropy'"),
+        ("x", {"treshold": 0.5}, "did you mean 'threshold'"),
+        ("x", {"mode": "threshold", "threshold": 1.5}, "1.5"),
+        ("x", {"mode": "threshold", "threshold": float("nan")}, "nan"),
+        ("x", {"temperature": -1.0}, "temperature"),
+        ("x", {"exits": [2]}, "no exit at layer 2"),
+    ],
+)
+def test_mistakes_in_generate(
+    model_with_exits: exitlm.LLM, prompt: str | list[int], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        model_with_exits.generate(prompt, **settings)
+    with pytest.raises(UserError, match=message):
+        model_with_exits.stream(prompt, **settings)
+
+
+@pytest.mark.parametrize(
+    ("layers", "settings", "message"),
+    [
+        ([0], {}, "0"),
+        ([5], {}, "5"),
+        ([2, 2], {}, "2"),
+        ([1], {}, "exit already"),
+        ([2], {"kind": "len"}, "did you mean 'lens'"),
+        ([2], {"output": "shard"}, "did you mean 'shared'"),
+        ([2], {"gat": True}, "did you mean 'gate'"),
+        ([2], {"candidate_ids": [VOCAB]}, f"{VOCAB}"),
+    ],
+)
+def test_mistakes_in_add_exits(
+    model_with_exits: exitlm.LLM, layers: list[int], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        model_with_exits.add_exits(layers, **settings)
+    assert model_with_exits.exit_layers == [1, 3]
+
+
+def test_mistakes_in_load(checkpoint: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    unsupported = write_checkpoint(tmp_path / "unsupported")
+    config = json.loads((unsupported / "config.json").read_text())
+    (unsupported / "config.json").write_text(json.dumps({**config, "model_type": "mamba", "architectures": ["Mamba"]}))
+    for wrong in (empty, unsupported, tmp_path / "missing.gguf"):
+        with pytest.raises(UserError):
+            exitlm.load(wrong)
+    with pytest.raises(UserError):
+        exitlm.load(checkpoint, exits=empty)
+    with pytest.raises(UserError, match="float31"):
+        exitlm.load(checkpoint, dtype="float31")
+    with pytest.raises(UserError, match="int3"):
+        exitlm.load(checkpoint, quant="int3").generate("x")
