@@ -49,7 +49,9 @@ def test_logits_are_those_of_transformers(model: exitlm.LLM) -> None:
     reference = tiny_hf_model("llama", vocab_size=VOCAB, max_position_embeddings=64).double()
     with torch.no_grad():
         expected = reference(torch.tensor([IDS, IDS[::-1]])).logits
-    torch.testing.assert_close(model.logits([IDS, IDS[::-1]]), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        model.logits([IDS, IDS[::-1]]), expected, rtol=0, atol=1e-5
+    )  # transformers keeps some parts in float32
     assert model.logits(IDS).shape == (1, len(IDS), VOCAB)
     assert model.logits(torch.tensor([IDS])).dtype == torch.float64
 
@@ -110,7 +112,7 @@ def test_lossless_is_full_and_chat_uses_the_template(model_with_exits: exitlm.LL
     settings = {"chat": True, "max_new_tokens": 16, "ignore_eos": True}
     full = model_with_exits.generate("hi", mode="full", **settings)
     assert model_with_exits.generate("hi", mode="lossless", threshold=0.0, **settings).token_ids == full.token_ids
-    assert model_with_exits.encode("hi", chat=True) == [1, *model_with_exits.encode("hi")]
+    assert model_with_exits.encode("hi", chat=True) == [1, *model_with_exits.encode("hi\n")]
 
 
 def test_an_adapter_round_trip(model_with_exits: exitlm.LLM, checkpoint: Path, tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_an_exported_directory_brings_its_exits(model_with_exits: exitlm.LLM, tm
     again = exitlm.load(where)
     assert again.exit_layers == [1, 3]
     with torch.no_grad():
-        torch.testing.assert_close(again.logits(IDS), reference(torch.tensor([IDS])).logits, rtol=0, atol=1e-9)
+        torch.testing.assert_close(again.logits(IDS), reference(torch.tensor([IDS])).logits, rtol=0, atol=1e-5)
     assert again.generate("x", max_new_tokens=3, mode="full").text is not None
 
 
@@ -201,7 +203,7 @@ def test_mistakes_in_generate(
         ([2], {"kind": "len"}, "did you mean 'lens'"),
         ([2], {"output": "shard"}, "did you mean 'shared'"),
         ([2], {"gat": True}, "did you mean 'gate'"),
-        ([2], {"candidate_ids": [VOCAB]}, f"{VOCAB}"),
+        ([2], {"candidate_ids": [VOCAB]}, f"0..{VOCAB - 1}"),
     ],
 )
 def test_mistakes_in_add_exits(

@@ -39,20 +39,9 @@ def tune(
     """Add exits to a model and tune them; the model itself stays as it is."""
     from exitlm.train import RunConfig, tune
 
-    from_file = base.endswith(".toml")
-    config = RunConfig.from_toml(base) if from_file else RunConfig()
-    flags: dict[str, Any] = {
-        "model.base": None if from_file else base,
-        "data.files": data,
-        "checkpoint.dir": out,
-        "checkpoint.every": save_every,
-        "train.steps": steps,
-        "train.seed": seed,
-    }
-    settings = [f"{key}={json_format.dumps(value)}" for key, value in flags.items() if value is not None]
-    if exits is not None:
-        settings.append(f"exits.layers={exits}")
-    tune(config.with_overrides([*settings, *set]))
+    overrides = [*([] if exits is None else [f"exits.layers={exits}"]), *set]
+    start = RunConfig.from_toml(base) if base.endswith(".toml") else base
+    tune(start, data=data, out=out, steps=steps, seed=seed, save_every=save_every, overrides=overrides)
     return 0
 
 
@@ -125,16 +114,20 @@ def _print_depth(llm: "LLM", prompt: str, chat: bool, settings: dict[str, Any]) 
 
 def inspect(path: str) -> int:
     """Print what a model directory, an exit adapter or a GGUF file holds."""
-    from exitlm.weights.inspect import describe
+    from exitlm.weights.inspect import show
 
-    print(describe(path))
+    show(path)
     return 0
 
 
 def export(source: str, directory: str, *, exits: Sequence[str] | None = None, dtype: str | None = None) -> int:
     """Write a model, with its exits beside it, to a directory that transformers loads as it is."""
     import exitlm
+    from exitlm.train import RunConfig
 
+    run_file = Path(source) / "run.toml"
+    if exits is None and run_file.is_file():  # a tuning run: its exits, and the model they were tuned on
+        source, exits = RunConfig.from_toml(run_file).model.base, [source]
     print(exitlm.load(source, exits=exits).export(directory, dtype=dtype))
     return 0
 
@@ -231,7 +224,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     parsers["inspect"].add_argument("path", metavar="PATH", help="a model directory, an adapter, or a .gguf file")
 
     add = parsers["export"].add_argument
-    add("source", metavar="SRC", help=_MODEL)
+    add("source", metavar="SRC", help=f"{_MODEL}; or the directory of a tuning run")
     add("directory", metavar="DIR", help="where to write")
     add("--exits", nargs="+", action="extend", metavar="A", help="exit adapters to write beside the model")
     add("--dtype", metavar="D", help="of the weights written (default: as they are)")

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from exitlm import show
+from exitlm.decode.engine import Engine
 from exitlm.decode.generation import Generation
+from exitlm.decode.step import SequenceState
 from exitlm.errors import UserError
 from exitlm.evaluate.plots import Point, depth_picture, speed_quality_picture
 from exitlm.llm import LLM, load
@@ -55,9 +59,13 @@ class Setting:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed, without the prefill (which gives each answer's first token)."""
-        tokens = sum(len(answer.token_ids) - 1 for answer in self.answers)
-        return tokens / max(sum(answer.stats["decode_seconds"] for answer in self.answers), 1e-9)
+        """Decoding speed, without the prefill (which gives each answer's first token): the median of the prompts."""
+        return median(_speed(answer) for answer in self.answers)
+
+    def speed(self, full: Setting) -> float:
+        """The median of the prompts' speed ratios to ``full``; both were measured one right after the other."""
+        pairs = zip(self.answers, full.answers, strict=True)
+        return median(_speed(mine) / _speed(theirs) for mine, theirs in pairs)
 
     @property
     def mean_layers(self) -> float:
@@ -74,6 +82,11 @@ class Setting:
         """The share of drafts that the full model accepted; None where nothing was drafted."""
         drafted = sum(answer.stats["drafted"] for answer in self.answers)
         return sum(answer.stats["accepted"] for answer in self.answers) / drafted if drafted else None
+
+
+def _speed(answer: Generation) -> float:
+    seconds: float = answer.stats["decode_seconds"]
+    return max(len(answer.token_ids) - 1, 1) / max(seconds, 1e-9)
 
 
 def run(out: Path, *, quick: bool = False) -> None:
@@ -117,15 +130,20 @@ def measure(llm: LLM, prompts: Sequence[str], tokens: int, console: Console) -> 
                 setting.answers.append(answer)
                 text = tuple(answer.token_ids)
                 if text not in choices:
-                    choices[text] = agreeing(llm, ids, answer.token_ids)
+                    choices[text] = agreeing(llm.engine, ids, answer.token_ids)
                 setting.agreeing += choices[text]
     return settings
 
 
-def agreeing(llm: LLM, prompt: list[int], answer: list[int]) -> int:
+@torch.inference_mode()
+def agreeing(engine: Engine, prompt: list[int], answer: list[int]) -> int:
     """How many tokens of ``answer`` are the full model's most likely ones, given the same text before them."""
-    logits_TV = llm.logits([*prompt, *answer])[0, len(prompt) - 1 : -1]
-    return sum(int(best == given) for best, given in zip(logits_TV.argmax(-1).tolist(), answer, strict=True))
+    fused = engine.fused
+    state = SequenceState(fused, [], fused.new_cache(), len(prompt) + len(answer))
+    hidden_TD = state.advance([*prompt, *answer]).final_RD
+    assert hidden_TD is not None
+    best = fused.final_logits(hidden_TD[len(prompt) - 1 : -1]).argmax(-1)
+    return int((best == torch.tensor(answer, device=best.device)).sum())
 
 
 def _report(llm: LLM, settings: list[Setting], out: Path, console: Console) -> None:
@@ -143,7 +161,13 @@ def _report(llm: LLM, settings: list[Setting], out: Path, console: Console) -> N
 
     console.rule("[bold]4. speed and quality", align="left")
     rows = [_row(setting, full, llm.num_layers) for setting in settings]
-    console.print(show.table(rows, f"{BASE} on this machine, {len(full.exit_layers)} tokens each, one run"))
+    console.print(show.table(rows))
+    console.print(
+        "speed: against full; layers: mean of the layers at which tokens left; agreement: tokens that full would have\n"
+        "written at the same place; acceptance: drafts that the full model accepted. One run, "
+        f"{len(full.exit_layers)} tokens each.",
+        style="dim",
+    )
     for note in llm.engine.notes:
         console.print(f"note: {note}", style="dim")
 
@@ -151,10 +175,11 @@ def _report(llm: LLM, settings: list[Setting], out: Path, console: Console) -> N
         Point(
             label="tuned" if s.threshold is None else f"{s.threshold}",
             agreement=s.agreement,
-            speed=s.tokens_per_second / full.tokens_per_second,
+            speed=s.speed(full),
             mode=s.mode,
         )
         for s in settings
+        if s.mode != "threshold" or s.mean_layers < llm.num_layers  # where nothing fired, it is full
     ]
     depths = {setting.label: setting.exit_layers for setting in (chosen, settings[1])}
     layers = f"exits at {', '.join(map(str, llm.exit_layers))} of {llm.num_layers} layers"
@@ -170,8 +195,8 @@ def _row(setting: Setting, full: Setting, layers: int) -> dict[str, str]:
     return {
         "mode": setting.label,
         "tokens/s": f"{setting.tokens_per_second:.1f}",
-        "speed / full": f"{setting.tokens_per_second / full.tokens_per_second:.2f}x",
-        f"mean layers of {layers}": f"{setting.mean_layers:.1f}",
-        "agreement with full": f"{setting.agreement:.1%}",
+        "speed": f"{setting.speed(full):.2f}x",
+        f"layers of {layers}": f"{setting.mean_layers:.1f}",
+        "agreement": f"{setting.agreement:.1%}",
         "acceptance": "" if acceptance is None else f"{acceptance:.0%}",
     }

@@ -11,22 +11,27 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from exitlm.decode.engine import Engine
 from exitlm.decode.generation import Generation, GenerationConfig, Piece
+from exitlm.decode.text import Tokenizer
 from exitlm.errors import UserError, nearest
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitConfig
-from exitlm.weights.adapter import attach, save_adapter
+from exitlm.weights.adapter import attach, is_adapter, save_adapter
 from exitlm.weights.export import export
 from exitlm.weights.load import load_model
 from exitlm.weights.source import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Source = str | PathLike[str]
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
@@ -49,8 +54,8 @@ def load(
     """
     model = load_model(source, dtype=dtype, device=device)
     if exits is None:
-        own = Path(resolve(source))
-        adapters = [own] if (own / "exits.json").is_file() else []
+        own = resolve(source)
+        adapters = [own] if is_adapter(own) else []
     else:
         adapters = [Path(exits)] if isinstance(exits, str | PathLike) else [Path(path) for path in exits]
     if adapters:
@@ -63,9 +68,9 @@ class LLM:
 
     def __init__(self, model: EarlyExitModel, *, quant: str = "auto") -> None:
         self.model = model
-        self.tokenizer = model.checkpoint.tokenizer() if model.checkpoint else None
         self.quant = quant
         self._engine: Engine | None = None
+        self._why_no_text = "this model came without a tokenizer"
 
     @property
     def num_layers(self) -> int:
@@ -77,11 +82,21 @@ class LLM:
         """The 1-based layers that have an exit, ascending, without the final head."""
         return sorted(int(layer) for layer in self.model.exits if layer.isdigit())
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, or None where there is none that fits: then prompts are token ids, and so are answers."""
+        try:
+            found: PreTrainedTokenizerBase | None = self.model.checkpoint and self.model.checkpoint.tokenizer()
+        except UserError as error:
+            self._why_no_text = str(error)
+            return None
+        return found
+
     @property
     def engine(self) -> Engine:
         """The decoding engine; built when first needed, and again after the exits have changed."""
         if self._engine is None:
-            self._engine = Engine(self.model, quant=self.quant, tokenizer=self.tokenizer)
+            self._engine = Engine(self.model, quant=self.quant, tokenizer=cast(Tokenizer | None, self.tokenizer))
         return self._engine
 
     def logits(self, ids: Ids) -> Tensor:
@@ -117,7 +132,7 @@ class LLM:
 
     def _tokenize(self, prompt: str, chat: bool) -> list[int]:
         if self.tokenizer is None:
-            raise UserError("this model came without a tokenizer, so the prompt must be a list of token ids")
+            raise UserError(f"the prompt must be a list of token ids: {self._why_no_text}")
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
         if not chat:
@@ -147,7 +162,7 @@ class LLM:
         for name in settings:
             if name not in known:
                 raise UserError(f"an exit has no setting '{name}'{nearest(name, known)}")
-        candidates = None if candidate_ids is None else torch.as_tensor(candidate_ids, dtype=torch.long)
+        candidates = None if candidate_ids is None else self.model.check_ids(candidate_ids).flatten()
         count = 0 if candidates is None else candidates.numel()
         configs = [
             ExitConfig(layer=layer, kind=kind, output=output, candidates=count, **settings)  # type: ignore[arg-type]

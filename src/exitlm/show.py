@@ -49,11 +49,11 @@ def legend(colours: Mapping[int, str]) -> Text:
     return Text("   ").join(marks)
 
 
-def table(rows: Sequence[Mapping[str, str]], title: str) -> Table:
+def table(rows: Sequence[Mapping[str, str]]) -> Table:
     """The rows, all with the first one's keys, as a table: the first column to the left, figures to the right."""
-    result = Table(title=title, title_justify="left")
+    result = Table()
     for index, name in enumerate(rows[0]):
-        result.add_column(name, justify="right" if index else "left", no_wrap=True)
+        result.add_column(name, justify="right" if index else "left")
     for row in rows:
         result.add_row(*row.values())
     return result

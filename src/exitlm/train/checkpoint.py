@@ -1,8 +1,8 @@
 """A run's directory: who may write to it, its settings, its checkpoints.
 
-A checkpoint is a directory of its own, filled beside its place, synced and renamed, so that a kill at any instant leaves
-the previous one whole. It holds the heads, the optimizer's moments and the step; data order and draws are functions of
-the step, so nothing else is needed to go on bit-identically. Only safetensors and JSON, never pickle.
+A checkpoint is a directory of its own, filled beside its place, synced and renamed, so that a kill at any instant
+leaves the previous one whole. It holds the heads, the optimizer's moments and the step; data order and draws are
+functions of the step, so nothing else is needed to go on bit-identically. Only safetensors and JSON, never pickle.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Training text: files to tokens, tokens to blocks, and the order in which blocks are visited.
 
-A file is tokenised once, in parallel, into a memory-mapped shard in the cache; packing cuts the documents into blocks of
-``seq_len`` positions. A block holds pieces of one or several documents, and each piece is a sequence of its own to the
-model (no attention across documents). The order is a pure function of seed and step, so that a resumed run goes on where
-it stopped. Text that the model writes itself is :mod:`exitlm.train.selftext`.
+A file is tokenised once, in parallel, into a memory-mapped shard in the cache; packing cuts the documents into blocks
+of ``seq_len`` positions. A block holds pieces of one or several documents, and each piece is a sequence of its own to
+the model (no attention across documents). The order is a pure function of seed and step, so that a resumed run goes on
+where it stopped. Text that the model writes itself is :mod:`exitlm.train.selftext`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LEAST_PIECE = 8
 
 @dataclass(frozen=True)
 class Segment:
-    """``ids`` [n+1]: the first n are the model's input, the last n what they predict; inputs from ``first`` on count."""
+    """``ids`` [n+1]: the first n are the model's input, the last n what they predict; those from ``first`` on count."""
 
     ids: Tensor
     first: int
@@ -45,7 +45,7 @@ class Segment:
 
 
 class Tokens(Protocol):
-    """What turns text into ids: :class:`ByteTokenizer` or a ``transformers`` tokenizer behind :class:`TextTokenizer`."""
+    """What turns text into ids: :class:`ByteTokenizer`, or :class:`TextTokenizer` around one of ``transformers``."""
 
     eos_id: int | None
     size: int
@@ -314,7 +314,9 @@ def expand(files: Sequence[str]) -> list[Path]:
     for name in files:
         found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not Path(name).exists() else [name]
         if not found or not Path(found[0]).exists():
-            raise UserError(f"the data file {name} does not exist; check the path (self:20000 lets the model write text)")
+            raise UserError(
+                f"the data file {name} does not exist; check the path (self:20000 lets the model write text)"
+            )
         out += [Path(f) for f in found]
     return out
 
@@ -367,7 +369,10 @@ def _text_of(row: Any, where: str, tokens: Tokens) -> str:
         return str(row["text"])
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
         messages = row["messages"]
-        if all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+        if all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        ):
             return tokens.chat(messages)
         raise UserError(f'{where}: each of the "messages" must have a "role" and a "content"')
     raise UserError(f'{where}: expected a "text" field (a string) or "messages" (a list)')
@@ -375,7 +380,9 @@ def _text_of(row: Any, where: str, tokens: Tokens) -> str:
 
 def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
     if not ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
-        raise UserError(f"{path} is a directory, but no Hugging Face dataset; name its files, or a glob such as {path}/*.txt")
+        raise UserError(
+            f"{path} is a directory, but no Hugging Face dataset; name its files, or a glob such as {path}/*.txt"
+        )
     try:
         import datasets
     except ImportError as error:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from exitlm.model.decoder import EarlyExitModel
-from exitlm.model.exits import ExitHead, RidgeStatistics, Tap
+from exitlm.model.exits import ExitHead, RidgeStatistics
+from exitlm.model.layers import Tap
 from exitlm.train.hidden import Row, join_optional, join_rows
 from exitlm.train.objective import HeadInput, Teacher
 

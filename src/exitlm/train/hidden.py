@@ -1,8 +1,8 @@
 """What the frozen backbone computes for each block of training data, and a bounded cache of it.
 
 One forward of the backbone gives every exit its input, and the final features where the objective needs them; no layer
-above the highest one asked for is run. A document piece is a pass of its own, so a result is a pure function of the block
-and the cache changes nothing but the time.
+above the highest one asked for is run. A document piece is a pass of its own, so a result is a pure function of the
+block and the cache changes nothing but the time.
 
 Shapes: N positions of a block that count, D hidden_size, V vocab_size, k of the teacher's best ids.
 """
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exitlm.model.decoder import EarlyExitModel
-from exitlm.model.exits import Tap
+from exitlm.model.layers import Tap
 from exitlm.train.data import Blocks
 from exitlm.train.objective import chunk_tokens
 
@@ -163,7 +163,7 @@ def teacher_summary(final_ND: Tensor, weight_VD: Tensor, temperature: float) -> 
     """The final head's argmax ``[N]``, log-sum-exp of logits / temperature ``[N]`` and best ids ``[N, k]``."""
     wide = torch.promote_types(final_ND.dtype, torch.float32)
     argmax, lse, best = [], [], []
-    for part in final_ND.split(chunk_tokens(len(weight_VD))):
+    for part in torch.split(final_ND, chunk_tokens(len(weight_VD))):
         logits = F.linear(part, weight_VD).to(wide)
         top = logits.topk(min(BEST, len(weight_VD)), -1).indices
         argmax.append(top[:, 0])

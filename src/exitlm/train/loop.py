@@ -213,7 +213,12 @@ class Trainer:
         for head in batch.inputs:
             if head.ids_K is None:
                 weight = head.weight_KD
-                rows = weight[ids] if weight.requires_grad else frozen.setdefault(id(weight), weight[ids])
+                if weight.requires_grad:
+                    rows = weight[ids]
+                else:
+                    if id(weight) not in frozen:
+                        frozen[id(weight)] = weight[ids]
+                    rows = frozen[id(weight)]
                 head = HeadInput(features_ND=head.features_ND, weight_KD=rows, ids_K=ids)
             out.append(head)
         return out
@@ -244,9 +249,7 @@ def exit_weights(objective: ObjectiveSection, step: int, count: int) -> list[flo
     """The weight of each exit's loss at ``step``."""
     first = objective.weight_init if isinstance(objective.weight_init, tuple) else (objective.weight_init,) * count
     last = objective.weight if isinstance(objective.weight, tuple) else (objective.weight,) * count
-    return [
-        exit_weight(step, a, b, objective.warmup_steps, objective.warmup) for a, b in zip(first, last, strict=True)
-    ]
+    return [exit_weight(step, a, b, objective.warmup_steps, objective.warmup) for a, b in zip(first, last, strict=True)]
 
 
 def loss_settings(objective: ObjectiveSection, *, renormalise: bool = False) -> LossSettings:

@@ -64,7 +64,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError("logging.tensorboard needs 'pip install tensorboard'") from error
-        self.writer: Any = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(directory))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write each value as a scalar."""

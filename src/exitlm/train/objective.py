@@ -78,13 +78,14 @@ def linear_losses(
 
     ``weight_N`` holds each token's share (such as 1 / valid tokens of the batch). Gradients reach features and weights
     of the heads; never the teacher. Logits are reduced in float32 (float64 for float64 inputs)."""
-    assert heads and (labels_N is not None or teacher is not None)
+    assert heads
+    assert labels_N is not None or teacher is not None
     assert settings.distill == 0.0 or teacher is not None, "distillation needs a teacher"
     assert settings.distill == 1.0 or labels_N is not None, "cross-entropy needs labels"
     widest = max(len(h.weight_KD) for h in heads)
     job = _Job(tuple(h.ids_K for h in heads), weight_N, labels_N, teacher, settings, chunk or chunk_tokens(widest))
     flat = [t for h in heads for t in (h.features_ND, h.weight_KD)]
-    loss_E, correct_EN, confidence_EN = _ChunkedLosses.apply(job, *flat)
+    loss_E, correct_EN, confidence_EN = _ChunkedLosses.apply(job, *flat)  # type: ignore[no-untyped-call]
     return LossResult(loss_E=loss_E, correct_EN=correct_EN, confidence_EN=confidence_EN)
 
 
@@ -104,7 +105,7 @@ class _Job:
 
 
 class _Buffers:
-    """Scratch ``[chunk, K]`` matrices, allocated once per call: fresh pages for every chunk cost as much as a softmax."""
+    """Scratch ``[chunk, K]`` matrices, allocated once: fresh pages for every chunk cost as much as a softmax."""
 
     def __init__(self, chunk: int, device: torch.device) -> None:
         self.chunk, self.device = chunk, device
@@ -146,7 +147,9 @@ class _ChunkedLosses(torch.autograd.Function):
                 x, W = features[e][part], weights[e]
                 logits = buffers.product("logits", x, W, wide)
                 wants = needs[2 * e] or needs[2 * e + 1]
-                loss, correct, confidence, weight_n = _chunk_loss(job, part, logits, job.ids[e], teacher, buffers, wants)
+                loss, correct, confidence, weight_n = _chunk_loss(
+                    job, part, logits, job.ids[e], teacher, buffers, wants
+                )
                 loss_E[e] += loss
                 correct_EN[e, part] = correct
                 confidence_EN[e, part] = confidence
@@ -166,7 +169,7 @@ class _ChunkedLosses(torch.autograd.Function):
         return loss_E, correct_EN, confidence_EN
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_E: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads = [
             None if g is None else (g * grad_E[i // 2].to(g.dtype)).to(ctx.dtypes[i]) for i, g in enumerate(ctx.grads)
@@ -188,7 +191,10 @@ class _TeacherChunk:
         spared = job.settings.distill == 0.0 or job.settings.renormalise or self.teacher.lse_N is not None
         if self.teacher.argmax_N is None or not (restricted and spared):
             self.full = buffers.product("teacher", self.teacher.features_ND[part], self.teacher.weight_VD, wide)
-        self.argmax = self.full.max(-1).indices if self.teacher.argmax_N is None else self.teacher.argmax_N[part]
+        if self.teacher.argmax_N is not None:
+            self.argmax = self.teacher.argmax_N[part]
+        elif self.full is not None:
+            self.argmax = self.full.max(-1).indices
 
     def distribution(self, ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """``(probabilities [n, K], sum of p log p [n])`` at the distillation temperature."""
@@ -210,7 +216,7 @@ class _TeacherChunk:
             scaled = self.buffers.product(f"teacher{key}", x, W, self.wide)
         if tau != 1.0:
             scaled = scaled / tau
-        p = self.buffers.get(f"p{key}", *scaled.shape, self.wide)
+        p = self.buffers.get(f"p{key}", len(scaled), scaled.shape[1], self.wide)
         if ids is None or self.job.settings.renormalise:
             torch.softmax(scaled, -1, out=p)
             peak, at = p.max(-1)
@@ -228,12 +234,12 @@ class _TeacherChunk:
 def _chunk_loss(
     job: _Job, part: slice, logits: Tensor, ids: Tensor | None, teacher: _TeacherChunk, buffers: _Buffers, wants: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(loss, correct [n], confidence [n], weight [n])`` of one head in one chunk. If ``wants``, ``logits`` are replaced
-    by the gradient of the unweighted loss with respect to them: (1 - distill) (q - onehot) for the cross-entropy,
-    distill * tau (mass * q_tau - p) for the distillation."""
+    """``(loss, correct [n], confidence [n], weight [n])`` of one head in one chunk. If ``wants``, ``logits`` are
+    replaced by the gradient of the unweighted loss with respect to them: (1 - distill) (q - onehot) for the
+    cross-entropy, distill * tau (mass * q_tau - p) for the distillation."""
     s, tau = job.settings, job.settings.temperature
     labels = None if job.labels_N is None else job.labels_N[part]
-    q = torch.softmax(logits, -1, out=buffers.get("q", *logits.shape, logits.dtype))
+    q = torch.softmax(logits, -1, out=buffers.get("q", len(logits), logits.shape[1], logits.dtype))
     confidence, argmax = q.max(-1)
     lse = logits.gather(1, argmax[:, None])[:, 0] - confidence.log()
     reference = teacher.argmax if teacher.argmax is not None else labels
@@ -306,7 +312,8 @@ def sampled_vocabulary(
     half = count // 2
     frequent = frequent_ids[torch.randint(len(frequent_ids), (half,), generator=generator)]
     uniform = torch.randint(vocab_size, (count - half,), generator=generator)
-    return torch.cat([teacher_ids.reshape(-1).cpu().long(), frequent, uniform]).unique()
+    ids: Tensor = torch.cat([teacher_ids.reshape(-1).cpu().long(), frequent, uniform]).unique()  # type: ignore[no-untyped-call]
+    return ids
 
 
 def candidate_vocabulary(counts_V: Tensor, special_ids: Sequence[int], size: int) -> Tensor:

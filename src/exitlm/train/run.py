@@ -24,6 +24,36 @@ Init = Literal["auto", "copy", "random", "identity", "closed_form"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16"]
 
 
+# What a key must at least be, and the keys that hold finite numbers from 0 on.
+_LEAST = {
+    "train.steps": 1,
+    "train.global_batch": 1,
+    "train.microbatch": 1,
+    "train.warmup": 0,
+    "train.validate_every": 0,
+    "train.seed": 0,
+    "data.seq_len": 2,
+    "data.validation_sequences": 1,
+    "data.self_batch": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "logging.every": 1,
+    "objective.warmup_steps": 0,
+    "objective.candidate_tokens": 2,
+}
+_NUMBERS = (
+    "train.lr",
+    "train.min_lr",
+    "train.weight_decay",
+    "train.clip",
+    "train.hidden_cache_gib",
+    "objective.gate",
+    "objective.weight",
+    "objective.weight_init",
+    "data.self_temperature",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
     """What is tuned."""
@@ -231,24 +261,14 @@ class RunConfig:
     def check(self) -> None:
         """Refuse values that can't work, each with one sentence that names the key."""
         t, d, o, e = self.train, self.data, self.objective, self.exits
-        for key, value, least in (
-            ("train.steps", t.steps, 1), ("train.global_batch", t.global_batch, 1), ("train.microbatch", t.microbatch, 1),
-            ("train.warmup", t.warmup, 0), ("train.validate_every", t.validate_every, 0), ("data.seq_len", d.seq_len, 2),
-            ("data.validation_sequences", d.validation_sequences, 1), ("data.self_batch", d.self_batch, 1),
-            ("checkpoint.every", self.checkpoint.every, 0), ("checkpoint.keep", self.checkpoint.keep, 1),
-            ("logging.every", self.logging.every, 1), ("objective.warmup_steps", o.warmup_steps, 0),
-            ("objective.candidate_tokens", o.candidate_tokens, 2), ("train.seed", t.seed, 0),
-        ):  # fmt: skip
-            if value < least:
-                raise UserError(f"{key} is {value}, but must be at least {least}")
-        for key, number in (
-            ("train.lr", t.lr), ("train.min_lr", t.min_lr), ("train.weight_decay", t.weight_decay), ("train.clip", t.clip),
-            ("train.hidden_cache_gib", t.hidden_cache_gib), ("objective.gate", o.gate),
-            ("data.self_temperature", d.self_temperature), *((("objective.weight"), w) for w in _as_tuple(o.weight)),
-            *(("objective.weight_init", w) for w in _as_tuple(o.weight_init)),
-        ):  # fmt: skip
-            if not math.isfinite(number) or number < 0:
-                raise UserError(f"{key} is {number}, but must be a finite number that is not negative")
+        flat = self.flat()
+        for key, least in _LEAST.items():
+            if flat[key] < least:
+                raise UserError(f"{key} is {flat[key]}, but must be at least {least}")
+        for key in _NUMBERS:
+            for number in _as_tuple(flat[key]):
+                if not math.isfinite(number) or number < 0:
+                    raise UserError(f"{key} is {number}, but must be a finite number that is not negative")
         for key, number in (("objective.distill", o.distill), ("objective.candidate_share", o.candidate_share)):
             if not 0.0 <= number <= 1.0:
                 raise UserError(f"{key} is {number}, but must be in [0, 1]")
@@ -261,11 +281,17 @@ class RunConfig:
                 f"train.global_batch ({t.global_batch}) must be a multiple of train.microbatch ({t.microbatch})"
             )
         if o.candidate_loss and o.distill < 1.0:
-            raise UserError("objective.candidate_loss samples the teacher's vocabulary: it needs objective.distill = 1.0")
+            raise UserError(
+                "objective.candidate_loss samples the teacher's vocabulary: it needs objective.distill = 1.0"
+            )
         if o.candidate_loss and o.confidence_weighted:
-            raise UserError("objective.candidate_loss and objective.confidence_weighted don't go together; turn one off")
+            raise UserError(
+                "objective.candidate_loss and objective.confidence_weighted don't go together; turn one off"
+            )
         if not d.files:
-            raise UserError("data.files is empty: name at least one file, or self:20000 for text the model writes itself")
+            raise UserError(
+                "data.files is empty: name at least one file, or self:20000 for text the model writes itself"
+            )
         if e.layers:
             count = len(e.layers)
             sized = [(f"exits.{f.name}", getattr(e, f.name)) for f in fields(e) if f.name != "layers"]
@@ -287,7 +313,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _section_type(name: str) -> Any:

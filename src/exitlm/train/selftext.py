@@ -1,8 +1,8 @@
 """Text that the model writes itself: answers to prompts, sampled in batches, kept in a file that survives a kill.
 
 Exits tuned on it agree with the final head more often than exits tuned on documents, since it is what decoding visits.
-Each batch is a pure function of its index and the settings, and is appended to the file with an fsync; a killed run goes
-on with the next batch and ends with the same file. This is the plain batched reference loop: no exits, no drafts.
+Each batch is a pure function of its index and the settings, and is appended to the file with an fsync; a killed run
+goes on with the next batch and ends with the same file. This is the plain batched reference loop: no exits, no drafts.
 
 Shapes: B prompts of a batch, S positions so far, V vocab_size, KV key/value heads, Dh head_dim.
 """
@@ -61,8 +61,9 @@ class Answer:
 
 
 def read_prompts(path: str, held: int) -> tuple[list[str], list[str]]:
-    """Prompts for training and, disjoint from them, for validation. ``path``: a text file with a prompt per line or JSONL
-    with "prompt", of which up to ``held`` and at most a fifth are kept for validation; empty: the packaged ones."""
+    """Prompts for training and, disjoint from them, for validation. ``path``: a text file with a prompt per line or
+    JSONL with "prompt", of which up to ``held`` and at most a fifth are kept for validation; empty: the packaged ones.
+    """
     if not path:
         home = resources.files("exitlm.train") / "prompts"
         sets = [(home / f"{name}.txt").read_text(encoding="utf-8").splitlines() for name in ("train", "validation")]
@@ -117,9 +118,9 @@ def write_answers(
     report: Callable[[int, int], None] = lambda done, total: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Answer]:
-    """The answers, from the cache as far as they are there, else written now: batches until ``tokens`` answer tokens are
-    reached, or (``tokens`` None) each prompt once. ``model`` is only called if something must be written. Ends early
-    when ``stopped()``; what was written stays."""
+    """The answers, from the cache as far as they are there, else written now: batches until ``tokens`` answer tokens
+    are reached, or (``tokens`` None) each prompt once. ``model`` is only called if something must be written. Ends
+    early when ``stopped()``; what was written stays."""
     home = cache / "self" / writing.key()
     home.mkdir(parents=True, exist_ok=True)
     total = tokens if tokens is not None else len(prompts)
@@ -128,16 +129,15 @@ def write_answers(
         done = index = 0
         written = _read_batches(file)
         while done < total:
-            if index < len(written):
-                batch = written[index]
-            else:
+            if index == len(written):
                 loaded = loaded or model()
                 chosen = _choose(len(prompts), index, writing, once=tokens is None)
                 batch = _write_batch(loaded, [prompts[i] for i in chosen], writing, index, stopped)
                 if batch is None:
                     return
                 _append(file, index, batch)
-            for answer in batch:
+                written.append(batch)
+            for answer in written[index]:
                 yield answer
                 done += len(answer.ids) - answer.start if tokens is not None else 1
             index += 1
@@ -225,8 +225,8 @@ def _write_batch(
 def answer_steps(
     model: EarlyExitModel, prompts: Sequence[list[int]], writing: Writing, generator: torch.Generator
 ) -> Iterator[list[tuple[int, int]]]:
-    """Decode a left-padded batch step by step: pairs (row, token) of the rows that are not finished. Finished rows leave
-    the batch once a quarter of it is finished."""
+    """Decode a left-padded batch step by step: pairs (row, token) of the rows that are not finished. Finished rows
+    leave the batch once a quarter of it is finished."""
     device = model.lm_head.weight.device
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)

@@ -44,7 +44,7 @@ class Scores:
 def evaluate(heads: Heads, hidden: HiddenStates, settings: LossSettings) -> dict[int, Scores]:
     """Losses and scores of every exit over all of ``hidden``, in the dtype of the parameters."""
     tokens = hidden.blocks.total_targets()
-    losses = {layer: 0.0 for layer in heads.layers}
+    losses = dict.fromkeys(heads.layers, 0.0)
     correct: dict[int, list[Tensor]] = {layer: [] for layer in heads.layers}
     scores: dict[int, list[Tensor]] = {layer: [] for layer in heads.layers}
     against_final = hidden.wanted.final
@@ -72,8 +72,8 @@ def evaluate(heads: Heads, hidden: HiddenStates, settings: LossSettings) -> dict
 
 
 def precision_threshold(score_N: Tensor, correct_N: Tensor, precision: float = PRECISION) -> float:
-    """The smallest score such that the tokens at or above it are right with at least ``precision``; 1.0 (never) where no
-    score does so for at least ``LEAST_FIRED`` tokens."""
+    """The smallest score such that the tokens at or above it are right with at least ``precision``; 1.0 (never) where
+    no score does so for at least ``LEAST_FIRED`` tokens."""
     if not len(score_N):
         return 1.0
     score, order = score_N.sort(descending=True)

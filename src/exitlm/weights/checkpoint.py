@@ -1,7 +1,7 @@
 """A model's files, opened but not read: configuration, tensors that are mapped on demand, tokenizer, digest.
 
-A checkpoint is a Hugging Face directory with safetensors; a GGUF file becomes one first (``gguf.py``). Weights in pickle
-files are never opened. Not here: building a model from it (``load.py``).
+A checkpoint is a Hugging Face directory with safetensors; a GGUF file becomes one first (``gguf.py``). Weights in
+pickle files are never opened. Not here: building a model from it (``load.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ _PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
 )
+# Classes that take tokenizer.json as it is (the second is transformers 5's name of the first).
+_GENERIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 _LARGEST_JSON = 200_000_000
 
 
@@ -100,7 +102,7 @@ class Checkpoint:
         return DTYPES[sizes.most_common(1)[0][0]]
 
     def digest(self) -> str:
-        """SHA-256 over the name, dtype, shape and bytes of every tensor of ``names()``; kept while the files are the same."""
+        """SHA-256 over name, dtype, shape and bytes of each of the ``names()``; kept while the files are the same."""
         recorded = gguf.recorded_digest(self.directory)
         if recorded is not None:
             return recorded
@@ -132,22 +134,23 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory, without its code and without a network."""
     settings = directory / "tokenizer_config.json"
     generic = (directory / "tokenizer.json").is_file() and (
-        not settings.is_file() or read_json(settings).get("tokenizer_class") in (None, "PreTrainedTokenizerFast")
+        not settings.is_file() or read_json(settings).get("tokenizer_class") in _GENERIC
     )
     try:
         if generic:  # faster to import, and takes the file as it is
             from transformers import PreTrainedTokenizerFast
 
-            return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-        from transformers import AutoTokenizer
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        else:
+            from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
-        return tokenizer
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise nearly every type
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise UserError(f"the tokenizer in {directory} can't be loaded ({reason}); give token ids instead of text") from error
+        raise UserError(
+            f"the tokenizer in {directory} can't be loaded ({reason}); give token ids instead of text"
+        ) from error
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str) -> None:
@@ -164,13 +167,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: 
     needed = sorted(token for token in beyond if token not in special or token in named or token in template)
     if needed:
         raise UserError(
-            f"the tokenizer of {name} does not fit its model: token '{needed[0]}' has id {beyond[needed[0]]}, but the model "
-            f"has {vocab_size} tokens; use the tokenizer that belongs to this model"
+            f"the tokenizer of {name} does not fit its model: token '{needed[0]}' has id {beyond[needed[0]]}, but the "
+            f"model has {vocab_size} tokens; use the tokenizer that belongs to this model"
         )
     first = min(beyond, key=lambda token: beyond[token])
     warnings.warn(
-        f"the tokenizer of {name} has {len(beyond)} special token(s) from id {beyond[first]} ('{first}') on that the model "
-        f"of {vocab_size} tokens does not know; keep them out of prompts",
+        f"the tokenizer of {name} has {len(beyond)} special token(s) from id {beyond[first]} ('{first}') on that the "
+        f"model of {vocab_size} tokens does not know; keep them out of prompts",
         stacklevel=2,
     )
 
@@ -199,7 +202,9 @@ def _entries(directory: Path) -> dict[str, Entry]:
         headers = {}
         for file in sorted({str(file) for file in mapping.values()}):
             if Path(file).name != file or not file.endswith(".safetensors"):
-                raise UserError(f"{directory / INDEX} names '{file}', which is not a safetensors file beside it; do not trust it")
+                raise UserError(
+                    f"{directory / INDEX} names '{file}', which is not a safetensors file beside it; do not trust it"
+                )
             if not (directory / file).is_file():
                 raise UserError(f"{directory} lacks {file}, which its index names; download or copy it again")
             headers[file] = read_header(directory / file)[0]
@@ -232,11 +237,15 @@ def _plain_names(entries: dict[str, Entry]) -> dict[str, Entry]:
 def _no_model(directory: Path) -> UserError:
     if (directory / "exits.json").is_file():
         return UserError(f"{directory} holds exits, not a model; load its base, and give this directory as exits")
-    return UserError(f"{directory} is not a model: it has no config.json; give the directory that has it, or a .gguf file")
+    return UserError(
+        f"{directory} is not a model: it has no config.json; give the directory that has it, or a .gguf file"
+    )
 
 
 def _no_weights(directory: Path) -> UserError:
-    pickles = sorted(file for file in directory.iterdir() if file.suffix in _PICKLES and not file.name.startswith("training_args"))
+    pickles = sorted(
+        file for file in directory.iterdir() if file.suffix in _PICKLES and not file.name.startswith("training_args")
+    )
     if pickles:
         return _is_pickle(pickles[0])
     return UserError(f"{directory} has a config.json but no weights ({SINGLE} or {INDEX}); download or copy it again")

@@ -108,9 +108,7 @@ def convert(file: GGUFFile, directory: Path) -> None:
 
         return made
 
-    tensors = [
-        Written(name, dtype, shape, hashed(name, make)) for name, (dtype, shape, make) in sorted(makers.items())
-    ]
+    tensors = [Written(name, dtype, shape, hashed(name, make)) for name, (dtype, shape, make) in sorted(makers.items())]
     weights = directory / "model.safetensors"
     write_tensors(weights, tensors, {"format": "pt"})
     problem: str | None = None
@@ -139,7 +137,7 @@ def _main_dtype(file: GGUFFile) -> torch.dtype:
 
 
 def _makers(file: GGUFFile, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Maker]:
-    """For each HF name its dtype, its shape, and how to make it. Refuses tensors that the architecture does not have."""
+    """For each HF name its dtype, its shape, and how to make it. A tensor the architecture does not have is refused."""
     keep = _main_dtype(file) != torch.float32
     makers: dict[str, Maker] = {}
     for name, tensor in file.tensors.items():
@@ -147,7 +145,9 @@ def _makers(file: GGUFFile, architecture: Architecture, config: Mapping[str, Any
             continue
         target = hf_name(name, architecture)
         if target is None:
-            raise UserError(f"{file.path}: tensor '{name}' is not part of a {config['model_type']} model; choose another file")
+            raise UserError(
+                f"{file.path}: tensor '{name}' is not part of a {config['model_type']} model; choose another file"
+            )
         dtype = _HALF.get(tensor.type, torch.float32) if keep else torch.float32
         makers[target] = (dtype, tensor.shape, _maker(file, name, architecture, config, dtype))
     _check_complete(file, architecture, config)
@@ -157,11 +157,15 @@ def _makers(file: GGUFFile, architecture: Architecture, config: Mapping[str, Any
 
 def _check_complete(file: GGUFFile, architecture: Architecture, config: Mapping[str, Any]) -> None:
     needed = [name for name in TOP_TENSORS if name != "output.weight"]
-    needed += [f"blk.{i}.{part}.weight" for i in range(config["num_hidden_layers"]) for part in architecture.layer_tensors]
+    needed += [
+        f"blk.{i}.{part}.weight" for i in range(config["num_hidden_layers"]) for part in architecture.layer_tensors
+    ]
     absent = [name for name in needed if name not in file.tensors]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        raise UserError(f"{file.path} lacks the tensor '{absent[0]}'{more}; it is incomplete, download or copy it again")
+        raise UserError(
+            f"{file.path} lacks the tensor '{absent[0]}'{more}; it is incomplete, download or copy it again"
+        )
 
 
 def _add_zero_biases(makers: dict[str, Maker], config: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """From the metadata of a GGUF file to a Hugging Face ``config.json``, and from its tensor names to HF names.
 
-The keys are llama.cpp's (``{architecture}.attention.head_count`` ...). Like a key of a config.json, one that would change
-the maths and is not understood is refused by its name. RoPE settings are written in transformers 4's spelling, which both
-transformers 4 and 5 read. Not here: the tokenizer (``gguf_tokenizer.py``) and values (``gguf.py``).
+The keys are llama.cpp's (``{architecture}.attention.head_count`` ...). Like a key of a config.json, one that would
+change the maths and is not understood is refused by its name. RoPE settings are written in transformers 4's spelling,
+which both transformers 4 and 5 read. Not here: the tokenizer (``gguf_tokenizer.py``) and values (``gguf.py``).
 """
 
 from __future__ import annotations
@@ -83,20 +83,36 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 # Read below, or without a part in the maths of a decoder.
 _KNOWN_KEYS = frozenset(
-    """
-    vocab_size context_length embedding_length block_count feed_forward_length attention.head_count
-    attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon
-    attention.sliding_window attention.sliding_window_pattern rope.dimension_count rope.freq_base rope.freq_base_swa
-    rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout
-    """.split()
+    [
+        "vocab_size",
+        "context_length",
+        "embedding_length",
+        "block_count",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.sliding_window",
+        "attention.sliding_window_pattern",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.freq_base_swa",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "rope.scaling.original_context_length",
+        "rope.scaling.finetuned",
+        "tensor_data_layout",
+    ]
 )
 _NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
-    "rope.scaling.attn_factor": (1.0,),
-    "rope.scale_linear": (1.0,),
-    "logit_scale": (1.0,),
-    "residual_scale": (1.0,),
-    "embedding_scale": (1.0,),
+    "rope.scaling.attn_factor": (0.0, 1.0),
+    "rope.scale_linear": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
 }
 _GEMMA_27B_LAYERS = 62
 _GEMMA_PERIOD = 6
@@ -123,7 +139,12 @@ def hf_name(name: str, architecture: Architecture) -> str | None:
     block, _, rest = name.partition(".")
     index, _, rest = rest.partition(".")
     part, _, kind = rest.rpartition(".")
-    if block != "blk" or not index.isdigit() or kind not in ("weight", "bias") or part not in architecture.layer_tensors:
+    if (
+        block != "blk"
+        or not index.isdigit()
+        or kind not in ("weight", "bias")
+        or part not in architecture.layer_tensors
+    ):
         return None
     return f"model.layers.{int(index)}.{architecture.layer_tensors[part]}.{kind}"
 
@@ -144,8 +165,11 @@ def hf_config(
     architecture, prefix = architecture_of(metadata, where), f"{metadata['general.architecture']}."
     values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     for key, value in values.items():
-        if key not in _KNOWN_KEYS and value and value not in _NEUTRAL_KEYS.get(key, ()):
-            raise UserError(f"{where}: '{prefix}{key}' ({value!r}) is not implemented and may change what the model computes")
+        neutral = value in _NEUTRAL_KEYS[key] if key in _NEUTRAL_KEYS else not value
+        if key not in _KNOWN_KEYS and not neutral:
+            raise UserError(
+                f"{where}: '{prefix}{key}' ({value!r}) is not implemented and may change what the model computes"
+            )
 
     def need(key: str) -> Any:
         if key not in values:
@@ -248,7 +272,9 @@ def _rope(
     elif kind == "linear":
         settings["rope_scaling"] = {"rope_type": "linear", "factor": float(values.get("rope.scaling.factor", 1.0))}
     elif kind != "none":
-        raise UserError(f"{where}: RoPE scaling '{kind}' is not supported in GGUF files (supported: none, linear, llama3)")
+        raise UserError(
+            f"{where}: RoPE scaling '{kind}' is not supported in GGUF files (supported: none, linear, llama3)"
+        )
     return settings
 
 

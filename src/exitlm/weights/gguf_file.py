@@ -1,8 +1,9 @@
 """What a GGUF file holds: its metadata as plain values, and its tensors as bytes that are mapped, not read.
 
-The ``gguf`` package reads files too, but keeps several objects for every string of the vocabulary (seconds and hundreds
-of MiB for a large one) and says little about a file that is cut short; its ``dequantize`` is what :meth:`GGUFFile.array`
-uses. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
+The ``gguf`` package reads files too, but keeps several objects for every string of the vocabulary (seconds and
+hundreds of MiB for a large one) and says little about a file that is cut short; its ``dequantize`` is what
+:meth:`GGUFFile.array` uses. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3,
+little-endian.
 """
 
 from __future__ import annotations
@@ -19,20 +20,27 @@ from numpy.typing import NDArray
 
 from exitlm.errors import UserError
 
-# GGML type id -> name, elements per block, bytes per block.
+# GGML type id -> name, elements per block, bytes per block. (A "Q4_K" file mixes types: rows that no block of 256 fits
+# are Q5_0 or Q8_0, and some matrices Q6_K.)
 TYPES: dict[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
     2: ("Q4_0", 32, 18),
     3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
 }
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _ALIGNMENT = 32
+_CHUNK = 1 << 22  # elements
 _MOST_DIMENSIONS = 4
 
 
@@ -162,7 +170,10 @@ class GGUFFile:
             ) from None
         rows = count // tensor.shape[-1]
         raw = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.start).reshape(rows, -1)
-        values: NDArray[Any] = dequantize(raw, GGMLQuantizationType[tensor.type])
+        values: NDArray[Any] = np.empty((rows, tensor.shape[-1]), np.float32)
+        step = max(1, _CHUNK // tensor.shape[-1])  # the package needs several times the memory of what it makes
+        for first in range(0, rows, step):
+            values[first : first + step] = dequantize(raw[first : first + step], GGMLQuantizationType[tensor.type])
         return values.reshape(tensor.shape)
 
 

@@ -1,14 +1,14 @@
 """The tokenizer of a GGUF file, rebuilt as a ``tokenizer.json`` for the ``tokenizers`` library.
 
-A GGUF holds a vocabulary, merges or scores, and the *name* of a pre-tokenizer; how text is cut before merging is code in
-llama.cpp and therefore a table here. Two models exist among the supported architectures:
+A GGUF holds a vocabulary, merges or scores, and the *name* of a pre-tokenizer; how text is cut before merging is code
+in llama.cpp and therefore a table here. Two models exist among the supported architectures:
 
 * ``gpt2``: byte-level BPE with explicit merges.
 * ``llama``: SentencePiece BPE with byte fallback. It has no merges but a score per piece: the adjacent pair whose union
   scores highest is joined first, so the merges are all cuts of each piece into two pieces, best score first.
 
-Both: pieces of type *control* are special tokens, *user-defined* ones are matched whole in the text before anything else.
-Sources: llama.cpp (src/llama-vocab.cpp, convert_hf_to_gguf.py) and the tokenizer.json of the model families named below.
+Both: pieces of type *control* are special tokens, *user-defined* ones are matched whole in the text before all else.
+Sources: llama.cpp (src/llama-vocab.cpp, convert_hf_to_gguf.py) and the tokenizer.json of the families named below.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ def _types(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
 def _cut_of(metadata: Mapping[str, Any]) -> _Cut:
     name = metadata.get("tokenizer.ggml.pre")
     if name in (None, "default"):
-        warnings.warn("the GGUF file names no pre-tokenizer, GPT-2's is assumed: its token ids may differ", stacklevel=2)
+        warnings.warn(
+            "the GGUF file names no pre-tokenizer, GPT-2's is assumed: its token ids may differ", stacklevel=2
+        )
         return _GPT2
     if name not in _CUTS:
         raise UserError(
@@ -198,8 +200,10 @@ def _add_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: Seque
     from tokenizers import AddedToken
 
     special = {_CONTROL: True, _UNKNOWN: True, _USER_DEFINED: False}
+    # SentencePiece looks for runs of spaces after it has made them markers, where a literal marker may be beside them.
+    marked = metadata["tokenizer.ggml.model"] == "llama" and not metadata.get("tokenizer.ggml.add_space_prefix", True)
     added = [
-        AddedToken(token, special=special[kind], normalized=False)
+        AddedToken(token, special=special[kind], normalized=marked and not special[kind] and not token.strip(" "))
         for token, kind in zip(tokens, _types(metadata, tokens), strict=True)
         if kind in special and token
     ]
@@ -212,8 +216,12 @@ def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: Sequenc
     """Begin (and end) every text with its token, where the file or its kind of tokenizer says so."""
     from tokenizers import processors
 
-    default = metadata["tokenizer.ggml.model"] == "llama" or _CUTS.get(metadata.get("tokenizer.ggml.pre"), _GPT2).bos
-    first = metadata.get("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token", default) else None
+    default = (
+        metadata["tokenizer.ggml.model"] == "llama" or _CUTS.get(str(metadata.get("tokenizer.ggml.pre")), _GPT2).bos
+    )
+    first = (
+        metadata.get("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token", default) else None
+    )
     last = metadata.get("tokenizer.ggml.eos_token_id") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     begin = [tokens[first]] if first is not None else []
     end = [tokens[last]] if last is not None else []

@@ -73,13 +73,19 @@ def check_names(wanted: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, *
         raise UserError(f"{where} lacks {_some(missing)} that its config.json asks for; download or copy it again")
     unexpected = sorted(names - set(wanted))
     if unexpected and not partial:
-        raise UserError(f"{where} holds {_some(unexpected)} that its config.json does not explain; choose another checkpoint")
+        raise UserError(
+            f"{where} holds {_some(unexpected)} that its config.json does not explain; choose another checkpoint"
+        )
     for name, shape in wanted.items():
         found = checkpoint.entries[name].shape
         if found != shape:
-            raise UserError(f"{where}: tensor '{name}' has shape {list(found)}, but its config.json asks for {list(shape)}")
+            raise UserError(
+                f"{where}: tensor '{name}' has shape {list(found)}, but its config.json asks for {list(shape)}"
+            )
         if not checkpoint.entries[name].dtype.startswith(("F", "BF")):
-            raise UserError(f"{where}: tensor '{name}' has dtype {checkpoint.entries[name].dtype}, which is no weight's")
+            raise UserError(
+                f"{where}: tensor '{name}' has dtype {checkpoint.entries[name].dtype}, which is no weight's"
+            )
 
 
 class Unfilled(TorchFunctionMode):

@@ -1,7 +1,7 @@
 """One safetensors file: its header checked against its size, its tensors mapped, and a writer that streams.
 
 The library's own ``save_file`` needs every tensor in memory at once; :func:`write_tensors` holds one at a time, so that
-converting or exporting a model costs one tensor of memory. Reading a tensor goes through the library and copies nothing.
+converting or exporting a model costs one tensor of memory. Reading goes through the library and copies nothing.
 Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, data).
 """
 
@@ -98,7 +98,11 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
         raise damaged(path, f"the entry of tensor '{name}' is malformed") from error
     if dtype not in DTYPES:
         raise UserError(f"{path}: tensor '{name}' has dtype {dtype}, which exitlm does not read; use F32, F16 or BF16")
-    if min(shape, default=0) < 0 or not base <= start <= end or end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if (
+        min(shape, default=0) < 0
+        or not base <= start <= end
+        or end - start != math.prod(shape) * DTYPES[dtype].itemsize
+    ):
         raise damaged(path, f"the size of tensor '{name}' contradicts its shape")
     if end > size:
         raise damaged(path, f"it ends inside tensor '{name}'")
@@ -108,7 +112,7 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
 def open_file(path: Path) -> Any:
     """The library's handle on a file, whose tensors are mapped when asked for."""
     try:
-        return safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call]
+        return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
         raise damaged(path, str(error)) from error
 
@@ -116,7 +120,7 @@ def open_file(path: Path) -> Any:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in memory order, without a copy where it lies contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_tensors(path: Path, tensors: Iterable[Written], metadata: Mapping[str, str]) -> None:
@@ -138,7 +142,7 @@ def write_tensors(path: Path, tensors: Iterable[Written], metadata: Mapping[str,
         file.write(text)
         for tensor in tensors:
             value = tensor.make()
-            assert value.dtype == tensor.dtype and tuple(value.shape) == tensor.shape, tensor.name
+            assert (value.dtype, tuple(value.shape)) == (tensor.dtype, tensor.shape), tensor.name
             file.write(raw_bytes(value))
 
 

@@ -1,0 +1,362 @@
+"""Tune exits on a pretrained model whose own weights stay as they are (EE-Tuning, arXiv 2402.00518).
+
+From settings to an adapter: resolve what the model decides, get the text, solve the lenses in closed form (checkpoint
+0), run the loop, measure the exits on held-out text, publish. The same call again goes on where a killed run stopped,
+and says so where nothing is left to do.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exitlm.errors import UserError
+from exitlm.model.exits import ExitConfig, check_layers
+from exitlm.train import checkpoint as run_files
+from exitlm.train.corpus import Corpus, corpus_of_answers, corpus_of_files, open_tokens, self_tokens
+from exitlm.train.data import Blocks, TextTokenizer, Tokens
+from exitlm.train.heads import Heads
+from exitlm.train.hidden import HiddenStates, Row, Wanted
+from exitlm.train.loop import Clock, StopSignal, Trainer, loss_settings, stop_signal, validation_values
+from exitlm.train.metrics import Progress, Tracker, open_trackers, progress, step_note
+from exitlm.train.objective import candidate_vocabulary
+from exitlm.train.precision import resolve_dtype
+from exitlm.train.run import RunConfig
+from exitlm.train.validation import Scores, evaluate, record
+from exitlm.weights.adapter import save_adapter
+from exitlm.weights.checkpoint import Checkpoint, open_checkpoint
+from exitlm.weights.load import load_model
+from exitlm.weights.store import cache_directory
+
+CLOSED_FORM_TOKENS = 1 << 16
+_RECORDED = ("model", "exits", "objective", "data", "train")
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or Ctrl-C arrived and everything is saved: leaves the program with exit code 0 unless caught."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+def tune(
+    base: str | os.PathLike[str] | RunConfig,
+    *,
+    exits: Sequence[int] | None = None,
+    data: str | Sequence[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    save_every: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Tune exits at layers ``exits`` (default: three, evenly placed) of ``base`` on ``data`` (files, or ``self:N``) and
+    return ``out``, which is then an adapter directory. ``base`` may be a :class:`RunConfig`; the other arguments and
+    ``overrides`` (``"train.lr=1e-3"``) change it.
+
+    Raises:
+        UserError: anything the user can put right; the output directory then holds no adapter.
+        Interrupted: SIGTERM or Ctrl-C; the same call goes on from there.
+    """
+    config = base if isinstance(base, RunConfig) else RunConfig()
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"base": None if isinstance(base, RunConfig) else os.fspath(base)},
+        "exits": {"layers": None if exits is None else tuple(exits)},
+        "data": {"files": None if data is None else ((data,) if isinstance(data, str) else tuple(map(str, data)))},
+        "train": {"steps": steps, "seed": seed},
+        "checkpoint": {"dir": None if out is None else os.fspath(out), "every": save_every},
+    }
+    for section, values in changes.items():
+        given = {name: value for name, value in values.items() if value is not None}
+        config = replace(config, **{section: replace(getattr(config, section), **given)})
+    config = config.with_overrides(overrides)
+    config.check()
+    if not config.model.base:
+        raise UserError("model.base is not set: name a directory, hub id, .gguf file, or smollm2")
+    if not config.checkpoint.dir:
+        raise UserError("checkpoint.dir is not set: name a directory for the run (--out DIR)")
+    opened = open_checkpoint(config.model.base)
+    config = resolve(config, opened)
+    directory = Path(config.checkpoint.dir)
+    with stop_signal() as stop, run_files.exclusive(directory):
+        _Run(config, opened, directory, stop).run()
+    return directory
+
+
+def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
+    """Replace what is left to the model and the machine by what it means here.
+
+    Raises:
+        UserError: exits out of range, given twice or not ascending; a number of values that does not fit the exits.
+    """
+    count = opened.model_config.num_hidden_layers
+    layers = config.exits.layers or default_layers(count)
+    check_layers(layers, count)
+    if list(layers) != sorted(layers):
+        raise UserError(f"exits {list(layers)} are not in ascending order; write {sorted(layers)}")
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = opened.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    place, master = torch.device(device), torch.promote_types(backbone, torch.float32)
+    resolved = replace(
+        config,
+        model=replace(config.model, device=device, dtype=_name(backbone)),
+        exits=replace(config.exits, layers=tuple(layers)),
+        data=replace(config.data, self_dtype=_name(resolve_dtype(config.data.self_dtype, place, backbone))),
+        train=replace(config.train, dtype=_name(resolve_dtype(config.train.dtype, place, master))),
+    )
+    resolved.check()
+    exit_configs(resolved)
+    return resolved
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")
+
+
+def default_layers(count: int) -> tuple[int, ...]:
+    """About a quarter, half and three quarters of the depth (fewer in very shallow models)."""
+    return tuple(sorted({min(max(1, round(count * k / 4)), max(1, count - 1)) for k in (1, 2, 3)}))
+
+
+def exit_configs(config: RunConfig) -> list[ExitConfig]:
+    """The settings of every exit."""
+    e = config.exits
+    out = []
+    for i, layer in enumerate(e.layers):
+        kind, init = e.of("kind", i), e.of("init", i)
+        if init == "auto":
+            init = "closed_form" if kind == "lens" else "copy"
+        branch = e.of("branch", i) and kind == "lens"
+        values = {name: e.of(name, i) for name in ("output", "rank", "candidates", "gate")}
+        out.append(ExitConfig(layer=layer, kind=kind, init=init, branch=branch, **values))
+    return out
+
+
+def needs_final(config: RunConfig) -> bool:
+    """Whether the objective reads the final exit, so that all layers must run."""
+    o = config.objective
+    gates = o.gate > 0 and any(config.exits.of("gate", i) for i in range(len(config.exits.layers)))
+    closed = any(e.init == "closed_form" for e in exit_configs(config))
+    return o.distill > 0 or gates or closed
+
+
+class _Run:
+    """One run in its directory, which this process owns."""
+
+    def __init__(self, config: RunConfig, opened: Checkpoint, out: Path, stop: StopSignal) -> None:
+        self.config, self.opened, self.out, self.stop = config, opened, out, stop
+        self.started = time.perf_counter()
+
+    def run(self) -> None:
+        """Everything from the first check to the adapter."""
+        config, out = self.config, self.out
+        fresh = not (out / "run.toml").exists()
+        if not fresh:
+            run_files.claim(out, config)
+            if (out / "exits.json").exists():
+                _say(f"{out} is a finished run already; nothing to do")
+                return
+        try:
+            tokens = open_tokens(config, self.opened)
+            from_files = self_tokens(config) is None
+            text = corpus_of_files(config, self.opened, tokens, cache_directory()) if from_files else None
+            self.model = load_model(self.opened, dtype=config.model.dtype, device=config.model.device)
+        except UserError:
+            if fresh:
+                _leave_nothing(out)
+            raise
+        run_files.claim(out, config)
+        run_files.clean(out)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        if text is None:
+            text = corpus_of_answers(
+                config, self.opened, tokens, self.model, cache_directory(), lambda: bool(self.stop)
+            )
+        self._check_stop("the text written so far is kept; ")
+        assert text is not None
+        self._tune(text, tokens)
+
+    # ---- tuning
+
+    def _tune(self, text: Corpus, tokens: Tokens) -> None:
+        config = self.config
+        configs = exit_configs(config)
+        largest = max(e.candidates for e in configs)
+        candidate_ids = None
+        if largest:
+            special = sorted({*self.model.config.eos_token_ids, *_special_ids(tokens, self.model.config.vocab_size)})
+            largest = min(largest, self.model.config.vocab_size)
+            candidate_ids = candidate_vocabulary(text.train.counts(self.model.config.vocab_size), special, largest)
+        self.model.add_exits(configs, seed=config.train.seed, candidate_ids=candidate_ids)
+        self.heads = Heads(self.model, getattr(torch, config.train.dtype))
+        hidden, held = self._hidden(text.train, "train"), self._hidden(text.validation, "validation")
+        try:
+            self._fit(text, configs, hidden, held)
+        finally:
+            hidden.close()
+            held.close()
+            shutil.rmtree(self.out / ".hidden", ignore_errors=True)
+
+    def _hidden(self, blocks: Blocks, name: str) -> HiddenStates:
+        config, t = self.config, self.config.train
+        final = needs_final(config)
+        restricted = all(head.candidate_ids is not None for head in self.heads.by_layer.values())
+        wanted = Wanted(
+            exits=tuple(self.heads.layers),
+            whole=frozenset(e for e, head in self.heads.by_layer.items() if head.config.kind == "block"),
+            final=final,
+            teacher=final and (config.objective.candidate_loss or restricted),
+            temperature=config.objective.distill_temperature,
+        )
+        again = name == "validation" or t.steps * t.global_batch > len(blocks) or self._closed_form_layers()
+        keep = t.hidden_cache if again else "none"
+        limit = t.hidden_cache_gib * 2**30
+        return HiddenStates(self.model, blocks, wanted, keep=keep, limit=limit, home=self.out / ".hidden" / name)
+
+    def _closed_form_layers(self) -> list[int]:
+        return [layer for layer, head in self.heads.by_layer.items() if head.config.init == "closed_form"]
+
+    def _fit(self, text: Corpus, configs: list[ExitConfig], hidden: HiddenStates, held: HiddenStates) -> None:
+        config, t, out = self.config, self.config.train, self.out
+        trainer = Trainer(config, self.heads, hidden)
+        same = {"base_digest": self.opened.digest(), "data_digest": text.digest()}
+        found = run_files.newest(out)
+        before = 0.0
+        if found is not None:
+            run_files.check_same(out, found.meta, same)
+            trainer.restore(found.tensors, found.step)
+            before = float(found.meta["seconds"])
+            if found.step:
+                _say(f"going on from step {found.step} of {t.steps} in {out}")
+        else:
+            self._solve(hidden)
+        self.meta: dict[str, Any] = dict(same)
+        if found is None:
+            self._save(trainer, before)
+        trackers = open_trackers(out, config, trainer.done)
+        try:
+            with progress("tuning", t.steps) as bar:
+                self._steps(trainer, held, trackers, bar, before)
+        finally:
+            for tracker in trackers:
+                tracker.close()
+        self._publish(text, held, before)
+
+    def _solve(self, hidden: HiddenStates) -> None:
+        layers = self._closed_form_layers()
+        if not layers:
+            return
+        total = min(CLOSED_FORM_TOKENS, hidden.blocks.total_targets())
+        with progress("lenses in closed form", total) as bar:
+
+            def rows() -> Iterator[Row]:
+                done = 0
+                for index in range(len(hidden)):
+                    if done >= CLOSED_FORM_TOKENS:
+                        return
+                    self._check_stop("")
+                    row = hidden.row(index)
+                    done += len(row.labels_N)
+                    yield row
+                    bar.update(min(done, total))
+
+            self.heads.solve_closed_form(rows(), layers)
+
+    def _steps(
+        self, trainer: Trainer, held: HiddenStates, trackers: list[Tracker], bar: Progress, before: float
+    ) -> None:
+        config, t = self.config, self.config.train
+        clock = Clock()
+        bar.update(trainer.done)
+        while trainer.done < t.steps:
+            if self.stop:
+                self._save(trainer, before)
+                bar.close()
+                self._check_stop(f"step {trainer.done} of {t.steps} is saved; ")
+            result = trainer.step()
+            done = trainer.done
+            rate = clock.tick(result.tokens)
+            bar.update(done, step_note(result.loss, result.agreement, rate))
+            values = result.values()
+            if t.validate_every and done % t.validate_every == 0 and done < t.steps:
+                scores = evaluate(self.heads, held, loss_settings(config.objective))
+                values.update(validation_values(scores))
+                clock.tick(0)
+            if done % config.logging.every == 0 or done == t.steps or len(values) > len(result.values()):
+                for tracker in trackers:
+                    tracker.log(done, {**values, "tokens_per_second": rate})
+            if done == t.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+                self._save(trainer, before)
+
+    def _save(self, trainer: Trainer, before: float) -> None:
+        seconds = before + time.perf_counter() - self.started
+        meta = {**self.meta, "step": trainer.done, "seconds": round(seconds, 3)}
+        run_files.save(self.out, trainer.state(), meta, self.config.checkpoint.keep)
+
+    def _publish(self, text: Corpus, held: HiddenStates, before: float) -> None:
+        """Measure the exits on the held-out text and write the adapter."""
+        scores = evaluate(self.heads, held, loss_settings(self.config.objective))
+        for layer, head in self.heads.by_layer.items():
+            head.record = record(scores[layer])
+        t = self.config.train
+        training = {
+            "config": {name: asdict(getattr(self.config, name)) for name in _RECORDED},
+            "steps": t.steps,
+            "tokens": text.train.total_targets(),
+            "seconds": round(before + time.perf_counter() - self.started, 1),
+            "data_digest": text.digest(),
+            "base_digest": self.opened.digest(),
+            "versions": _versions(),
+        }  # fmt: skip
+        save_adapter(self.out, self.model, training=training)
+        _say(_summary(self.out, scores))
+
+    def _check_stop(self, kept: str) -> None:
+        if self.stop:
+            _say(f"stopped by {self.stop.name}: {kept}start the same command again to go on")
+            raise Interrupted
+
+
+def _say(sentence: str) -> None:
+    print(sentence, flush=True)
+
+
+def _summary(out: Path, scores: dict[int, Scores]) -> str:
+    parts = [f"exit {layer}: {s.agreement:.1%}" for layer, s in scores.items()]
+    what = "agreement with the final head" if next(iter(scores.values())).against_final else "accuracy"
+    return f"{out} holds the exits; {what} on held-out text: {', '.join(parts)}"
+
+
+def _leave_nothing(out: Path) -> None:
+    """Take back the directory of a run that could not begin."""
+    if [p.name for p in out.iterdir()] == [".lock"]:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _special_ids(tokens: Tokens, vocab_size: int) -> list[int]:
+    """The ids that a tokenizer keeps for itself, as far as the model knows them."""
+    if isinstance(tokens, TextTokenizer):
+        return [int(i) for i in tokens.tokenizer.all_special_ids if int(i) < vocab_size]
+    return [] if tokens.eos_id is None or tokens.eos_id >= vocab_size else [tokens.eos_id]
+
+
+def _versions() -> dict[str, str]:
+    out = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("exitlm", "transformers", "safetensors"):
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            out[package] = "source tree"
+    return out
