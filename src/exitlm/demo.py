@@ -28,9 +28,9 @@ from exitlm.llm import LLM, load
 from exitlm.train import RunConfig, tune
 
 BASE = "smollm2"
-PROMPTS = (
-    "Why is the sky blue?",
-    "Give me five tips for learning a new language.",
+PROMPTS = (  # none of them, nor its topic, is among the prompts whose answers the exits are tuned on
+    "Why do cats purr?",
+    "Give me five tips for packing a suitcase.",
     "Write a short story about a lighthouse keeper and a storm.",
     "Write a Python function that returns the n-th Fibonacci number.",
 )

@@ -34,7 +34,8 @@ def reference(
     log_p = (final / s.temperature).log_softmax(-1)[:, rows]
     if s.renormalise:
         log_p = (final[:, rows] / s.temperature).log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q_tau)).sum(-1) * s.temperature**2
+    mass = log_p.exp().sum(-1, keepdim=True)
+    kl = (log_p.exp() * (log_p - mass.log() - log_q_tau)).sum(-1) * s.temperature**2
     ce = torch.stack([-log_q[n, rows == y].sum() for n, y in enumerate(labels)])
     confidence = log_q.exp().amax(-1).detach() if s.confidence_weighted else 1.0
     return (token_weight * confidence * ((1 - s.distill) * ce + s.distill * kl)).sum()

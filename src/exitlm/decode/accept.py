@@ -20,8 +20,8 @@ def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
 
 
 def accept(p_V: Tensor, q_V: Tensor | None, token: int, generator: torch.Generator) -> int:
-    """Return ``token`` if the draft is accepted, else another token. ``q_V`` None means the draft was certain (q is 1 at
-    ``token``), as a prompt-lookup draft is. Uses one uniform number, and one more after a refusal."""
+    """Return ``token`` if the draft is accepted, else another token. ``q_V`` None means the draft was certain (q is 1
+    at ``token``), as a prompt-lookup draft is. Uses one uniform number, and one more after a refusal."""
     q = 1.0 if q_V is None else float(q_V[token])
     u = torch.rand((), generator=generator, dtype=torch.float64).item()
     if u * q < float(p_V[token]):

@@ -1,8 +1,8 @@
 """Keys and values of one slot, and how deep each position has gone.
 
-The layers are cut into S segments at the active exits. ``filled[s]`` counts the positions whose keys and values segment s
-holds; it never grows with s, since a position passes the segments in order. The positions between ``filled[s + 1]`` and
-``filled[s]`` are *pending* at the boundary behind segment s: their hidden states are held there until a deeper pass
+The layers are cut into S segments at the active exits. ``filled[s]`` counts the positions whose keys and values segment
+s holds; it never grows with s, since a position passes the segments in order. The positions between ``filled[s + 1]``
+and ``filled[s]`` are *pending* at the boundary behind segment s: their hidden states are held there until a deeper pass
 takes them along. Rolling back is cutting these numbers: nothing is moved or cleared.
 
 Shapes: Hkv key/value heads, T capacity in positions, Dh head_dim, D hidden_size.
@@ -10,6 +10,7 @@ Shapes: Hkv key/value heads, T capacity in positions, Dh head_dim, D hidden_size
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,7 @@ class KeyValueCache:
         if capacity <= self.capacity:
             return
         self.capacity = -(-capacity // 64) * 64
+        self.layers = []  # let go of the old memory before taking the new
         shape = (2, self.heads, self.capacity, self.head_dim)
         self.layers = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.entries)]
 
@@ -41,7 +43,9 @@ class KeyValueCache:
 class Depths:
     """``filled`` per segment and the held hidden states per boundary: the whole state of pending tokens."""
 
-    def __init__(self, segments: int, capacity: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, segments: int, capacity: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.filled = [0] * segments
         self.held = [torch.empty(capacity, hidden_size, dtype=dtype, device=device) for _ in range(segments - 1)]
         self.high_water = 0
@@ -78,4 +82,4 @@ class Depths:
 def boundaries(active_exits: Sequence[int], num_hidden_layers: int) -> list[tuple[int, int]]:
     """Segments as (first layer, one past the last layer), 0-based, cut at the active exits below the last layer."""
     cuts = [0, *sorted(e for e in set(active_exits) if e < num_hidden_layers), num_hidden_layers]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(itertools.pairwise(cuts))

@@ -27,6 +27,7 @@ from exitlm.decode.step import SequenceState
 
 _SIZES = (1, 2, 4, 8, 16)
 _REPEATS = 3
+_MOST_EXITS, _LARGEST_SUBSET = 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,11 @@ def measure(fused: FusedModel) -> Costs:
         def make(exit_head: Any = exit_head, row: torch.Tensor = row) -> None:
             exit_head.logits(row, row, row)[0].argmax().item()
 
-        draft[e] = _best(make, fused.device)
-        test[e] = _best(lambda h=exit_head, row=row: h.gate(row[0]), fused.device) if exit_head.has_gate else draft[e]
+        block = layer[0] if exit_head.block is not None else 0.0  # every token leaves its key in a block's cache
+        draft[e] = _best(make, fused.device) + block
+        test[e] = draft[e]
+        if exit_head.has_gate:
+            test[e] = _best(lambda h=exit_head, row=row: h.gate(row[0]), fused.device) + block
     # more rows never cost less: what is below is noise of the clock
     layer, head = list(itertools.accumulate(layer, max)), list(itertools.accumulate(head, max))
     return Costs(rows=_SIZES, layer=tuple(layer), head=tuple(head), test=test, draft=draft, num_hidden_layers=L)
@@ -128,8 +132,7 @@ def measure(fused: FusedModel) -> Costs:
 
 def cached(fused: FusedModel, directory: Path) -> Costs:
     """:func:`measure`, kept in ``directory`` under a key of the machine and the shapes."""
-    exits = {e: (h.kind, None if h.candidate_list is None else len(h.candidate_list), h.mlp is not None)
-             for e, h in fused.heads.items()}  # fmt: skip
+    exits = {e: repr(head.config) for e, head in fused.heads.items()}
     shape = {k: v for k, v in asdict(fused.config).items() if isinstance(v, (int, float, str))}
     machine = (platform.processor(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__,
                str(fused.device), _cpu_name())  # fmt: skip
@@ -187,20 +190,33 @@ def threshold_speed(costs: Costs, exits: Mapping[int, float], tests: Mapping[int
     return tokens * costs.full() / spent
 
 
-def choose_exits(costs: Costs, coverage: Mapping[int, float], tests: Mapping[int, float]) -> tuple[tuple[int, ...], float]:
-    """The subset of exits with the highest simulated speed in threshold mode, and that speed; () when none reaches 1."""
+def choose_exits(
+    costs: Costs, coverage: Mapping[int, float], tests: Mapping[int, float]
+) -> tuple[tuple[int, ...], float]:
+    """The subset of exits with the highest simulated speed in threshold mode, and that speed; () when none reaches 1.
+
+    Subsets have up to 4 exits; of more than 8 exits they are not all tried, but the best one is added four times."""
+
+    def speed_with(subset: Sequence[int]) -> float:
+        return threshold_speed(costs, {e: coverage[e] for e in subset}, {e: tests[e] for e in subset})
+
     best: tuple[tuple[int, ...], float] = ((), 1.0)
     layers = sorted(coverage)
-    for count in range(1, min(len(layers), 4) + 1):
-        for subset in itertools.combinations(layers, count):
-            speed = threshold_speed(costs, {e: coverage[e] for e in subset}, {e: tests[e] for e in subset})
+    for count in range(1, min(len(layers), _LARGEST_SUBSET) + 1):
+        if len(layers) > _MOST_EXITS:
+            tried = [tuple(sorted({*best[0], layer})) for layer in layers if layer not in best[0]]
+        else:
+            tried = list(itertools.combinations(layers, count))
+        for subset in tried:
+            speed = speed_with(subset)
             if speed > best[1]:
                 best = subset, speed
     return best
 
 
 def choose_draft_threshold(costs: Costs, layer: int, calibration: Mapping[str, Sequence[float]]) -> float:
-    """The score from which drafting at ``layer`` gains most time by the exit's calibration curve; 1.0 when it never pays."""
+    """The score from which drafting at ``layer`` gains most time by the exit's calibration curve; 1.0 where it never
+    pays."""
     best, chosen = 0.0, 1.0
     cost, worth = costs.draft_cost(layer), costs.full()
     for score, covered, precise in zip(

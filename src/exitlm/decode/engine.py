@@ -1,7 +1,7 @@
 """The engine: a packed model, its defaults, and requests. One sequence at a time.
 
-It turns a :class:`GenerationConfig` into an exit rule, active exits and a drafting policy. What is left at its default is
-chosen by measured costs, once; what the user gave is always honoured.
+It turns a :class:`GenerationConfig` into an exit rule, active exits and a drafting policy. What is left at its default
+is chosen by measured costs, once; what the user gave is always honoured.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
 from exitlm.decode.request import Request
-from exitlm.decode.rules import ExitRule
+from exitlm.decode.rules import PATIENCE_REACHED, ExitRule
 from exitlm.decode.step import SequenceState
 from exitlm.decode.text import TextStream, Tokenizer
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 
 DEFAULT_THRESHOLD = 0.9
+_OWN_DEFAULTS = {"patience": PATIENCE_REACHED, "fixed": 0.0}  # rules with an integer of their own
 _PRIOR_ACCEPTANCE = 0.7
 
 
@@ -55,9 +56,7 @@ class Engine:
     def costs(self) -> Costs:
         """Costs of passes on this machine: given, kept from an earlier run, or measured now."""
         if self._costs is None:
-            directory = self._cache_dir or Path(
-                os.environ.get("EXITLM_CACHE") or Path.home() / ".cache" / "exitlm"
-            )
+            directory = self._cache_dir or Path(os.environ.get("EXITLM_CACHE") or Path.home() / ".cache" / "exitlm")
             self._costs = cached(self.fused, directory)
         return self._costs
 
@@ -66,14 +65,34 @@ class Engine:
     def _default_rule(self, layers: Sequence[int]) -> str:
         return "gate" if layers and all(self.fused.heads[e].has_gate for e in layers) else "probability"
 
-    def _threshold_of(self, layer: int, given: Any, layers: Sequence[int]) -> float:
+    def _default_threshold(self, layer: int, rule: str) -> float:
+        """What tuning stored for this rule, else a fair guess."""
+        if rule in _OWN_DEFAULTS:
+            return _OWN_DEFAULTS[rule]
+        record = self.records[layer]
+        stored = record.get("rule", rule) == rule
+        return float(record.get("threshold", DEFAULT_THRESHOLD)) if stored else DEFAULT_THRESHOLD
+
+    def _thresholds(self, config: GenerationConfig, layers: Sequence[int], rule: str) -> dict[int, float]:
+        """One threshold per active exit: the given ones, else the defaults."""
+        given, found = config.threshold, {layer: self._default_threshold(layer, rule) for layer in layers}
         if given is None:
-            return float(self.records[layer].get("threshold", DEFAULT_THRESHOLD))
+            return found
         if isinstance(given, Mapping):
-            return float(given.get(layer, self.records[layer].get("threshold", DEFAULT_THRESHOLD)))
+            for layer in given:
+                if layer not in found:
+                    raise UserError(
+                        f"a threshold is given for {layer!r}, which is no active exit; the active ones are {layers}"
+                    )
+            return {**found, **{int(layer): float(value) for layer, value in given.items()}}
         if isinstance(given, Sequence):
-            return float(given[list(layers).index(layer)])
-        return float(given)
+            order = list(layers if config.exits is None else config.exits)
+            if len(given) != len(order):
+                raise UserError(
+                    f"{len(given)} thresholds are given for {len(order)} active exits {order}; give one for each"
+                )
+            return {int(layer): float(value) for layer, value in zip(order, given, strict=True)}
+        return dict.fromkeys(layers, float(given))
 
     def _active(self, config: GenerationConfig) -> list[int]:
         if config.exits is None:
@@ -82,7 +101,7 @@ class Engine:
             if layer not in self.early:
                 have = ", ".join(map(str, self.early)) or "none"
                 raise UserError(f"the model has no exit at layer {layer} (it has: {have}); tune one with: exitlm tune")
-        return sorted(set(config.exits))
+        return sorted(map(int, config.exits))
 
     def plan(self, config: GenerationConfig) -> tuple[list[int], ExitRule | None]:
         """The active exits and the rule for a configuration (none in mode ``full``)."""
@@ -91,18 +110,14 @@ class Engine:
         layers = self._active(config)
         if not layers:
             if config.mode == "threshold":
+                if self.early:
+                    raise UserError(f"exits is empty; name some of {self.early}, or use mode 'full'")
                 raise UserError(
                     "mode 'threshold' needs exits, but the model has none; make some with: exitlm tune BASE --out DIR"
                 )
             return [], None
         name = config.rule or self._default_rule(layers)
-        given = config.threshold
-        if isinstance(given, Mapping):
-            for layer in given:
-                if layer not in layers:
-                    raise UserError(f"a threshold is given for layer {layer}, which is no active exit ({layers})")
-        elif isinstance(given, Sequence) and len(given) != len(layers):
-            raise UserError(f"{len(given)} thresholds are given for {len(layers)} active exits {layers}; give one for each")
+        thresholds = self._thresholds(config, layers, name)
         if name == "gate":
             for layer in layers:
                 if not self.fused.heads[layer].has_gate:
@@ -114,16 +129,14 @@ class Engine:
             layer = config.exit_layer if config.exit_layer is not None else layers[-1]
             if layer not in layers:
                 raise UserError(f"exit_layer {layer} is no active exit; use one of {layers}")
-            return [layer], ExitRule(name=name, thresholds={layer: 0.0})
-        if name == "patience":
-            return layers, ExitRule(name=name, thresholds=dict.fromkeys(layers, 0.0), patience=config.patience)
-        if config.rule is None and given is None and config.exits is None:
+            return [layer], ExitRule(name=name, thresholds={layer: thresholds[layer]})
+        if config.rule is None and config.threshold is None and config.exits is None:
             return self._default_plan(config, name)
-        return layers, ExitRule(name=name, thresholds={e: self._threshold_of(e, given, layers) for e in layers})
+        return layers, ExitRule(name=name, thresholds=thresholds, patience=config.patience)
 
     def _default_plan(self, config: GenerationConfig, name: str) -> tuple[list[int], ExitRule | None]:
         """All at default: drop exits that never fire or, by the costs, do not pay."""
-        thresholds = {e: self._threshold_of(e, None, self.early) for e in self.early}
+        thresholds = {e: self._default_threshold(e, name) for e in self.early}
         known = all(self.records[e].get("rule") == name and "coverage" in self.records[e] for e in self.early)
         if config.mode == "lossless":
             for e in self.early:
@@ -146,7 +159,9 @@ class Engine:
             self._chosen, speed = choose_exits(self.costs, coverage, tests)
             off = [e for e in self.early if e not in self._chosen]
             if off:
-                gain = f"expected speed with {list(self._chosen)}: {speed:.2f}x of full" if self._chosen else "none pays"
+                gain = (
+                    f"expected speed with {list(self._chosen)}: {speed:.2f}x of full" if self._chosen else "none pays"
+                )
                 self.notes.append(f"exits {off} are off by measured cost and coverage ({gain}); name them to use them")
         return self._chosen
 
@@ -158,13 +173,13 @@ class Engine:
             raise UserError("the prompt is empty; give at least one token of text")
         if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
             raise UserError(
-                f"the prompt has token id {max(prompt) if min(prompt) >= 0 else min(prompt)}, but the vocabulary has ids "
-                f"0 to {self.config.vocab_size - 1}; use the tokenizer of this model"
+                f"the prompt has token id {max(prompt) if min(prompt) >= 0 else min(prompt)}, but the vocabulary has "
+                f"ids 0 to {self.config.vocab_size - 1}; use the tokenizer of this model"
             )
         if len(prompt) >= self.config.max_position_embeddings:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, but the model's context is {self.config.max_position_embeddings}; "
-                "shorten the prompt"
+                f"the prompt has {len(prompt)} tokens, but the model's context is "
+                f"{self.config.max_position_embeddings}; shorten the prompt"
             )
 
     def start(self, prompt: Sequence[int], config: GenerationConfig) -> Request:
@@ -179,15 +194,13 @@ class Engine:
             priors = {}
             for layer in layers:
                 assert rule is not None
-                priors[layer] = _expected_precision(self.records[layer], rule.thresholds[layer])
+                priors[layer] = _expected_precision(self.records[layer], rule, layer)
             costs = self.costs if config.adaptive else None
             policy = DraftPolicy(costs, priors, config.max_draft, config.max_pending)
         stops = frozenset(config.stop_token_ids)
         if not config.ignore_eos:
             stops |= frozenset(self.config.eos_token_ids)
-        return Request(
-            state, prompt, config, rule=rule, policy=policy, stop_ids=stops, max_new_tokens=max_new_tokens
-        )
+        return Request(state, prompt, config, rule=rule, policy=policy, stop_ids=stops, max_new_tokens=max_new_tokens)
 
     def finish(self, request: Request) -> None:
         """Take a request's cache back for the next one."""
@@ -262,10 +275,11 @@ class Engine:
         )
 
 
-def _expected_precision(record: Mapping[str, Any], threshold: float) -> float:
-    """The precision that tuning measured at the nearest score, else a fair guess."""
+def _expected_precision(record: Mapping[str, Any], rule: ExitRule, layer: int) -> float:
+    """The precision that tuning measured for this rule at the nearest score, else a fair guess."""
     curve = record.get("calibration")
-    if not curve:
+    if not curve or record.get("rule", rule.name) != rule.name:
         return _PRIOR_ACCEPTANCE
+    threshold = rule.thresholds[layer]
     at = min(range(len(curve["scores"])), key=lambda i: abs(float(curve["scores"][i]) - threshold))
     return min(0.99, max(0.01, float(curve["precision"][at])))

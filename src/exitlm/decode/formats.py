@@ -1,8 +1,8 @@
 """How a linear layer's weights lie in memory while decoding, and which format a device gets by default.
 
 Batch-1 decoding reads every weight once per token, so the format sets the speed. A format here is a function
-``pack(weight [N, K], bias [N] | None) -> linear`` where ``linear(x [M, K]) -> [M, N]``. Rows of ``x`` are independent in
-every format: no scale is shared between rows.
+``pack(weight [N, K], bias [N] | None) -> linear`` where ``linear(x [M, K]) -> [M, N]``. Rows of ``x`` are independent
+in every format: no scale is shared between rows.
 
 This file knows nothing of layers or models. The rule of :func:`choose_format` is about the processor, never about a
 timing, so that the same machine always computes the same numbers.
@@ -132,8 +132,8 @@ def has_amx_bf16() -> bool:
 
 
 def sixteen_bit_format() -> str:
-    """``bf16`` where the processor has AMX tiles (up to 16 rows cost what one costs), else ``fp16`` (4 rows cost about
-    1.1 to 1.3 times one), else ``none``."""
+    """``bf16`` where the processor has AMX tiles (up to 16 rows cost what one costs), else ``fp16`` (4 rows cost
+    about 1.1 to 1.3 times one), else ``none``."""
     if has_amx_bf16():
         return "bf16"
     return "fp16" if "fbgemm" in torch.backends.quantized.supported_engines else "none"
@@ -142,8 +142,8 @@ def sixteen_bit_format() -> str:
 def choose_format(sample: Tensor) -> str:
     """The default format for a model of which ``sample`` is a matrix of the first layer.
 
-    ``none`` on an accelerator and in float64; ``int4`` where the checkpoint is on a 4-bit grid already (a Q4_1 GGUF) and
-    the processor has AVX-512, since nothing is lost; else 16 bits.
+    ``none`` on an accelerator and in float64; ``int4`` where the checkpoint is on a 4-bit grid already (a Q4_1 GGUF)
+    and the processor has AVX-512, since nothing is lost; else 16 bits.
     """
     if sample.device.type != "cpu" or sample.dtype == torch.float64:
         return "none"
@@ -153,7 +153,7 @@ def choose_format(sample: Tensor) -> str:
 
 
 def head_format(quant: str) -> str:
-    """The format of output matrices: 16 bits where the layers have fewer, since errors there go straight to the text."""
+    """The format of output matrices: 16 bits where the layers have fewer, since errors there go into the text."""
     return sixteen_bit_format() if quant in GRID_FORMATS else quant
 
 

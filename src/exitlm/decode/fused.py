@@ -1,8 +1,8 @@
 """The decoder as it is run while decoding: the same function as ``exitlm.model`` with fewer, larger operations.
 
 Norm weights are folded into the matrices behind them, q/k/v and gate/up become one matrix each, the rows of q and k are
-reordered so that a rotation is one complex product, and every matrix is packed in a weight format. Rows are positions of
-one sequence; grouped heads share their keys without copies. Tests compare every family with ``exitlm.model``.
+reordered so that a rotation is one complex product, and every matrix is packed in a weight format. Rows are positions
+of one sequence; grouped heads share their keys without copies. Tests compare every family with ``exitlm.model``.
 
 Shapes: M rows (consecutive positions), D hidden_size, H heads, Hkv key/value heads, G = H / Hkv, Dh head_dim, S keys.
 """
@@ -23,6 +23,7 @@ from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead
 from exitlm.model.layers import MLP, DecoderLayer, RMSNorm, activate
 from exitlm.model.rope import rotary_tables
+
 
 def stream_dtype(model: EarlyExitModel) -> torch.dtype:
     """The dtype of the residual stream and of the cache: the model's on an accelerator and in float64, else float32."""
@@ -67,18 +68,25 @@ def unit(x_MD: Tensor, eps: float) -> Tensor:
     """The RMS norm without weights. One row in float32 on a CPU takes three small operations instead of seven."""
     if x_MD.shape[0] == 1 and x_MD.dtype == torch.float32 and x_MD.device.type == "cpu":
         row = x_MD[0]
-        return x_MD * (float(torch.dot(row, row)) / len(row) + eps) ** -0.5
+        scale: float = (float(torch.dot(row, row)) / len(row) + eps) ** -0.5
+        return x_MD * scale
     return F.rms_norm(x_MD, (x_MD.shape[-1],), None, eps)
 
 
+def norm_scale(norm: RMSNorm, dtype: torch.dtype) -> Tensor:
+    """The effective weight of a norm; an offset (Gemma's 1 + w) is added before anything is rounded."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (norm.weight.detach().to(wide) + norm.offset).to(dtype)
+
+
 class Prenorm:
-    """The norm in front of a matrix. Its weight is folded into the matrix, but for grid formats (int8, int4), whose grid
-    it would distort: there it stays a product."""
+    """The norm in front of a matrix. Its weight is folded into the matrix, but for grid formats (int8, int4), whose
+    grid it would distort: there it stays a product."""
 
     def __init__(self, norm: RMSNorm | None, config: ModelConfig, quant: str, dtype: torch.dtype) -> None:
         self.absent, self.eps = norm is None, config.rms_norm_eps
         self.folded = norm if norm is not None and quant not in GRID_FORMATS else None
-        self.scale = None if norm is None or self.folded is not None else norm.scale().detach().to(dtype)
+        self.scale = None if norm is None or self.folded is not None else norm_scale(norm, dtype)
 
     def __call__(self, x_MD: Tensor) -> Tensor:
         if self.absent:
@@ -92,13 +100,23 @@ def _folded(weight: Tensor, prenorm: Prenorm, dtype: torch.dtype) -> Tensor:
     if norm is None:
         return weight.to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (weight.to(wide) * norm.scale().detach().to(wide)).to(dtype)
+    return (weight.to(wide) * norm_scale(norm, wide)).to(dtype)
 
 
-def _split_bias(*linears: nn.Linear) -> Tensor | None:
+def _joined_bias(linears: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
     if linears[0].bias is None:
         return None
-    return torch.cat([linear.bias.detach() for linear in linears])
+    return torch.cat([linear.bias.detach() for linear in linears]).to(dtype)
+
+
+def _joined_weight(linears: Sequence[nn.Linear]) -> Tensor:
+    weights = [linear.weight.detach() for linear in linears]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+def pack_module(linear: nn.Linear, quant: str, dtype: torch.dtype) -> Linear:
+    """A linear layer as it is, packed; what the format leaves open has the stream's ``dtype``."""
+    return pack_linear(linear.weight.detach().to(dtype), _joined_bias([linear], dtype), quant)
 
 
 class FusedMLP:
@@ -106,16 +124,10 @@ class FusedMLP:
 
     def __init__(self, mlp: MLP, norm: RMSNorm | None, config: ModelConfig, quant: str, dtype: torch.dtype) -> None:
         self.prenorm = Prenorm(norm, config, quant, dtype)
-        if hasattr(mlp, "gate_up_proj"):
-            joined, bias = mlp.gate_up_proj.weight, mlp.gate_up_proj.bias
-        else:
-            joined = torch.cat([mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()])
-            bias = _split_bias(mlp.gate_proj, mlp.up_proj)
-        self.gate_up = pack_linear(_folded(joined, self.prenorm, dtype), None if bias is None else bias.detach(), quant)
-        down_bias = mlp.down_proj.bias
-        self.down = pack_linear(
-            mlp.down_proj.weight.detach().to(dtype), None if down_bias is None else down_bias.detach(), quant
-        )
+        parts = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        joined = _folded(_joined_weight(parts), self.prenorm, dtype)
+        self.gate_up = pack_linear(joined, _joined_bias(parts, dtype), quant)
+        self.down = pack_module(mlp.down_proj, quant, dtype)
         self.width = config.intermediate_size
         self.activation = config.hidden_act
 
@@ -143,25 +155,21 @@ class FusedLayer:
         pre = config.norm_placement in ("pre", "sandwich")
         attention = layer.self_attn
         if config.fused_projections:
-            weight, bias = attention.qkv_proj.weight.detach(), attention.qkv_proj.bias
-            bias = None if bias is None else bias.detach()
+            parts = [attention.qkv_proj]
         else:
-            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-            weight, bias = torch.cat([part.weight.detach() for part in parts]), _split_bias(*parts)
+            parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         order = self._row_order()
         self.prenorm = Prenorm(layer.input_layernorm if pre else None, config, quant, dtype)
-        weight = _folded(weight, self.prenorm, dtype)[order]
+        weight, bias = _folded(_joined_weight(parts), self.prenorm, dtype)[order], _joined_bias(parts, dtype)
         self.qkv = pack_linear(weight, None if bias is None else bias[order], quant)
-        output_bias = attention.o_proj.bias
-        self.output = pack_linear(
-            attention.o_proj.weight.detach().to(dtype), None if output_bias is None else output_bias.detach(), quant
-        )
+        self.output = pack_module(attention.o_proj, quant, dtype)
         self.qk_norm = config.qk_norm
+        wide = torch.float64 if dtype == torch.float64 else torch.float32  # queries and keys are normed in this
         if config.qk_norm == "head":
-            q, k = (norm.scale().detach().to(dtype) for norm in (attention.q_norm, attention.k_norm))
+            q, k = (norm_scale(norm, wide) for norm in (attention.q_norm, attention.k_norm))
             self.qk_scale = torch.cat([q.expand(H, Dh), k.expand(Hkv, Dh)])[:, self._head_order()].contiguous()
         elif config.qk_norm == "full":
-            both = torch.cat([norm.scale().detach().to(dtype) for norm in (attention.q_norm, attention.k_norm)])
+            both = torch.cat([norm_scale(norm, wide) for norm in (attention.q_norm, attention.k_norm)])
             self.qk_scale = both[order[: (H + Hkv) * Dh]].contiguous()
         self.mlp_norm: RMSNorm | None = None
         self.attention_post: Tensor | None = None
@@ -169,8 +177,8 @@ class FusedLayer:
         if config.norm_placement == "pre":
             self.mlp_norm = layer.post_attention_layernorm
         else:
-            self.attention_post = layer.post_attention_layernorm.scale().detach().to(dtype)
-            self.mlp_post = layer.post_feedforward_layernorm.scale().detach().to(dtype)
+            self.attention_post = norm_scale(layer.post_attention_layernorm, dtype)
+            self.mlp_post = norm_scale(layer.post_feedforward_layernorm, dtype)
             if config.norm_placement == "sandwich":
                 self.mlp_norm = layer.pre_feedforward_layernorm
         self.mlp = FusedMLP(layer.mlp, self.mlp_norm, config, quant, dtype)
@@ -201,7 +209,7 @@ class FusedLayer:
             qkv[:, :cut] = unit(qkv[:, :cut], self.eps) * self.qk_scale[:cut]
             qkv[:, cut : cut + Hkv * Dh] = unit(qkv[:, cut : cut + Hkv * Dh], self.eps) * self.qk_scale[cut:]
         if rotation is not None:
-            pairs = heads[:, : H + Hkv, : self.rotary].unflatten(-1, (-1, 2))
+            pairs = heads[:, : H + Hkv, : self.rotary].view(M, H + Hkv, self.rotary // 2, 2)
             torch.view_as_complex(pairs).mul_(rotation)
         return heads.to(self.dtype)
 
@@ -240,25 +248,26 @@ class FusedHead:
     """An exit head: features, logits over its own rows, and the gate's score."""
 
     def __init__(self, fused: FusedModel, head: ExitHead, model: EarlyExitModel, entry: int | None) -> None:
-        config, quant, dtype = head.config, head_format(fused.quant), fused.dtype
+        self.config = config = head.config
+        quant, dtype = head_format(fused.quant), fused.dtype
         self.kind, self.layer, self.entry = config.kind, config.layer, entry
         self.eps, self.dtype = fused.config.rms_norm_eps, dtype
         self.candidate_ids = head.candidate_ids
         self.candidate_list = None if head.candidate_ids is None else head.candidate_ids.tolist()
-        self.norm = head.norm.scale().detach().to(dtype) if hasattr(head, "norm") else None
+        self.norm = norm_scale(head.norm, dtype) if hasattr(head, "norm") else None
         self.mlp: FusedMLP | None = None
         self.mlp_post: Tensor | None = None
         trunk = fused.layers[config.layer - 1]
         if hasattr(head, "mlp"):
             self.mlp = FusedMLP(head.mlp, trunk.mlp_norm if config.kind == "mlp" else None, fused.config, quant, dtype)
         if hasattr(head, "mlp_post_norm"):
-            self.mlp_post = head.mlp_post_norm.scale().detach().to(dtype)
+            self.mlp_post = norm_scale(head.mlp_post_norm, dtype)
         self.block: FusedLayer | None = None
         if config.kind == "block":
             assert entry is not None
             self.block = FusedLayer(head.block, config.layer - 1, entry, fused.config, quant, dtype)
         if config.kind == "lens":
-            self.lens = pack_linear(head.lens.weight.detach().to(dtype), head.lens.bias.detach().to(dtype), quant)
+            self.lens = pack_module(head.lens, quant, dtype)
         self.has_gate = config.gate
         if config.gate:
             self.gate_weight = head.gate.weight.detach()[0].to(dtype).contiguous()
@@ -266,10 +275,11 @@ class FusedHead:
         if config.output == "shared" and head.candidate_ids is None:
             self.projections: list[Linear] = [fused.final_head]
         elif config.output == "low_rank":
-            self.projections = [
-                pack_linear(part.weight.detach().to(dtype), None, quant)
-                for part in (head.output_down, head.output_up)
-            ]
+            self.projections = [pack_module(part, quant, dtype) for part in (head.output_down, head.output_up)]
+        elif config.output == "exits":  # one matrix of several heads: packed once
+            if id(head.output) not in fused.shared_outputs:
+                fused.shared_outputs[id(head.output)] = pack_module(head.output, quant, dtype)
+            self.projections = [fused.shared_outputs[id(head.output)]]
         else:
             rows = head.output_weight(model.lm_head.weight).detach().to(dtype)
             self.projections = [pack_linear(rows, None, quant)]
@@ -291,7 +301,8 @@ class FusedHead:
             features = hidden_MD
         else:
             if self.kind == "mlp":
-                assert residual_MD is not None and self.mlp is not None
+                assert residual_MD is not None
+                assert self.mlp is not None
                 branch = self.mlp(residual_MD)
                 if self.mlp_post is not None:
                     branch = F.rms_norm(branch.to(self.dtype), (branch.shape[-1],), self.mlp_post, self.eps)
@@ -317,15 +328,19 @@ class FusedModel:
         self.config, self.quant = model.config, quant
         self.dtype, self.device = stream_dtype(model), model.lm_head.weight.device
         self.groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        self.embedding, self.embedding_scale = model.model.embed_tokens.weight.detach(), self.config.embedding_scale
+        self.embedding = model.model.embed_tokens.weight.detach()
+        self.embedding_scale = float(
+            torch.tensor(self.config.embedding_scale, dtype=self.embedding.dtype, device="cpu")
+        )
         with torch.no_grad():
             self.layers = [
                 FusedLayer(model.model.layers[str(i)], i, i, self.config, quant, self.dtype)
                 for i in range(self.config.num_hidden_layers)
             ]
-            self.final_norm = model.model.norm.scale().detach().to(self.dtype)
+            self.final_norm = norm_scale(model.model.norm, self.dtype)
             self.final_head = pack_linear(model.lm_head.weight.detach().to(self.dtype), None, head_format(quant))
             self.heads: dict[int, FusedHead] = {}
+            self.shared_outputs: dict[int, Linear] = {}
             entries = len(self.layers)
             for name in sorted(model.exits, key=int):
                 head = model.exits[name]
@@ -335,12 +350,17 @@ class FusedModel:
         self.entries = entries
         self._rotations: dict[bool, Rotations] = {}
 
-    def rotations(self, length: int) -> Rotations:
+    def rotations(self, length: int, total: int = 0) -> tuple[Rotations, int]:
         """Rotations of at least ``length`` positions, ``[T, 1, R / 2]`` complex, for the model's RoPE and for its local
-        one where it has two. Scalings that depend on the length (longrope) take ``length`` for a whole request, so that
-        a position's rotation does not depend on how far decoding has come."""
+        one where it has two; and up to which length of the text they hold.
+
+        Longrope rotates every position of a text by whether the text (``total`` tokens by now) is longer than the
+        original context; other scalings hold at any length.
+        """
+        original = self.config.rope.original_max_position_embeddings
         dynamic = self.config.rope.kind == "longrope"
-        stretched = dynamic and length > self.config.rope.original_max_position_embeddings
+        stretched = dynamic and total > original
+        reach = min(length, original) if dynamic and not stretched else length
         found = self._rotations.get(stretched)
         if found is None or len(found[0]) < length:
             capacity = -(-length // 256) * 256
@@ -349,11 +369,11 @@ class FusedModel:
             found = []
             for rope in (self.config.rope, self.config.rope_local):
                 if rope is not None:
-                    cos, sin = rotary_tables(rope, positions, wide, total_length=length)
+                    cos, sin = rotary_tables(rope, positions, wide, total_length=total)
                     half = rope.dim // 2
                     found.append(torch.complex(cos[:, :half], sin[:, :half])[:, None, :].contiguous())
             self._rotations[stretched] = found
-        return found
+        return found, reach
 
     def new_cache(self) -> KeyValueCache:
         """An empty cache with an entry for every layer and block exit."""
@@ -369,9 +389,7 @@ class FusedModel:
             hidden = self.embedding[torch.tensor(tokens, device=self.device)].to(self.dtype)
         return hidden * self.embedding_scale if self.embedding_scale != 1.0 else hidden
 
-    def run(
-        self, hidden_MD: Tensor, first: int, last: int, rows: Rows, cache: KeyValueCache
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, hidden_MD: Tensor, first: int, last: int, rows: Rows, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
         """Layers ``first`` to ``last - 1``; also returns the residual before the last layer's MLP."""
         residual = hidden_MD
         for layer in self.layers[first:last]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +22,15 @@ DRAFTS = ("exits", "lookup")
 class GenerationConfig:
     """Settings of one generation.
 
-    ``mode``: ``full`` runs all layers for every token; ``threshold`` emits at the first exit whose rule fires; ``lossless``
-    drafts at exits (and from the text before) and verifies, so that the output is exactly the full model's.
-    ``rule``: probability, margin, entropy, gate, patience, fixed or decay; None is the gate where exits were tuned with
-    one, else probability. ``threshold``: a number in [0, 1], or one per exit layer; None takes what tuning stored, else
-    0.9. ``exits``: the active exit layers; None is all of them, or those that pay on this machine when rule and
-    threshold are left at None too. ``patience``: successive exits that must agree. ``exit_layer``: the layer of rule
-    ``fixed``. ``max_pending``: positions that may wait for the deeper layers (None: no cap). ``min_exit_tokens``: tokens
-    before the first exit may fire. ``draft``: the sources of drafts in lossless mode; ``max_draft`` caps one round;
+    ``mode``: ``full`` runs all layers for every token; ``threshold`` emits at the first exit whose rule fires;
+    ``lossless`` drafts at exits (and from the text before) and verifies, so that the output is exactly the full
+    model's. ``rule``: probability, margin, entropy, gate, patience, fixed or decay; None is the gate where exits were
+    tuned with one, else probability. ``threshold``: a number in [0, 1], or one per exit layer (a mapping, or a sequence
+    in the order of ``exits``); None takes what tuning stored for the rule, else 0.9. ``exits``: the active exit layers;
+    None is all of them, or those that pay on this machine when rule and threshold are left at None too. ``patience``:
+    successive exits that must agree. ``exit_layer``: the layer of rule ``fixed`` (None: the deepest active exit).
+    ``max_pending``: positions that may wait for the deeper layers (None: no cap). ``min_exit_tokens``: tokens before
+    the first exit may fire. ``draft``: the sources of drafts in lossless mode; ``max_draft`` caps one round;
     ``adaptive`` lets measured acceptance and cost set the length of drafts.
     ``logprobs``: 0 is off, n gives each token's log-probability and the n most likely alternatives.
     """
@@ -59,6 +62,9 @@ class GenerationConfig:
         self._one_of("mode", self.mode, MODES)
         if self.rule is not None:
             self._one_of("rule", self.rule, RULES)
+        for name in ("stop", "draft"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         for source in self.draft:
             self._one_of("draft", source, DRAFTS)
         for name, least in (
@@ -66,21 +72,35 @@ class GenerationConfig:
             ("max_draft", 0),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not isinstance(value, numbers.Integral) or value < least):
                 raise UserError(f"{name} is {value}, but must be a whole number from {least}")
         if isinstance(self.threshold, Mapping):
             for layer, value in self.threshold.items():
                 check_threshold(value, f"threshold of exit {layer}")
-        elif isinstance(self.threshold, Sequence):
+        elif isinstance(self.threshold, Sequence) and not isinstance(self.threshold, str):
             for value in self.threshold:
                 check_threshold(value)
         elif self.threshold is not None:
             check_threshold(self.threshold)
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if any(not word for word in self.stop):
-            raise UserError("a stop string is empty; leave it out or give the text at which to stop")
+        if any(not isinstance(word, str) or not word for word in self.stop):
+            raise UserError("a stop string is empty or no text; leave it out or give the text at which to stop")
+        self._check_ids("stop_token_ids", self.stop_token_ids)
+        if self.exits is not None:
+            self._check_ids("exits", self.exits)
+            if len(set(self.exits)) < len(self.exits):
+                raise UserError(f"exits {list(self.exits)} name a layer more than once; name each once")
+        if self.exit_layer is not None and self.rule != "fixed":
+            warnings.warn("exit_layer has no effect without rule='fixed'", stacklevel=3)
+        if self.seed is not None and (
+            not isinstance(self.seed, numbers.Integral) or not -(2**63) <= int(self.seed) < 2**64
+        ):
+            raise UserError(f"seed is {self.seed}, but must be a whole number of at most 64 bits")
         self.sampler()
+
+    @staticmethod
+    def _check_ids(name: str, value: Any) -> None:
+        if not isinstance(value, Iterable) or any(not isinstance(item, numbers.Integral) for item in value):
+            raise UserError(f"{name} is {value!r}, but must be a sequence of whole numbers")
 
     @staticmethod
     def _one_of(name: str, value: str, known: Sequence[str]) -> None:

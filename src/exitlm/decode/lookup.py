@@ -1,7 +1,7 @@
 """Drafts without a head: what followed the last n tokens when they stood in the text before (prompt lookup).
 
-The index is a dictionary from n-grams to the position after their last occurrence, updated per token, so a look-up costs
-the same at any length of text. It is a pure function of the tokens.
+The index is a dictionary from n-grams to the position after their last occurrence, updated per token, so a look-up
+costs the same at any length of text. It is a pure function of the tokens.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class NgramIndex:
 
     def _copy(self, at: int, unverified: Sequence[int], count: int) -> list[int]:
         """``count`` tokens from position ``at`` on; the copy may overlap what it writes, so that a loop goes on."""
-        text = [*self.tokens[at:], *unverified]
-        period = len(text)
+        period = len(self.tokens) - at + len(unverified)
+        text = [*self.tokens[at : at + count], *unverified][: min(count, period)]
         while len(text) < count:
             text.append(text[len(text) - period])
         return text[:count]

@@ -1,8 +1,8 @@
 """One request while it is decoded: prefill, then rounds of the pending-token loop until a stop.
 
-``full`` and ``threshold`` emit one token per round. ``lossless`` drafts at exits or from the text before, and a round ends
-when the last layer has verified all drafts: greedy by equality, sampling by rejection (:mod:`exitlm.decode.accept`); what
-follows the first refusal is rolled back.
+``full`` and ``threshold`` emit one token per round. ``lossless`` drafts at exits or from the text before, and a round
+ends when the last layer has verified all drafts: greedy by equality, sampling by rejection
+(:mod:`exitlm.decode.accept`); what follows the first refusal is rolled back.
 
 Shapes: V vocab_size, K rows of an exit's output matrix, R verified rows.
 """
@@ -84,6 +84,8 @@ class Request:
         """The tokens that become certain next: one, or in lossless mode up to all drafts and one more."""
         begin = time.perf_counter()
         self.rounds += 1
+        if len(self.prompt) + len(self.tokens) > self.state.reach:
+            self.state.prefill([*self.prompt, *self.tokens[:-1]], len(self.prompt) + len(self.tokens))
         out = self._draft_and_verify() if self.config.mode == "lossless" else self._one_token()
         self.decode_seconds += time.perf_counter() - begin
         return out
@@ -149,7 +151,7 @@ class Request:
         skip = self.policy.skipped(len(self.tokens))
         while True:
             newest = drafts[-1].token if drafts else self.tokens[-1]
-            room = self.max_new_tokens - len(self.tokens) - 1 - len(drafts)
+            room = self._room() - len(drafts)
             found = self._look_up(drafts, room)
             if found:
                 outcome = self.state.advance([newest, *(draft.token for draft in found)])
@@ -165,6 +167,11 @@ class Request:
                     continue
             assert outcome.final_RD is not None
             return self._verify(outcome.final_RD, drafts, confidence)
+
+    def _room(self) -> int:
+        """How many drafts fit in this round: with one more token they reach neither the limit nor new rotations."""
+        known = len(self.tokens)
+        return min(self.max_new_tokens - known - 1, self.state.reach - len(self.prompt) - known)
 
     def _look_up(self, drafts: Sequence[Draft], room: int) -> list[Draft]:
         if self.index is None or room < 1 or self.policy is None:

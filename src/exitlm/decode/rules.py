@@ -11,6 +11,7 @@ Shapes: logits are one row ``[K]``, K tokens of the vocabulary or of the candida
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,19 +21,26 @@ from torch import Tensor
 from exitlm.errors import UserError, nearest
 
 RULES = ("probability", "margin", "entropy", "gate", "patience", "fixed", "decay")
+PATIENCE_REACHED = 1.0 - 1e-9  # patience's default threshold on its score, the share of the asked-for agreeing exits
 DECAY_RATE = 4.0
+
+
+def _wide(logits_K: Tensor) -> Tensor:
+    """At least float32: in bfloat16 a probability near 1 would be off by several percent."""
+    return logits_K.float() if logits_K.dtype in (torch.float16, torch.bfloat16) else logits_K
 
 
 def probability(logits_K: Tensor) -> float:
     """The largest probability."""
-    return math.exp(float(logits_K.max() - logits_K.logsumexp(-1)))
+    logits_K = _wide(logits_K)
+    return min(1.0, math.exp(float(logits_K.max() - logits_K.logsumexp(-1))))
 
 
 def margin(logits_K: Tensor) -> float:
     """The largest minus the second largest probability."""
     if logits_K.shape[-1] == 1:
         return 1.0
-    top = torch.softmax(logits_K, -1).topk(2).values
+    top = torch.softmax(_wide(logits_K), -1).topk(2).values
     return float(top[0] - top[1])
 
 
@@ -40,7 +48,7 @@ def entropy(logits_K: Tensor) -> float:
     """One minus the entropy over its maximum log K: 1 is certain, 0 is uniform."""
     if logits_K.shape[-1] == 1:
         return 1.0
-    log_p = torch.log_softmax(logits_K, -1)
+    log_p = torch.log_softmax(_wide(logits_K), -1)
     found = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum()
     return min(1.0, max(0.0, 1.0 - float(found) / math.log(logits_K.shape[-1])))
 
@@ -71,9 +79,7 @@ class ExitRule:
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
-            raise UserError(
-                f"rule '{self.name}' is unknown; use one of {', '.join(RULES)}{nearest(self.name, RULES)}"
-            )
+            raise UserError(f"rule '{self.name}' is unknown; use one of {', '.join(RULES)}{nearest(self.name, RULES)}")
         for layer, threshold in self.thresholds.items():
             check_threshold(threshold, f"threshold of exit {layer}")
         if self.patience < 1:
@@ -87,5 +93,5 @@ class ExitRule:
 
 def check_threshold(threshold: float, what: str = "threshold") -> None:
     """Refuse a threshold outside of [0, 1] or NaN."""
-    if not isinstance(threshold, (int, float)) or math.isnan(threshold) or not 0.0 <= threshold <= 1.0:
+    if not isinstance(threshold, numbers.Real) or not 0.0 <= threshold <= 1.0:  # NaN fails the comparison
         raise UserError(f"{what} is {threshold}, but must lie between 0 (always exit) and 1 (never exit)")

@@ -7,6 +7,7 @@ Temperature 0 is greedy. Shapes: logits and probabilities are one row ``[V]``.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from exitlm.errors import UserError
+
+_COLDEST = 1e-30  # a temperature below is rounded to 0 in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +36,14 @@ class Sampler:
             ("min_p", 0.0, 1.0),
             ("repetition_penalty", 0.0, math.inf),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or math.isnan(value) or not low <= value <= high or value == math.inf:
+            value: float = getattr(self, name)
+            if not isinstance(value, numbers.Real) or not low <= value <= high or value == math.inf:
                 raise UserError(f"{name} is {value}, but must be a number from {low:g} to {high:g}")
         if self.top_p == 0.0:
             raise UserError("top_p is 0, which leaves no token; use a number above 0, or temperature 0 for greedy text")
         if self.repetition_penalty == 0.0:
             raise UserError("repetition_penalty is 0, but logits are divided by it; use 1 for no penalty")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if not isinstance(self.top_k, numbers.Integral) or self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}, but must be a whole number from 0 (off)")
 
     @property
@@ -69,7 +72,8 @@ class Sampler:
             logits_V = logits_V.float()
         if self.greedy:
             return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
-        logits_V = logits_V / self.temperature
+        # the largest logit becomes 0 first, so that a tiny temperature can't overflow
+        logits_V = (logits_V - logits_V.max()) / max(self.temperature, _COLDEST)
         if 0 < self.top_k < len(logits_V):
             floor = logits_V.topk(self.top_k).values[-1]
             logits_V = logits_V.masked_fill(logits_V < floor, -torch.inf)
@@ -85,10 +89,10 @@ class Sampler:
 
 
 def draw(probabilities_V: Tensor, generator: torch.Generator) -> int:
-    """One token from ``[V]`` by inversion: one uniform number per draw, on the CPU, so seeds mean the same everywhere."""
+    """One token from ``[V]`` by inversion: one uniform number per draw, made on the CPU whatever the device."""
     cumulative = probabilities_V.double().cumsum(0)
     point = torch.rand((), generator=generator, dtype=torch.float64).item() * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, torch.tensor(point, device=cumulative.device, dtype=torch.float64), right=True))
+    index = int(torch.searchsorted(cumulative, cumulative.new_tensor(point), right=True))
     while index >= len(probabilities_V) or float(probabilities_V[index]) == 0.0:  # rounding at the upper end only
         index -= 1
     return index

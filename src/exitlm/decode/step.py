@@ -27,7 +27,6 @@ from exitlm.decode.fused import FusedHead, FusedModel, Rows
 from exitlm.decode.rules import SCORES, ExitRule, decayed, fires
 
 PREFILL_ROWS = 512
-PATIENCE_REACHED = 1.0 - 1e-9  # the share of the asked-for agreeing exits, compared like any score
 
 
 @dataclass
@@ -90,7 +89,6 @@ class RuleTest:
             self._streak = self._streak + 1 if token == self._previous else 1
             self._previous = token
             score = min(1.0, self._streak / self.rule.patience)
-            threshold = PATIENCE_REACHED
         else:
             assert logits is not None
             score = SCORES[name](logits)
@@ -108,9 +106,9 @@ class SequenceState:
     """Cache, depths and pending states of one sequence under a set of active exits."""
 
     def __init__(self, fused: FusedModel, active: Sequence[int], cache: KeyValueCache, capacity: int) -> None:
-        self.fused, self.cache = fused, cache
+        self.fused, self.cache, self.capacity = fused, cache, capacity
         cache.reserve(capacity)
-        self.rotations = fused.rotations(capacity)
+        self.rotations, self.reach = fused.rotations(capacity)
         self.segments = boundaries(active, fused.config.num_hidden_layers)
         self.depths = Depths(len(self.segments), 64, fused.config.hidden_size, fused.dtype, fused.device)
         self.layer_rows = 0
@@ -121,8 +119,9 @@ class SequenceState:
         return self.depths.length
 
     def advance(self, tokens: Sequence[int], test: Test | None = None, max_pending: int | None = None) -> Outcome:
-        """Run new ``tokens``; at each exit ``test`` decides for the newest. When more than ``max_pending`` positions would
-        stay pending, the pass goes on to the end for their keys and values, and ``fired`` still tells who decided."""
+        """Run new ``tokens``; at each exit ``test`` decides for the newest. When more than ``max_pending`` positions
+        would stay pending, the pass goes on to the end for their keys and values, and ``fired`` still tells who
+        decided."""
         fused, depths = self.fused, self.depths
         hidden = fused.embed(tokens)
         fired: Fired | None = None
@@ -137,17 +136,26 @@ class SequenceState:
             head = fused.heads[end]
             block: Tensor | None = None
             if head.block is not None:
-                block = head.block.feed_forward(head.block.attend(hidden, rows, self.cache))
+                block = head.block.attend(hidden, rows, self.cache)[-1:]  # every row leaves its key there
             if test is not None and fired is None:
-                fired = test(head, hidden[-1:], residual[-1:], None if block is None else block[-1:])
+                if head.block is not None and block is not None:
+                    block = head.block.feed_forward(block)
+                fired = test(head, hidden[-1:], residual[-1:], block)
             hidden = depths.hold(s, hidden)
             if fired is not None and (max_pending is None or depths.pending <= max_pending):
                 depths.high_water = max(depths.high_water, depths.pending)
                 return Outcome(fired, None)
         return Outcome(fired, hidden)
 
-    def prefill(self, tokens: Sequence[int]) -> Tensor:
-        """Run a prompt through all layers in pieces of bounded size; the last hidden state ``[1, D]``."""
+    def prefill(self, tokens: Sequence[int], total: int = 0) -> Tensor:
+        """Begin anew: run a text through all layers in pieces of bounded size; the last hidden state ``[1, D]``.
+
+        ``total`` is the length of the text with what is not to be run yet (default: ``tokens``). Where the rotations
+        depend on the length (longrope), they are made for it, and ``reach`` says up to which length they hold: a text
+        that grows beyond is prefilled again, as in transformers.
+        """
+        self.truncate(0)
+        self.rotations, self.reach = self.fused.rotations(self.capacity, max(total, len(tokens)))
         final: Tensor | None = None
         for at in range(0, len(tokens), PREFILL_ROWS):
             final = self.advance(tokens[at : at + PREFILL_ROWS]).final_RD

@@ -33,9 +33,9 @@ InitKind = Literal["copy", "random", "identity", "closed_form"]
 class ExitConfig:
     """One exit: the 1-based ``layer`` whose output it reads, and how its head is built.
 
-    ``output``: ``shared`` multiplies with the final head's matrix, ``own`` has a matrix of its own, ``exits`` shares one
-    among all exits that say so, ``low_rank`` factorises it at ``rank``. ``candidates`` > 0 restricts any of them to that
-    many token ids. ``gate`` adds a scalar probe; ``branch`` adds an MLP that starts at zero to a ``lens``.
+    ``output``: ``shared`` multiplies with the final head's matrix, ``own`` has a matrix of its own, ``exits`` shares
+    one among all exits that say so, ``low_rank`` factorises it at ``rank``. ``candidates`` > 0 restricts any of them to
+    that many token ids. ``gate`` adds a scalar probe; ``branch`` adds an MLP that starts at zero to a ``lens``.
     """
 
     layer: int
@@ -56,7 +56,9 @@ class ExitConfig:
                     f"{nearest(str(value), known)}"
                 )
         if self.branch and self.kind != "lens":
-            raise UserError(f"exit {self.layer}: a branch belongs to kind 'lens'; use kind 'mlp' instead of branch = true")
+            raise UserError(
+                f"exit {self.layer}: a branch belongs to kind 'lens'; use kind 'mlp' instead of branch = true"
+            )
         if self.init == "closed_form" and self.kind != "lens":
             raise UserError(f"exit {self.layer}: init 'closed_form' belongs to kind 'lens', not to '{self.kind}'")
         if self.rank < 1 or self.candidates < 0:
@@ -82,8 +84,10 @@ class ExitHead(nn.Module):
             ids = torch.arange(config.candidates) if candidate_ids is None else candidate_ids[: config.candidates]
             if len(ids) != config.candidates:
                 raise UserError(
-                    f"exit {config.layer}: {config.candidates} candidates are asked for, but only {len(ids)} ids are given"
+                    f"exit {config.layer}: {config.candidates} candidates are asked for, but only {len(ids)} ids are "
+                    "given; give more, or ask for fewer"
                 )
+            check_candidates(ids, config.layer, V)
             self.register_buffer("candidate_ids", ids.sort().values.long())
         else:
             self.candidate_ids = None
@@ -116,28 +120,34 @@ class ExitHead(nn.Module):
         return F.rms_norm(hidden, (hidden.shape[-1],), None, self.model_config.rms_norm_eps)
 
     def features(self, tap: Tap, context: AttentionContext | None = None, past: PastProtocol | None = None) -> Tensor:
-        """The input of the output matrix, ``[B, T, D]``. A ``block`` needs ``context`` (and ``past`` when it is cached)."""
+        """The input of the output matrix, ``[B, T, D]``. A ``block`` needs ``context`` (and ``past``, to be cached)."""
         kind = self.config.kind
         if kind == "embed":
             return tap.hidden
+        features: Tensor
         if kind == "norm":
-            return self.norm(tap.hidden)
+            features = self.norm(tap.hidden)
+            return features
         if kind == "mlp":
-            assert tap.residual is not None and tap.normed is not None
+            assert tap.residual is not None
+            assert tap.normed is not None
             branch = self.mlp(tap.normed)
             if hasattr(self, "mlp_post_norm"):
                 branch = self.mlp_post_norm(branch)
-            return self.norm(tap.residual + branch)
+            features = self.norm(tap.residual + branch)
+            return features
         if kind == "block":
             assert context is not None
-            return self.norm(self.block(tap.hidden, context, past, key=self.block_key))
+            features = self.norm(self.block(tap.hidden, context, past, key=self.block_key))
+            return features
         unit = self.unit(tap.hidden)
-        mapped = self.lens(unit)
-        return mapped + self.mlp(unit) if self.config.branch else mapped
+        features = self.lens(unit)
+        return features + self.mlp(unit) if self.config.branch else features
 
     def gate_logit(self, hidden: Tensor) -> Tensor:
         """Log-odds ``[...]`` that this exit's argmax is the final argmax, from the hidden state ``[..., D]``."""
-        return self.gate(self.unit(hidden)).squeeze(-1)
+        logit: Tensor = self.gate(self.unit(hidden)).squeeze(-1)
+        return logit
 
     def output_weight(self, final_weight: Tensor) -> Tensor:
         """The output matrix ``[K, D]``; ``final_weight`` is the final head's ``[V, D]``."""
@@ -150,7 +160,8 @@ class ExitHead(nn.Module):
     def project(self, features: Tensor, final_weight: Tensor) -> Tensor:
         """Logits over the head's own rows, ``[..., K]``."""
         if self.config.output == "low_rank":
-            return self.output_up(self.output_down(features))
+            logits: Tensor = self.output_up(self.output_down(features))
+            return logits
         return F.linear(features, self.output_weight(final_weight))
 
     def expand(self, logits: Tensor) -> Tensor:
@@ -172,7 +183,9 @@ class ExitHead(nn.Module):
             elif "norm" in name:
                 parameter.fill_(1.0 - self.model_config.norm_offset)
             elif parameter.dim() >= 2:
-                noise = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+                noise = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(
+                    0.0, std, generator=generator
+                )
                 parameter.copy_(noise)
         if config.branch:
             self.mlp.down_proj.weight.zero_()
@@ -206,10 +219,13 @@ class ExitHead(nn.Module):
 def top_directions(weight_KD: Tensor, rank: int) -> Tensor:
     """The ``rank`` right singular vectors of a ``[K, D]`` matrix with the largest singular values, ``[rank, D]``."""
     if rank > weight_KD.shape[1]:
-        raise UserError(f"low_rank output: rank {rank} exceeds the hidden size {weight_KD.shape[1]}; use a smaller rank")
+        raise UserError(
+            f"low_rank output: rank {rank} exceeds the hidden size {weight_KD.shape[1]}; use a smaller rank"
+        )
     wide = weight_KD.double()
     _, vectors = torch.linalg.eigh(wide.T @ wide)
-    return vectors[:, -rank:].flip(1).T.to(weight_KD.dtype).contiguous()
+    top: Tensor = vectors[:, -rank:].flip(1).T.to(weight_KD.dtype).contiguous()
+    return top
 
 
 class RidgeStatistics:
@@ -253,3 +269,13 @@ def check_layers(layers: Sequence[int], num_hidden_layers: int) -> None:
     twice = sorted({layer for layer in layers if list(layers).count(layer) > 1})
     if twice:
         raise UserError(f"exit layer {twice[0]} is given more than once; give each layer once")
+
+
+def check_candidates(ids_K: Tensor, layer: int, vocab_size: int) -> None:
+    """Refuse candidate ids that the vocabulary lacks or that are given twice (their probability would count twice)."""
+    if ids_K.device.type == "meta":
+        return
+    if not 0 <= int(ids_K.min()) <= int(ids_K.max()) < vocab_size:
+        raise UserError(f"exit {layer}: candidate ids must lie in 0..{vocab_size - 1}, the vocabulary of the model")
+    if len(set(ids_K.tolist())) != len(ids_K):
+        raise UserError(f"exit {layer}: a candidate id is given more than once; give each id once")

@@ -263,12 +263,14 @@ def tokenise(
 
 def _write_shard(path: Path, tokens: Tokens, vocab_size: int, home: Path, dtype: np.dtype[Any]) -> None:
     digest, offsets, length = hashlib.sha256(), [0], 0
+    last: int | None = None
     with (home / "tokens.bin").open("wb") as out:
         for texts, ends in _batches(documents(path, tokens)):
             for ids, end in zip(tokens.encode_batch(texts), ends, strict=True):
                 if ids and length == offsets[-1] and ids[: len(tokens.prefix)] != tokens.prefix:
                     ids = tokens.prefix + ids
-                if end and tokens.eos_id is not None and ids and ids[-1] != tokens.eos_id:
+                last = ids[-1] if ids else last
+                if end and tokens.eos_id not in (None, last) and length + len(ids) > offsets[-1]:
                     ids = [*ids, tokens.eos_id]
                 if ids and max(ids) >= vocab_size:
                     raise UserError(

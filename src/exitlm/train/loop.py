@@ -200,7 +200,7 @@ class Trainer:
         sums["loss"] += result.loss_E.detach().double().cpu()
         sums["gate"] += gates.double().cpu()
         sums["agree"] += (result.correct_EN.to(wide) @ weight_N).double().cpu()
-        sums["sure"] += (result.confidence_EN @ weight_N).double().cpu()
+        sums["sure"] += (result.confidence_EN.to(wide) @ weight_N).double().cpu()
 
     def _sampled(self, batch: HeadBatch, best_Nk: Tensor, number: int) -> list[HeadInput]:
         """The inputs restricted to this microbatch's sampled vocabulary; candidate heads keep their candidates."""

@@ -45,8 +45,9 @@ class Teacher:
 class LossSettings:
     """``(1 - distill) * CE + distill * temperature**2 * KL(teacher || exit)``, each token times its weight.
 
-    ``renormalise``: the teacher's distribution is taken within the head's ids (sampled vocabulary); otherwise its
-    probabilities are those of the whole vocabulary, so tokens that the candidates don't cover count less."""
+    For a head restricted to ids, KL compares with the teacher's distribution within these ids. ``renormalise`` False
+    (candidates) weights each token with the teacher's probability of all of them, so that tokens which the candidates
+    don't cover count less; True (sampled vocabulary) does not."""
 
     distill: float = 0.0
     temperature: float = 1.0
@@ -197,7 +198,7 @@ class _TeacherChunk:
             self.argmax = self.full.max(-1).indices
 
     def distribution(self, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``(probabilities [n, K], sum of p log p [n])`` at the distillation temperature."""
+        """``(p [n, K], sum of p log(p / mass) [n])`` at the distillation temperature; mass is the sum of p."""
         key = 0 if ids is None else id(ids)
         if key not in self.cache:
             self.cache[key] = self._distribution(ids, key)
@@ -228,7 +229,8 @@ class _TeacherChunk:
             assert self.full is not None
             lse = (self.full / tau).logsumexp(-1)
         torch.sub(scaled, lse[:, None], out=p).exp_()
-        return p, torch.linalg.vecdot(p, scaled) - p.sum(-1) * lse
+        mass = p.sum(-1)
+        return p, torch.linalg.vecdot(p, scaled) - mass * lse - torch.xlogy(mass, mass)
 
 
 def _chunk_loss(

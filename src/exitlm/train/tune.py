@@ -116,7 +116,10 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
         train=replace(config.train, dtype=_name(resolve_dtype(config.train.dtype, place, master))),
     )
     resolved.check()
-    exit_configs(resolved)
+    vocab = opened.model_config.vocab_size
+    for e in exit_configs(resolved):
+        if e.candidates > vocab:
+            raise UserError(f"exit {e.layer}: {e.candidates} candidates, but the vocabulary has {vocab} tokens; use fewer")
     return resolved
 
 
@@ -197,7 +200,6 @@ class _Run:
         candidate_ids = None
         if largest:
             special = sorted({*self.model.config.eos_token_ids, *_special_ids(tokens, self.model.config.vocab_size)})
-            largest = min(largest, self.model.config.vocab_size)
             candidate_ids = candidate_vocabulary(text.train.counts(self.model.config.vocab_size), special, largest)
         self.model.add_exits(configs, seed=config.train.seed, candidate_ids=candidate_ids)
         self.heads = Heads(self.model, getattr(torch, config.train.dtype))

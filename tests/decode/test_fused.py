@@ -1,0 +1,195 @@
+"""The fused decoder against the plain model: the final head and every sort of exit, for all families, in float64."""
+
+import dataclasses
+import itertools
+import random
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from exitlm.decode.fused import FusedHead, FusedModel
+from exitlm.decode.step import Fired, expand_logits
+from exitlm.model import EarlyExitModel, ModelConfig
+from exitlm.model.exits import ExitConfig
+from tests.decode.models import attach, greedy_reference, make_engine, generate, new_state, random_ids, worst
+from tests.model.families import FAMILIES, convert, tiny_hf_model, tiny_model
+from tests.model.test_parity import random_config
+
+TOLERANCE = 1e-12
+OUTPUTS = ("shared", "own", "exits", "low_rank")
+
+
+def passes(model: EarlyExitModel, ids: list[int]) -> list[Tensor]:
+    """Final logits ``[T, V]`` of the fused model: row by row, and in passes of several rows."""
+    fused, found = FusedModel(model, "none"), []
+    for cuts in ([1] * len(ids), [len(ids)], [3, 1, 2, len(ids) - 6]):
+        state, rows, at = new_state(fused, ()), [], 0
+        state.prefill(ids)  # longrope: the rotations of a text of this length
+        state.truncate(0)
+        for size in cuts:
+            hidden = state.advance(ids[at : at + size]).final_RD
+            assert hidden is not None
+            rows.append(fused.final_logits(hidden))
+            at += size
+        found.append(torch.cat(rows))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_final_logits(family: str) -> None:
+    model, ids = tiny_model(family), random_ids(24)
+    for found in passes(model, ids):
+        assert worst(found, model.logits(ids)[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_final_logits_on_random_configurations(family: str, seed: int) -> None:
+    """Grouped heads, windows, partial rotary, scaled RoPE, biases, tied or not, as the parity tests draw them."""
+    rng = random.Random(f"fused {family} {seed}")
+    config = random_config(family, rng, 14)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = convert(tiny_hf_model(family, seed, **config), torch.float64)
+    ids = random_ids(14, seed)
+    for found in passes(model, ids):
+        assert worst(found, model.logits(ids)[0]) <= TOLERANCE, config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_lower_precision_has_its_dtype_everywhere(family: str, dtype: torch.dtype) -> None:
+    """On a CPU the stream is float32 whatever the weights are, biases and all: the result is that of the rounded
+    weights, computed precisely (Gemma's embedding scale is among what is rounded)."""
+    over: dict[str, Any] = {} if family in ("mistral", "qwen2", "phi3") else {"attention_bias": True}
+    model = tiny_model(family, dtype, **over)
+    attach(model, [ExitConfig(layer=1, kind="mlp"), ExitConfig(layer=2, kind="block"), ExitConfig(layer=3, gate=True)])
+    ids = random_ids(12)
+    found = passes(model, ids)
+    scale = float(torch.tensor(model.config.embedding_scale, dtype=dtype))
+    model.double().config = dataclasses.replace(model.config, embedding_scale=scale)
+    for logits in found:
+        assert logits.dtype == torch.float32
+        assert worst(logits.double(), model.logits(ids)[0]) <= 1e-5
+
+
+def longrope(**over: Any) -> EarlyExitModel:
+    """A model whose rotations change when a text passes 12 tokens."""
+    settings = {
+        "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 6, "long_factor": [2.0, 3.0, 3.0, 4.0, 5.0, 6.0],
+        "original_max_position_embeddings": 12, "factor": 4.0,
+    }  # fmt: skip
+    return tiny_model("llama", rope_parameters=settings, **over)
+
+
+@pytest.mark.parametrize("mode", ["full", "threshold", "lossless"])
+@pytest.mark.parametrize("prompt_length", [4, 11, 12, 13])
+def test_longrope_rotates_anew_where_the_text_passes_the_original_length(mode: str, prompt_length: int) -> None:
+    """Token for token what full passes over the whole text give, before and behind the crossing."""
+    model = attach(longrope(), [ExitConfig(layer=2)])
+    prompt, never = random_ids(prompt_length, 3), {"threshold": 1.0 if mode == "threshold" else 0.0}
+    expected = greedy_reference(model, prompt, 14)
+    found = generate(make_engine(model), prompt, mode=mode, max_new_tokens=14, ignore_eos=True, adaptive=False, **never)
+    assert found.token_ids == expected
+    if mode == "lossless":
+        assert found.stats["drafted"] > 3
+
+
+def test_longrope_does_not_depend_on_how_long_the_text_may_become() -> None:
+    model, prompt = longrope(), random_ids(5)
+    short = generate(make_engine(model), prompt, mode="full", max_new_tokens=5, ignore_eos=True)
+    long = generate(make_engine(model), prompt, mode="full", max_new_tokens=40, ignore_eos=True)
+    assert long.token_ids[:5] == short.token_ids
+
+
+def every_head() -> list[list[ExitConfig]]:
+    """All kinds x outputs x candidates x initial values x gate, three to a model. Heads with output "exits" share one
+    matrix, so exits with and without candidates are never in one model."""
+    groups = []
+    for candidates, output in itertools.product((0, 17), OUTPUTS):
+        made: list[dict[str, Any]] = []
+        for kind, init, gate, branch in itertools.product(
+            ("embed", "norm", "mlp", "block", "lens"),
+            ("copy", "random", "identity", "closed_form"),
+            (False, True),
+            (False, True),
+        ):
+            if kind == "lens" or not (branch or init == "closed_form"):
+                made.append(dict(kind=kind, init=init, gate=gate, branch=branch))
+        random.Random(f"{candidates} {output}").shuffle(made)
+        for at in range(0, len(made), 3):
+            groups.append(
+                [
+                    ExitConfig(layer=layer, output=output, candidates=candidates, rank=5, **values)  # type: ignore[arg-type]
+                    for layer, values in enumerate(made[at : at + 3], 1)
+                ]
+            )
+    return groups
+
+
+def compare_heads(model: EarlyExitModel, ids: list[int]) -> None:
+    """At every exit, reached in passes of one and of several rows, after a prefill."""
+    heads = model.exit_heads()
+    expected, taps = model.exit_logits(ids), model.taps(torch.tensor([ids]), heads)
+    fused = FusedModel(model, "none")
+    state = new_state(fused, list(heads))
+    state.prefill(ids[:3])
+    seen = []
+
+    def look(head: FusedHead, hidden: Tensor, residual: Tensor, block: Tensor | None) -> Fired | None:
+        at = state.length - 1
+        logits = expand_logits(head, head.logits(hidden, residual, block)[0], model.config.vocab_size)
+        assert worst(logits, expected[head.layer][0, at]) <= TOLERANCE, heads[head.layer].config
+        best = head.token(int(head.logits(hidden, residual, block)[0].argmax()))
+        assert best == int(expected[head.layer][0, at].argmax())
+        if head.has_gate:
+            gate = torch.sigmoid(heads[head.layer].gate_logit(taps[head.layer].hidden[0, at]))
+            assert abs(head.gate(hidden[0]) - float(gate)) <= TOLERANCE
+        seen.append(head.layer)
+        return None
+
+    for size in (1, 1, 4, 1):
+        state.advance(ids[state.length : state.length + size], look)
+    assert seen == list(heads) * 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_head(family: str) -> None:
+    model, ids = tiny_model(family), random_ids(10)
+    for number, configs in enumerate(every_head()):
+        compare_heads(attach(model, configs, seed=number), ids)
+
+
+@torch.no_grad()
+def test_heads_that_share_a_matrix_are_packed_once() -> None:
+    model = attach(tiny_model("llama"), [ExitConfig(layer=layer, output="exits") for layer in (1, 2)])
+    model.add_exits([ExitConfig(layer=3, output="own")])
+    heads = FusedModel(model, "none").heads
+    assert heads[1].projections[0] is heads[2].projections[0]
+    assert heads[3].projections[0] is not heads[1].projections[0]
+
+
+@torch.no_grad()
+def test_an_exit_at_the_last_layer_is_no_exit_while_decoding() -> None:
+    model = attach(tiny_model("llama"), [ExitConfig(layer=2), ExitConfig(layer=4, kind="block")])
+    engine = make_engine(model)
+    assert engine.early == [2]
+    found = generate(engine, [5, 6, 7], mode="threshold", threshold=0.0, max_new_tokens=6, ignore_eos=True)
+    assert found.exit_layers == [4, 2, 2, 2, 2, 2]
+    assert set(found.trace[1].confidence) == {2}
+
+
+def test_the_families_cover_what_the_fused_layers_branch_on() -> None:
+    configs = [ModelConfig.from_hf(tiny_hf_model(family).config.to_dict()) for family in FAMILIES]
+    assert {config.norm_placement for config in configs} == {"pre", "post", "sandwich"}
+    assert {config.qk_norm for config in configs} == {None, "head", "full"}
+    assert {config.fused_projections for config in configs} == {True, False}
+    assert any(not all(config.use_rope) for config in configs)
+    assert any(config.rope_local for config in configs)

@@ -1,0 +1,133 @@
+"""The run's directory: the lock, the settings, checkpoints that are whole or skipped."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exitlm.errors import UserError
+from exitlm.train import checkpoint
+from exitlm.train.run import RunConfig
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"exits.1.lens.weight": torch.full((3, 3), value), "optimizer.step.exits.1.lens.weight": torch.tensor(value)}
+
+
+def save(out: Path, step: int, keep: int = 3) -> Path:
+    return checkpoint.save(out, tensors(step), {"step": step, "seconds": 1.0}, keep)
+
+
+def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    for step in (0, 5, 10):
+        save(tmp_path, step, keep=2)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 10
+    assert torch.equal(found.tensors["exits.1.lens.weight"], torch.full((3, 3), 10.0))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no meta", "no tensors", "format"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 1)
+    place = save(tmp_path, 2)
+    data, meta = place / "state.safetensors", place / "state.json"
+    if damage == "flip":
+        raw = bytearray(data.read_bytes())
+        raw[-1] ^= 1
+        data.write_bytes(raw)
+    elif damage == "cut":
+        data.write_bytes(data.read_bytes()[:-5])
+    elif damage == "no meta":
+        meta.unlink()
+    elif damage == "no tensors":
+        data.unlink()
+    else:
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 99}))
+    with pytest.warns(UserWarning, match="step-00000002 is damaged"):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    save(tmp_path, 2)
+    again = checkpoint.newest(tmp_path)
+    assert again is not None
+    assert again.step == 2
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(tmp_path, 2)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    home = tmp_path / "checkpoints"
+    for name in (".step-00000002.99-ab.tmp", ".old-step-00000000-7"):
+        (home / name).mkdir()
+    (tmp_path / ".metrics.jsonl.9-ab.tmp").write_text("x")
+    checkpoint.clean(tmp_path)
+    assert [p.name for p in home.iterdir()] == ["step-00000001"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_two_processes_cannot_own_one_directory(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def hold() -> None:
+        with checkpoint.exclusive(tmp_path / "run"):
+            theirs.send(1)
+            theirs.recv()
+
+    child = context.Process(target=hold)
+    child.start()
+    assert ours.recv() == 1
+    with pytest.raises(UserError, match="another run is writing"), checkpoint.exclusive(tmp_path / "run"):
+        pass
+    assert child.pid is not None
+    os.kill(child.pid, 9)
+    child.join()
+    with checkpoint.exclusive(tmp_path / "run"):
+        pass
+
+
+def test_settings_of_a_run_are_kept_and_compared(tmp_path: Path) -> None:
+    config = RunConfig().with_overrides(["train.lr=0.5"])
+    checkpoint.claim(tmp_path, config)
+    checkpoint.claim(tmp_path, config.with_overrides(["checkpoint.keep=9"]))
+    with pytest.raises(UserError, match=r"train.lr: 0.5 -> 0.25"):
+        checkpoint.claim(tmp_path, config.with_overrides(["train.lr=0.25"]))
+
+
+def test_an_adapter_that_no_run_made_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "exits.json").write_text("{}")
+    with pytest.raises(UserError, match="holds an exit adapter already"):
+        checkpoint.claim(tmp_path, RunConfig())
+
+
+def test_other_data_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoint.check_same(tmp_path, {"data_digest": "a"}, {"data_digest": "a"})
+    with pytest.raises(UserError, match="the data digest changed"):
+        checkpoint.check_same(tmp_path, {"data_digest": "a"}, {"data_digest": "b"})
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"), checkpoint.exclusive(tmp_path / "file"):
+        pass

@@ -1,0 +1,154 @@
+"""Text that the model writes: equal to plain decoding, the same after any kill, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exitlm.errors import UserError
+from exitlm.train.selftext import (
+    Answer,
+    Writing,
+    answer_steps,
+    as_blocks,
+    draw,
+    fitting,
+    read_prompts,
+    write_answers,
+)
+from tests.model.families import tiny_model
+
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14], [15, 16, 17, 18, 19]]
+
+
+def writing(**over: Any) -> Writing:
+    values: dict[str, Any] = dict(
+        base="b", prompts="p", seq_len=24, temperature=0.9, batch=3, seed=0, dtype="float64", stop_ids=(2, 3)
+    )
+    return Writing(**{**values, **over})
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_greedy_answers_are_those_of_one_prompt_at_a_time(family: str) -> None:
+    model = tiny_model(family)
+    settings = writing(temperature=0.0, stop_ids=(2, 3, 40, 41, 42, 43, 44, 45, 46))
+    answers: list[list[int]] = [[] for _ in PROMPTS]
+    for step in answer_steps(model, PROMPTS, settings, torch.Generator()):
+        for row, token in step:
+            answers[row].append(token)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = list(prompt)
+        while len(ids) < settings.seq_len + 1 and (len(ids) == len(prompt) or ids[-1] not in settings.stop_ids):
+            ids.append(int(model.logits(ids)[0, -1].argmax()))
+        assert answer == ids[len(prompt) :]
+    assert len({len(a) for a in answers}) > 1
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0], dtype=torch.float64)
+    drawn = draw(logits.expand(20_000, 4), 0.7, torch.Generator().manual_seed(0))
+    found = torch.bincount(drawn, minlength=4) / 20_000
+    expected = (logits / 0.7).softmax(-1)
+    assert (found - expected).abs().max() < 4 * (0.25 / 20_000) ** 0.5
+    assert torch.equal(draw(logits[None], 0.0, torch.Generator()), torch.tensor([2]))
+
+
+def collect(model: Any, cache: Path, tokens: int | None = 100, stopped: Any = lambda: False, **over: Any) -> list[Answer]:
+    return list(
+        write_answers(lambda: model, PROMPTS, writing(**over), tokens=tokens, cache=cache, stopped=stopped)
+    )
+
+
+def test_answers_are_kept_extended_and_the_same(model: Any, cache: Path, tmp_path: Path) -> None:
+    first = collect(model, cache, 60)
+    assert collect(None, cache, 60) == first
+    longer = collect(model, cache, 150)
+    assert longer[: len(first)] == first
+    assert len(longer) > len(first)
+    assert collect(model, tmp_path, 150) == longer
+    assert sum(len(a.ids) - a.start for a in longer) >= 150
+    assert collect(model, cache, 60, seed=1) != first
+    assert all(a.ids[: a.start] in PROMPTS for a in longer)
+
+
+def test_each_prompt_once(model: Any, cache: Path) -> None:
+    answers = collect(model, cache, None, temperature=0.0)
+    assert [a.ids[: a.start] for a in answers] == PROMPTS
+
+
+@pytest.mark.parametrize("damage", ["torn", "garbage", "skipped"])
+def test_what_a_kill_left_is_cut_off_and_written_again(model: Any, cache: Path, damage: str) -> None:
+    whole = collect(model, cache, 150)
+    path = next((cache / "self").glob("*/answers.jsonl"))
+    before = path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    assert len(lines) > 2
+    tail = {"torn": lines[1][:-9], "garbage": b"\0\0\0\n", "skipped": lines[2]}[damage]
+    path.write_bytes(lines[0] + tail)
+    assert collect(model, cache, 150) == whole
+    assert path.read_bytes() == before
+
+
+def test_stopping_keeps_what_was_written(model: Any, cache: Path) -> None:
+    calls = iter(range(1000))
+    part = collect(model, cache, 150, stopped=lambda: next(calls) > 30)
+    whole = collect(model, cache, 150)
+    assert 0 < len(part) < len(whole)
+    assert whole[: len(part)] == part
+
+
+def test_only_answers_count_in_the_loss() -> None:
+    blocks = as_blocks([Answer([1, 2, 3, 4, 5], 3), Answer([6, 7], 1)])
+    assert len(blocks) == 2
+    assert blocks.targets(0) == 2
+    assert blocks[0][0].first == 2
+    assert blocks.counts(10).nonzero().flatten().tolist() == [4, 5, 7]
+
+
+def test_packaged_prompts_are_varied_and_disjoint() -> None:
+    train, held = read_prompts("", 40)
+    assert len(set(train)) == len(train) >= 300
+    assert len(set(held)) == len(held) == 40
+    assert not set(train) & set(held)
+    assert any("\n" in p for p in train)
+
+
+def test_given_prompts(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(20)) + "\nprompt 3\n")
+    train, held = read_prompts(str(tmp_path / "p.txt"), 3)
+    assert len(held) == 3
+    assert sorted(train + held) == sorted(f"prompt {i}" for i in range(20))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"a\n{i}"}) + "\n" for i in range(3)))
+    train, held = read_prompts(str(tmp_path / "p.jsonl"), 3)
+    assert (len(train), len(held)) == (2, 1)
+    assert "a\n0" in train + held
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("one.txt", b"just one\n", "at least 2"),
+        ("bad.jsonl", b"{}\n{}\n", '"prompt"'),
+        ("worse.jsonl", b"{\n", "not a JSON object"),
+        ("latin.txt", b"\xe9\n", "not UTF-8"),
+    ],
+)
+def test_bad_prompts_are_refused(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_prompts(str(tmp_path / name), 3)
+
+
+def test_missing_and_long_prompts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(str(tmp_path / "absent.txt"), 3)
+    assert fitting([[1] * 5, [1] * 100], 40) == [[1] * 5]
+    with pytest.raises(UserError, match=r"raise data\.seq_len"):
+        fitting([[1] * 100], 40)
