@@ -146,19 +146,19 @@ def with_timing_exits(llm: exitlm.LLM, candidates: int) -> list[int]:
     return layers
 
 
-def forced(llm: exitlm.LLM, rounds: int, count: int, candidates: int) -> dict[str, Any]:
+def forced(llm: exitlm.LLM, rounds: int, count: int, candidates: int, compile: str = "auto") -> dict[str, Any]:
     """Speed-up of forced random exits over full against the bound from measured pass times."""
     layers, rows = with_timing_exits(llm, candidates), []
-    engine = Engine(llm.model)
+    engine = Engine(llm.model, compile=compile)
     fused, L = engine.fused, llm.num_layers
-    costs = measure(fused)
+    costs, cache = measure(fused), fused.new_cache()
     for share in (0.25, 0.5, 0.75):
         numbers = random.Random(0)
         pattern = [numbers.choice(layers) if numbers.random() < share else L for _ in range(count)]
 
         @torch.inference_mode()
         def run(wanted: list[int]) -> float:
-            state = SequenceState(fused, layers if min(wanted) < L else (), fused.new_cache(), 128 + count)
+            state = SequenceState(fused, layers if min(wanted) < L else (), cache, 128 + count)
             state.prefill(list(range(100, 228)))
 
             def decode() -> None:
@@ -200,18 +200,20 @@ def forced(llm: exitlm.LLM, rounds: int, count: int, candidates: int) -> dict[st
     return {"layers": layers, "candidates": candidates, "format": engine.quant, "rows": rows}
 
 
-def test_cost(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
+def cost_of_tests(llm: exitlm.LLM, rounds: int, count: int, candidates: int, compile: str = "auto") -> dict[str, Any]:
     """Time of three tests that never fire, as a share of a token, by rule and head."""
     rows = []
-    for rule, candidates in (("gate", 4096), ("probability", 4096), ("probability", 0)):
-        layers = with_timing_exits(llm, candidates)
-        engine = Engine(llm.model)
-        fused = engine.fused
+    for rule, rows_of_head in (("gate", candidates), ("probability", candidates), ("probability", 0)):
+        layers = with_timing_exits(llm, rows_of_head)
+        engine = Engine(llm.model, compile=compile)
+        fused, cache = engine.fused, engine.fused.new_cache()
         never = ExitRule(name=rule, thresholds=dict.fromkeys(layers, 0.9999999))
 
         @torch.inference_mode()
-        def run(tested: bool, fused: Any = fused, layers: list[int] = layers, never: ExitRule = never) -> float:
-            state = SequenceState(fused, layers if tested else (), fused.new_cache(), 128 + count)
+        def run(
+            tested: bool, fused: Any = fused, cache: Any = cache, layers: Any = layers, never: Any = never
+        ) -> float:
+            state = SequenceState(fused, layers if tested else (), cache, 128 + count)
             state.prefill(list(range(100, 228)))
 
             def decode() -> None:
@@ -224,7 +226,7 @@ def test_cost(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
 
         found = interleave({"plain": lambda: run(False), "tested": lambda: run(True)}, rounds)
         extra = spread([(t / p - 1) / len(layers) * 100 for t, p in zip(found["tested"], found["plain"], strict=True)])
-        rows.append({"rule": rule, "candidates": candidates or "all", "one test, % of a token": extra})
+        rows.append({"rule": rule, "candidates": rows_of_head or "all", "one test, % of a token": extra})
     print(table(rows))
     return {"format": engine.quant, "rows": rows}
 
@@ -285,7 +287,7 @@ def main() -> None:
         "full": lambda llm: full_speed(llm, given.rounds, given.tokens, given.llama_python),
         "rows": lambda llm: row_costs(llm, given.rounds),
         "forced": lambda llm: forced(llm, given.rounds, given.tokens, given.candidates),
-        "test": lambda llm: test_cost(llm, given.rounds, given.tokens),
+        "test": lambda llm: cost_of_tests(llm, given.rounds, given.tokens, 4096),
         "modes": lambda llm: modes(llm, given.rounds, given.tokens),
     }
     for section in given.section:

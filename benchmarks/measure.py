@@ -66,9 +66,11 @@ def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         name = next((x.split(":", 1)[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x), name)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+    describe, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True, cwd=here).stdout.strip()
+    except OSError:
+        commit = ""
     return {
         "processor": name,
         "instructions": torch.backends.cpu.get_cpu_capability(),

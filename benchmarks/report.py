@@ -35,7 +35,9 @@ def section(path: Path) -> str:
     where = machine["gpu"] or f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"
     lines[-1] += f"; {where}; Python {machine['python']}, torch {machine['torch']}."
     details = [
-        f"{name.replace('_', ' ')}: {cell(value)}" for name, value in figures.items() if value not in (None, [], {})
+        f"{name.replace('_', ' ')}: {cell(value)}"
+        for name, value in figures.items()
+        if value not in (None, [], {}) and not isinstance(cell(value), dict)
     ]
     if details:
         lines += ["", "; ".join(details) + "."]

@@ -1,11 +1,12 @@
 """The demo: its pictures and figures from plain data; the slow set runs it on the real model, twice."""
 
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from exitlm import cli, show
+from exitlm import cli, demo, show
 from exitlm.evaluate.plots import Point, depth_picture, speed_quality_picture
 
 TOKENS = [("The", 8), (" sky", 30), (" is\n", 15), (" blue", 22), ("\u0000", 30)]
@@ -28,7 +29,7 @@ def test_depth_text_keeps_the_text() -> None:
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_pictures_are_written(tmp_path: Path, suffix: str) -> None:
     colours = show.palette([8, 15, 22], 30)
-    depth = depth_picture(tmp_path / "new" / f"depth.{suffix}", TOKENS * 20, colours, title="depth")
+    depth = depth_picture(tmp_path / "new" / f"depth.{suffix}", TOKENS * 20, colours, title="depth", note="tiny")
     points = [
         Point(label="full", agreement=1.0, speed=1.0, mode="full"),
         Point(label="0.9", agreement=0.9, speed=1.2, mode="threshold"),
@@ -36,6 +37,12 @@ def test_pictures_are_written(tmp_path: Path, suffix: str) -> None:
     layers = {"threshold": [layer for _, layer in TOKENS], "lossless": []}
     curve = speed_quality_picture(tmp_path / f"curve.{suffix}", points, layers, colours, title="curve")
     assert all(path.stat().st_size > 1000 for path in (depth, curve))
+
+
+def test_the_demo_asks_what_was_not_tuned_on() -> None:
+    tuned_on = files("exitlm.train").joinpath("prompts/train.txt").read_text(encoding="utf-8").lower()
+    assert not [prompt for prompt in demo.PROMPTS if prompt.lower() in tuned_on]
+    assert not [topic for topic in ("purr", "suitcase", "lighthouse", "fibonacci") if topic in tuned_on]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ from tests.checkpoints import VOCAB, write_checkpoint
 from tests.model.families import tiny_hf_model
 
 IDS = [5, 9, 77, 200, 31]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What exitlm keeps between runs stays out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXITLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class Setting:
     @property
     def mean_layers(self) -> float:
         """The mean exit layer."""
-        return sum(self.exit_layers) / len(self.exit_layers)
+        return mean(self.exit_layers)
 
     @property
     def agreement(self) -> float:
@@ -115,7 +115,7 @@ def measure(llm: LLM, prompts: Sequence[str], tokens: int, console: Console) -> 
     settings = [
         Setting(label="full", mode="full"),
         Setting(label="lossless", mode="lossless"),
-        Setting(label="threshold, as tuned", mode="threshold"),
+        Setting(label="threshold", mode="threshold"),
         *(Setting(label=f"threshold {value}", mode="threshold", threshold=value) for value in THRESHOLDS),
     ]
     for setting in settings:
@@ -123,27 +123,27 @@ def measure(llm: LLM, prompts: Sequence[str], tokens: int, console: Console) -> 
     with console.status("") as status:
         for number, prompt in enumerate(prompts, 1):
             ids = llm.encode(prompt, chat=True)
-            choices: dict[tuple[int, ...], int] = {}
             for setting in settings:
                 status.update(f"prompt {number} of {len(prompts)}: {setting.label}")
                 answer = llm.generate(ids, max_new_tokens=tokens, **setting.options())
                 setting.answers.append(answer)
-                text = tuple(answer.token_ids)
-                if text not in choices:
-                    choices[text] = agreeing(llm.engine, ids, answer.token_ids)
-                setting.agreeing += choices[text]
+                full = settings[0].answers[-1].token_ids
+                setting.agreeing += agreeing(llm.engine, ids, answer.token_ids, full)
     return settings
 
 
 @torch.inference_mode()
-def agreeing(engine: Engine, prompt: list[int], answer: list[int]) -> int:
-    """How many tokens of ``answer`` are the full model's most likely ones, given the same text before them."""
+def agreeing(engine: Engine, prompt: list[int], answer: list[int], full: list[int]) -> int:
+    """How many tokens of ``answer`` are what ``full`` writes after the same text; ``full`` is its own answer."""
+    same = next((i for i, (mine, its) in enumerate(zip(answer, full, strict=False)) if mine != its), len(answer))
+    if same == len(answer):
+        return same
     fused = engine.fused
     state = SequenceState(fused, [], fused.new_cache(), len(prompt) + len(answer))
     hidden_TD = state.advance([*prompt, *answer]).final_RD
     assert hidden_TD is not None
-    best = fused.final_logits(hidden_TD[len(prompt) - 1 : -1]).argmax(-1)
-    return int((best == torch.tensor(answer, device=best.device)).sum())
+    best = fused.final_logits(hidden_TD[len(prompt) + same - 1 : -1]).argmax(-1).tolist()
+    return same + sum(int(its == mine) for its, mine in zip(best, answer[same:], strict=True))
 
 
 def _report(llm: LLM, settings: list[Setting], out: Path, console: Console) -> None:
@@ -154,18 +154,18 @@ def _report(llm: LLM, settings: list[Setting], out: Path, console: Console) -> N
     chosen = next((s for s in by_depth if s.agreement >= WANTED_AGREEMENT), by_depth[-1])
 
     console.rule(f"[bold]3. where tokens left ({chosen.label})", align="left")
-    texts = [[(token.text, token.exit_layer) for token in answer.trace] for answer in chosen.answers]
-    for prompt, tokens in zip(PROMPTS, texts, strict=False):
-        console.print(show.answer(prompt, tokens, colours))
+    answered = list(zip(PROMPTS, chosen.answers, strict=False))
+    for prompt, answer in answered:
+        console.print(show.answer(prompt, _depths(answer), colours))
     console.print(show.legend(colours))
 
     console.rule("[bold]4. speed and quality", align="left")
     rows = [_row(setting, full, llm.num_layers) for setting in settings]
     console.print(show.table(rows))
     console.print(
-        "speed: against full; layers: mean of the layers at which tokens left; agreement: tokens that full would have\n"
-        "written at the same place; acceptance: drafts that the full model accepted. One run, "
-        f"{len(full.exit_layers)} tokens each.",
+        "threshold without a number is as tuned; speed is against full; layers, the mean of those that tokens left at; "
+        "agreement, the tokens that full would have written after the same text; acceptance, the drafts that the full "
+        f"model accepted. One run, {len(full.exit_layers)} tokens each.",
         style="dim",
     )
     for note in llm.engine.notes:
@@ -182,12 +182,17 @@ def _report(llm: LLM, settings: list[Setting], out: Path, console: Console) -> N
         if s.mode != "threshold" or s.mean_layers < llm.num_layers  # where nothing fired, it is full
     ]
     depths = {setting.label: setting.exit_layers for setting in (chosen, settings[1])}
+    prompt, answer = min(answered, key=lambda pair: mean(pair[1].exit_layers))
     layers = f"exits at {', '.join(map(str, llm.exit_layers))} of {llm.num_layers} layers"
     for path in (
         speed_quality_picture(out / "speed-quality.png", points, depths, colours, title=f"SmolLM2-135M, {layers}"),
-        depth_picture(out / "depth.png", texts[0], colours, title=f"“{PROMPTS[0]}” SmolLM2-135M, {layers}"),
+        depth_picture(out / "depth.png", _depths(answer), colours, title=prompt, note=f"SmolLM2-135M, {chosen.label}"),
     ):
         console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _depths(answer: Generation) -> list[tuple[str, int]]:
+    return [(token.text, token.exit_layer) for token in answer.trace]
 
 
 def _row(setting: Setting, full: Setting, layers: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ from exitlm.decode.fused import FusedHead, FusedModel
 from exitlm.decode.step import Fired, expand_logits
 from exitlm.model import EarlyExitModel, ModelConfig
 from exitlm.model.exits import ExitConfig
-from tests.decode.models import attach, greedy_reference, make_engine, generate, new_state, random_ids, worst
+from tests.decode.models import attach, generate, greedy_reference, make_engine, new_state, random_ids, worst
 from tests.model.families import FAMILIES, convert, tiny_hf_model, tiny_model
 from tests.model.test_parity import random_config
 
@@ -82,8 +82,8 @@ def test_lower_precision_has_its_dtype_everywhere(family: str, dtype: torch.dtyp
 def longrope(**over: Any) -> EarlyExitModel:
     """A model whose rotations change when a text passes 12 tokens."""
     settings = {
-        "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 6, "long_factor": [2.0, 3.0, 3.0, 4.0, 5.0, 6.0],
-        "original_max_position_embeddings": 12, "factor": 4.0,
+        "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 6,
+        "long_factor": [2.0, 3.0, 3.0, 4.0, 5.0, 6.0],        "original_max_position_embeddings": 12, "factor": 4.0,
     }  # fmt: skip
     return tiny_model("llama", rope_parameters=settings, **over)
 

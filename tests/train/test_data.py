@@ -1,5 +1,6 @@
 """Files to blocks: every token predicted once, the cache, the order, and what is refused."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ BYTES = ByteTokenizer()
 
 
 def blocks_of(files: list[str], cache: Path, seq_len: int = 16, **over: Any) -> Any:
-    return load_blocks(files, over.pop("tokens", BYTES), vocab_size=over.pop("vocab_size", 257), seq_len=seq_len, cache=cache)
+    return load_blocks(
+        files, over.pop("tokens", BYTES), vocab_size=over.pop("vocab_size", 257), seq_len=seq_len, cache=cache
+    )
 
 
 @given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=30), seq_len=st.integers(2, 40))
@@ -35,10 +38,10 @@ def test_packing_predicts_every_token_but_the_first_of_a_document_once(lengths: 
     offsets = np.cumsum([0, *lengths])
     segments, bounds = pack(offsets, seq_len)
     predicted = [t for start, stop, _ in segments.tolist() for t in range(start + 1, stop)]
-    wanted = [t for a, b in zip(offsets[:-1], offsets[1:], strict=True) for t in range(a + 1, b)]
+    wanted = [t for a, b in itertools.pairwise(offsets) for t in range(a + 1, b)]
     assert predicted == wanted
     starts = set(offsets.tolist())
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+    for a, b in itertools.pairwise(bounds):
         sizes = [stop - start - 1 for start, stop, _ in segments[a:b].tolist()]
         assert 0 < sum(sizes) <= seq_len
     assert all(not starts & set(range(start + 1, stop)) for start, stop, _ in segments.tolist())
@@ -80,7 +83,9 @@ def test_all_formats_give_the_same_documents(tmp_path: Path, cache: Path) -> Non
 def test_messages_become_a_chat(tmp_path: Path, base: Path) -> None:
     tokens = TextTokenizer(open_checkpoint(base).tokenizer())
     path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}))
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]})
+    )
     assert list(documents(path, tokens)) == [("<s>hi\n<s>yo\n", True)]
     assert tokens.encode_batch(["<s>hi"]) == [[1, *tokens.encode_batch(["hi"])[0]]]
     assert tokens.prompt("hi") == tokens.encode_batch(["<s>hi\n"])[0]

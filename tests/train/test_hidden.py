@@ -21,7 +21,9 @@ def blocks() -> Blocks:
     return Blocks([ids], segments, np.array([0, 2, 3], dtype=np.int64), "d")
 
 
-def states(model: Any, blocks: Blocks, tmp_path: Path, keep: str = "memory", limit: float = 1e9, **over: Any) -> HiddenStates:
+def states(
+    model: Any, blocks: Blocks, tmp_path: Path, keep: str = "memory", limit: float = 1e9, **over: Any
+) -> HiddenStates:
     wanted = Wanted(**{"exits": (1, 2), **over})
     return HiddenStates(model, blocks, wanted, keep=keep, limit=limit, home=tmp_path / "hidden")
 

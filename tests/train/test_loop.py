@@ -43,7 +43,12 @@ def blocks() -> Blocks:
 
 
 def trainer(
-    blocks: Blocks, tmp_path: Path, *overrides: str, exits: list[ExitConfig] = EXITS, keep: str = "memory", family: str = "llama"
+    blocks: Blocks,
+    tmp_path: Path,
+    *overrides: str,
+    exits: list[ExitConfig] = EXITS,
+    keep: str = "memory",
+    family: str = "llama",
 ) -> Trainer:
     layers = ",".join(str(e.layer) for e in exits)
     config = RunConfig().with_overrides([f"exits.layers=[{layers}]", *FAST, *overrides])
@@ -74,8 +79,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_a_step_is_the_plain_one(blocks: Blocks, tmp_path: Path) -> None:
     """Losses and gradients of one global batch against full logits of the model, all kinds of heads at once."""
     t = trainer(
-        blocks, tmp_path, "objective.distill=0.3", "objective.weight=[1, 0.5, 0.25, 2]", "objective.weight_init=[1, 0.5, 0.25, 2]",
-        "train.clip=0", "objective.gate=0.7", "objective.distill_temperature=1.5",
+        blocks, tmp_path, "objective.distill=0.3", "objective.weight=[1, 0.5, 0.25, 2]", "train.clip=0",
+        "objective.weight_init=[1, 0.5, 0.25, 2]", "objective.gate=0.7", "objective.distill_temperature=1.5",
     )  # fmt: skip
     t.optimizer.step = lambda *_: None  # type: ignore[assignment,method-assign]
     result = t.step()
@@ -106,7 +111,10 @@ def test_a_step_is_the_plain_one(blocks: Blocks, tmp_path: Path) -> None:
             if head.config.gate:
                 right = (log_q.argmax(-1) == teacher.argmax(-1)).double()
                 gate = head.gate_logit(taps[layer].hidden)[0, segment.first :]
-                total = total + 0.7 * torch.nn.functional.binary_cross_entropy_with_logits(gate, right, reduction="sum") / valid
+                total = (
+                    total
+                    + 0.7 * torch.nn.functional.binary_cross_entropy_with_logits(gate, right, reduction="sum") / valid
+                )
     grads = torch.autograd.grad(total, list(t.parameters.values()))
     for (name, mine), grad in zip(found.items(), grads, strict=True):
         assert mine is not None
@@ -119,7 +127,9 @@ def test_microbatches_do_not_change_the_result(blocks: Blocks, tmp_path: Path) -
         torch.testing.assert_close(one[name], four[name], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("overrides", [[], ["objective.candidate_loss=true", "objective.candidate_tokens=20"], ["train.dtype=bfloat16"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["objective.candidate_loss=true", "objective.candidate_tokens=20"], ["train.dtype=bfloat16"]]
+)
 def test_the_cache_changes_no_bit(blocks: Blocks, tmp_path: Path, overrides: list[str]) -> None:
     states = [run(trainer(blocks, tmp_path, *overrides, keep=keep), 6) for keep in ("memory", "disk", "none")]
     assert same(states[0], states[1])
@@ -169,7 +179,9 @@ def test_backbone_stays_and_the_loss_falls(blocks: Blocks, tmp_path: Path) -> No
 def test_low_precision_keeps_wide_parameters(blocks: Blocks, tmp_path: Path, dtype: str) -> None:
     t = trainer(blocks, tmp_path, f"train.dtype={dtype}")
     result = t.step()
-    assert all(p.dtype == torch.float64 and p.grad is not None and p.grad.dtype == torch.float64 for p in t.parameters.values())
+    assert all(
+        p.dtype == torch.float64 and p.grad is not None and p.grad.dtype == torch.float64 for p in t.parameters.values()
+    )
     assert all(math.isfinite(x) for x in result.values().values())
 
 
@@ -227,5 +239,7 @@ def test_signals_become_a_flag_and_handlers_return() -> None:
 
 def test_step_values_are_flat_numbers(blocks: Blocks, tmp_path: Path) -> None:
     values: dict[str, Any] = trainer(blocks, tmp_path).step().values()
-    assert {"lr", "tokens", "loss/1", "agreement/4", "confidence/2", "weight/3", "gate_loss/1", "grad_norm/4"} <= set(values)
+    assert {"lr", "tokens", "loss/1", "agreement/4", "confidence/2", "weight/3", "gate_loss/1", "grad_norm/4"} <= set(
+        values
+    )
     assert all(isinstance(value, int | float) for value in values.values())

@@ -25,7 +25,13 @@ N, D, V = 23, 7, 31
 
 
 def reference(
-    features: Tensor, weight: Tensor, ids: Tensor | None, token_weight: Tensor, labels: Tensor, final: Tensor, s: LossSettings
+    features: Tensor,
+    weight: Tensor,
+    ids: Tensor | None,
+    token_weight: Tensor,
+    labels: Tensor,
+    final: Tensor,
+    s: LossSettings,
 ) -> Tensor:
     """The definition, on full logits: ``final`` are the teacher's."""
     logits = features @ weight.T
@@ -139,7 +145,9 @@ def test_no_tensor_of_tokens_by_vocabulary(dtype: torch.dtype, own: bool) -> Non
     tokens, vocab, width, chunk = 96, 500, 4, 8
     weight = torch.randn(vocab, width, dtype=dtype, requires_grad=own)
     features = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
-    teacher = Teacher(features_ND=torch.randn(tokens, width, dtype=dtype), weight_VD=torch.randn(vocab, width, dtype=dtype))
+    teacher = Teacher(
+        features_ND=torch.randn(tokens, width, dtype=dtype), weight_VD=torch.randn(vocab, width, dtype=dtype)
+    )
     with Largest() as seen:
         result = linear_losses(
             [HeadInput(features_ND=features, weight_KD=weight)] * 2,
@@ -162,9 +170,7 @@ def test_bfloat16_is_close_to_float32() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         head = HeadInput(features_ND=x.to(dtype), weight_KD=w.to(dtype))
         teacher = Teacher(features_ND=tx.to(dtype), weight_VD=w.to(dtype))
-        result = linear_losses(
-            [head], torch.full((64,), 1 / 64), teacher=teacher, settings=LossSettings(distill=1.0)
-        )
+        result = linear_losses([head], torch.full((64,), 1 / 64), teacher=teacher, settings=LossSettings(distill=1.0))
         losses.append(float(result.loss_E))
         assert result.loss_E.dtype == torch.float32
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
@@ -207,7 +213,7 @@ def test_candidates_are_special_then_frequent_then_low_ids() -> None:
 
 
 def test_gradients_of_pure_distillation_do_not_depend_on_the_path() -> None:
-    """The fast path (distill 1, temperature 1) against the general one, by way of a negligible share of cross-entropy."""
+    """The fast path (distill 1, temperature 1) against the general one with a negligible share of cross-entropy."""
     g = torch.Generator().manual_seed(3)
     x = torch.randn(N, D, generator=g, dtype=torch.float64).requires_grad_()
     w, tx = torch.randn(V, D, generator=g, dtype=torch.float64), torch.randn(N, D, generator=g, dtype=torch.float64)

@@ -132,7 +132,7 @@ def test_refuses_values_that_cannot_work(override: str, word: str) -> None:
 
 def test_values_per_exit_must_fit_the_exits() -> None:
     config = RunConfig().with_overrides(["exits.layers=1,2,3", "exits.kind=norm,lens"])
-    with pytest.raises(UserError, match="exits.kind has 2 values for 3 exits"):
+    with pytest.raises(UserError, match=r"exits\.kind has 2 values for 3 exits"):
         config.check()
 
 
@@ -141,5 +141,3 @@ def test_differences_ignore_what_changes_no_result() -> None:
     free = ["checkpoint.every=7", "logging.tensorboard=true", "train.hidden_cache=disk", "checkpoint.dir=elsewhere"]
     assert differences(config, config.with_overrides(free)) == []
     assert differences(config, config.with_overrides(["train.lr=0.5"])) == ["train.lr: 0.001 -> 0.5"]
-
-

@@ -60,10 +60,10 @@ def test_draws_follow_the_distribution() -> None:
     assert torch.equal(draw(logits[None], 0.0, torch.Generator()), torch.tensor([2]))
 
 
-def collect(model: Any, cache: Path, tokens: int | None = 100, stopped: Any = lambda: False, **over: Any) -> list[Answer]:
-    return list(
-        write_answers(lambda: model, PROMPTS, writing(**over), tokens=tokens, cache=cache, stopped=stopped)
-    )
+def collect(
+    model: Any, cache: Path, tokens: int | None = 100, stopped: Any = lambda: False, **over: Any
+) -> list[Answer]:
+    return list(write_answers(lambda: model, PROMPTS, writing(**over), tokens=tokens, cache=cache, stopped=stopped))
 
 
 def test_answers_are_kept_extended_and_the_same(model: Any, cache: Path, tmp_path: Path) -> None:

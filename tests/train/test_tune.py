@@ -72,7 +72,9 @@ def test_a_run_makes_an_adapter(base: Path, text: Path, tmp_path: Path, capsys: 
     ]  # fmt: skip
 
 
-def test_the_backbone_is_bit_identical_before_and_after(base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backbone_is_bit_identical_before_and_after(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded: list[Any] = []
 
     def load(*args: Any, **options: Any) -> Any:
@@ -146,7 +148,10 @@ def test_sigterm_saves_and_the_same_call_goes_on_bit_identically(
     assert "going on from step 3 of 8" in capsys.readouterr().out
     assert same(whole, tmp_path / "run")
     one, two = (
-        [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in (p / "metrics.jsonl").open()]
+        [
+            {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
+            for line in (p / "metrics.jsonl").open()
+        ]
         for p in (whole, tmp_path / "run")
     )
     assert one == two
@@ -177,15 +182,19 @@ def _quietly(call: dict[str, Any]) -> None:
 
 
 def test_killed_runs_end_with_the_same_tensors(base: Path, text: Path, tmp_path: Path) -> None:
-    whole = tune(**arguments(base, str(text), tmp_path / "whole"))
-    call = arguments(base, str(text), tmp_path / "run", save_every=1)
-    assert killed_until_done(call, seed=0, kills=3, longest=0.5) > 0
+    call = arguments(base, str(text), tmp_path / "whole", save_every=1, steps=30)
+    began = time.monotonic()
+    whole = tune(**call)
+    longest = (time.monotonic() - began) / 2
+    assert killed_until_done({**call, "out": tmp_path / "run"}, seed=0, kills=3, longest=longest) > 0
     assert same(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_twenty_kills_at_random_instants(base: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twenty_kills_at_random_instants(
+    base: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Self text, closed form, steps, saves and the adapter: whatever the instant, the end is the same."""
     monkeypatch.setenv("EXITLM_CACHE", str(tmp_path / "one"))
     settings = [*SELF, f"data.prompts={prompts}", "objective.candidate_loss=true", "checkpoint.keep=1"]
@@ -206,7 +215,9 @@ def test_twenty_kills_at_random_instants(base: Path, prompts: Path, tmp_path: Pa
     pytest.fail(f"only {hits} kills hit a running process")
 
 
-def test_self_text_run_and_its_resume(base: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_text_run_and_its_resume(
+    base: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     call = arguments(base, "self:200", tmp_path / "one", *SELF, f"data.prompts={prompts}", steps=3)
     one = tune(**call)
     monkeypatch.setenv("EXITLM_CACHE", str(tmp_path / "other"))
@@ -236,7 +247,19 @@ def stopping(after: int) -> Any:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_program_exits_with_0_on_a_signal(base: Path, text: Path, tmp_path: Path, number: int) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "exitlm", "tune", str(base), "--exits", "1,3", "--data", str(text), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "exitlm",
+        "tune",
+        str(base),
+        "--exits",
+        "1,3",
+        "--data",
+        str(text),
+        "--out",
+        str(out),
+    ]
     command += ["--steps", "1000000", "--save-every", "0", "--set", *SMALL]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 90
@@ -255,7 +278,9 @@ def test_numbers_that_break_stop_the_run_and_keep_the_checkpoint(
     base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"step \d+: the (loss|gradient) of exit \d is not finite"):
-        tune(**arguments(base, str(text), tmp_path / "run", "train.lr=1e25", "train.clip=0", "train.warmup=0", steps=50))
+        tune(
+            **arguments(base, str(text), tmp_path / "run", "train.lr=1e25", "train.clip=0", "train.warmup=0", steps=50)
+        )
     assert not (tmp_path / "run" / "exits.json").exists()
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -280,7 +305,14 @@ def test_numbers_that_break_stop_the_run_and_keep_the_checkpoint(
     ],
 )  # fmt: skip
 def test_bad_input_leaves_nothing(base: Path, text: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    call: dict[str, Any] = {"base": base, "data": str(text), "out": tmp_path / "run", "overrides": SMALL, "steps": 2, **change}
+    call: dict[str, Any] = {
+        "base": base,
+        "data": str(text),
+        "out": tmp_path / "run",
+        "overrides": SMALL,
+        "steps": 2,
+        **change,
+    }
     with pytest.raises(UserError, match=words):
         tune(**call)
     assert not (tmp_path / "run").exists()

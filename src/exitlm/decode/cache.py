@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from exitlm.decode.graphs import Recorded
 
 
 class KeyValueCache:
@@ -25,19 +29,29 @@ class KeyValueCache:
         self.dtype, self.device = dtype, device
         self.capacity = 0
         self.layers: list[Tensor] = []
+        self.graphs: dict[tuple[int, ...], Recorded] = {}  # passes recorded over these addresses
 
     def reserve(self, capacity: int) -> None:
-        """Make room for ``capacity`` positions, rounded up to 64. What was stored is dropped when it grows."""
+        """Make room for ``capacity`` positions, rounded up to 64 (on a GPU so that it seldom grows again: recorded
+        passes are lost then). What was stored is dropped when it grows."""
         if capacity <= self.capacity:
             return
-        self.capacity = -(-capacity // 64) * 64
-        self.layers = []  # let go of the old memory before taking the new
+        self.capacity = rounded(capacity) if self.device.type == "cuda" else -(-capacity // 64) * 64
+        self.layers, self.graphs = [], {}  # let go of the old memory before taking the new
         shape = (2, self.heads, self.capacity, self.head_dim)
-        self.layers = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.entries)]
+        with torch.inference_mode(False):  # written in and out of inference mode
+            self.layers = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.entries)]
 
     def nbytes(self) -> int:
         """Bytes held by all entries."""
         return sum(layer.numel() * layer.element_size() for layer in self.layers)
+
+
+def rounded(capacity: int, least: int = 1024, most: int = 16384) -> int:
+    """The next power of two from ``least`` to ``most``; above that the next multiple of ``most``."""
+    if capacity > most:
+        return -(-capacity // most) * most
+    return int(max(least, 1 << (capacity - 1).bit_length()))
 
 
 class Depths:

@@ -64,9 +64,9 @@ class Costs:
         """Seconds of the layers behind layer ``after`` and the final head on ``rows`` rows."""
         return self.layers(self.num_hidden_layers - after, rows) + self._at(self.head, rows)
 
-    def draft_cost(self, layer: int) -> float:
-        """Seconds that one more draft from the exit at ``layer`` adds to a round."""
-        return self.layers(layer, 1) + self.draft[layer] + self.deep(layer, 2) - self.deep(layer, 1)
+    def draft_cost(self, layer: int, rows: int = 1) -> float:
+        """Seconds that one more draft from the exit at ``layer`` adds to a round that verifies ``rows`` rows so far."""
+        return self.layers(layer, 1) + self.draft[layer] + self.deep(layer, rows + 1) - self.deep(layer, rows)
 
 
 def ideal(fused: FusedModel) -> Costs:
@@ -135,7 +135,7 @@ def cached(fused: FusedModel, directory: Path) -> Costs:
     exits = {e: repr(head.config) for e, head in fused.heads.items()}
     shape = {k: v for k, v in asdict(fused.config).items() if isinstance(v, (int, float, str))}
     machine = (platform.processor(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__,
-               str(fused.device), _cpu_name())  # fmt: skip
+               str(fused.device), fused.compile, _device_name(fused.device))  # fmt: skip
     key = hashlib.sha256(repr((shape, exits, fused.quant, machine, str(fused.dtype))).encode()).hexdigest()[:24]
     path = directory / "costs" / f"{key}.json"
     try:
@@ -158,7 +158,9 @@ def cached(fused: FusedModel, directory: Path) -> Costs:
     return costs
 
 
-def _cpu_name() -> str:
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

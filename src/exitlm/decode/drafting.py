@@ -7,6 +7,7 @@ be left alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exitlm.decode.costs import Costs
@@ -95,6 +96,19 @@ class DraftPolicy:
             if source.paused(position, pays):
                 skip.add(layer)
         return frozenset(skip)
+
+    def skipped_behind(self, chain: Sequence[int], skip: frozenset[int]) -> frozenset[int]:
+        """``skip`` and the exits where one more draft, behind unverified ones from the exits in ``chain``, would lower
+        the expected tokens per second of this round: it counts only if all before it are accepted."""
+        if self.costs is None or not chain:
+            return skip
+        expected, survives, spent = 1.0, 1.0, self.costs.full()
+        for rows, layer in enumerate(chain, 1):
+            survives *= self.exits[layer].rate
+            expected += survives
+            spent += self.costs.draft_cost(layer, rows)
+        cost = {layer: self.costs.draft_cost(layer, len(chain) + 1) for layer in self.exits}
+        return skip | {e for e, source in self.exits.items() if survives * source.rate * spent <= expected * cost[e]}
 
     def observe_exit(self, layer: int, accepted: bool) -> None:
         """Count a verified draft of an exit."""

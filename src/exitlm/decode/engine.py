@@ -17,6 +17,7 @@ from exitlm.decode.drafting import DraftPolicy
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
+from exitlm.decode.graphs import resolve_compile
 from exitlm.decode.request import Request
 from exitlm.decode.rules import PATIENCE_REACHED, ExitRule
 from exitlm.decode.step import SequenceState
@@ -37,14 +38,17 @@ class Engine:
         model: EarlyExitModel,
         *,
         quant: str = "auto",
+        compile: str = "auto",
         tokenizer: Tokenizer | None = None,
         costs: Costs | None = None,
         cache_dir: Path | None = None,
     ) -> None:
-        """``costs`` replaces measuring; ``cache_dir`` is where measured costs are kept."""
-        self.quant = resolve_format(quant, model.model.layers["0"].mlp.down_proj.weight.detach())
+        """``compile`` (auto, none, graphs, static) is how passes of few rows run, see ``graphs.py``. ``costs`` replaces
+        measuring; ``cache_dir`` is where measured costs are kept."""
+        matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
+        self.quant = resolve_format(quant, matrices)
         self.config, self.tokenizer = model.config, tokenizer
-        self.fused = FusedModel(model, self.quant)
+        self.fused = FusedModel(model, self.quant, resolve_compile(compile, model.device))
         self.records: dict[int, dict[str, Any]] = {int(name): model.exits[name].record for name in model.exits}
         self.early = [e for e in sorted(self.fused.heads) if e < self.config.num_hidden_layers]
         self.notes: list[str] = []
@@ -217,7 +221,6 @@ class Engine:
                     token.text = text.push(token.id)
                     out.append(token)
                     if text.finished:
-                        del request.tokens[len(request.tokens) - len(tokens) + len(out) :]
                         request.finish_reason = "stop"
                         break
                 if request.finish_reason is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -139,15 +139,15 @@ def sixteen_bit_format() -> str:
     return "fp16" if "fbgemm" in torch.backends.quantized.supported_engines else "none"
 
 
-def choose_format(sample: Tensor) -> str:
-    """The default format for a model of which ``sample`` is a matrix of the first layer.
+def choose_format(weights: Sequence[Tensor]) -> str:
+    """The default format for a model whose layers hold these matrices.
 
-    ``none`` on an accelerator and in float64; ``int4`` where the checkpoint is on a 4-bit grid already (a Q4_1 GGUF)
-    and the processor has AVX-512, since nothing is lost; else 16 bits.
+    ``none`` on an accelerator and in float64; ``int4`` where all of them are on a 4-bit grid already (a Q4_1 GGUF) and
+    the processor has AVX-512, since nothing is lost; else 16 bits.
     """
-    if sample.device.type != "cpu" or sample.dtype == torch.float64:
+    if weights[0].device.type != "cpu" or weights[0].dtype == torch.float64:
         return "none"
-    if torch.backends.cpu.get_cpu_capability() == "AVX512" and is_four_bit(sample) and _works("int4"):
+    if torch.backends.cpu.get_cpu_capability() == "AVX512" and all(map(is_four_bit, weights)) and _works("int4"):
         return "int4"
     return sixteen_bit_format()
 
@@ -157,11 +157,11 @@ def head_format(quant: str) -> str:
     return sixteen_bit_format() if quant in GRID_FORMATS else quant
 
 
-def resolve_format(quant: str, sample: Tensor) -> str:
-    """Turn the user's ``quant`` into a format that the model of ``sample`` can have, or refuse."""
-    device, dtype = sample.device, sample.dtype
+def resolve_format(quant: str, weights: Sequence[Tensor]) -> str:
+    """Turn the user's ``quant`` into a format that a model whose layers hold these matrices can have, or refuse."""
+    device, dtype = weights[0].device, weights[0].dtype
     if quant == "auto":
-        return choose_format(sample)
+        return choose_format(weights)
     if quant not in FORMATS:
         known = ("auto", *FORMATS)
         raise UserError(f"quant '{quant}' is unknown; use one of {', '.join(known)}{nearest(quant, known)}")
@@ -188,9 +188,9 @@ def _works(quant: str) -> bool:
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None, quant: str) -> Linear:
-    """Pack ``weight [N, K]`` in a resolved format; a shape that int4 can't hold (K in groups of 32, N in blocks of 16)
-    gets 16 bits."""
+    """Pack ``weight [N, K]`` in a resolved format; a shape that a grid format can't hold gets 16 bits. int4 has K in
+    groups of 32 and N in blocks of 16; torch's int8 kernel reads rows in whole vectors, beyond their end if it must."""
     N, K = weight.shape
-    if quant == "int4" and (K % _INT4_GROUP or N % 16):
+    if quant in GRID_FORMATS and (K % 32 or (quant == "int4" and N % 16)):
         quant = sixteen_bit_format()
     return _PACKERS[quant](weight, bias)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from exitlm.decode.cache import KeyValueCache
 from exitlm.decode.formats import GRID_FORMATS, Linear, head_format, pack_linear
+from exitlm.decode.graphs import StaticRows, static_runner, through_layers
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead
@@ -39,9 +40,19 @@ class Rows:
 
     def __init__(self, fused: FusedModel, tables: Rotations, start: int, count: int) -> None:
         self.start, self.count, self.end = start, count, start + count
-        self.rotations = [table[start : self.end] for table in tables]
+        self.tables, self.rotations = tables, [table[start : self.end] for table in tables]
         self._fused = fused
         self._masks: dict[int | None, tuple[int, Tensor | None]] = {}
+
+    def write(self, store_2KTd: Tensor, new_M2Kd: Tensor) -> None:
+        """Store keys and values of these rows."""
+        store_2KTd[:, :, self.start : self.end] = new_M2Kd.permute(1, 2, 0, 3)
+
+    def attend(self, query_1KQd: Tensor, store_2KTd: Tensor, window: int | None, scale: float) -> Tensor:
+        """Attention of Q = G * M queries per key head over the positions so far, ``[1, Hkv, Q, Dh]``."""
+        first, mask = self.keys(window)
+        seen = store_2KTd[:, None, :, first : self.end]
+        return F.scaled_dot_product_attention(query_1KQd, seen[0], seen[1], attn_mask=mask, scale=scale)
 
     def keys(self, window: int | None) -> tuple[int, Tensor | None]:
         """First visible key and the additive mask ``[G * M, S - first]`` (None: everything is visible)."""
@@ -213,19 +224,17 @@ class FusedLayer:
             torch.view_as_complex(pairs).mul_(rotation)
         return heads.to(self.dtype)
 
-    def attend(self, x_MD: Tensor, rows: Rows, cache: KeyValueCache) -> Tensor:
+    def attend(self, x_MD: Tensor, rows: Rows | StaticRows, cache: KeyValueCache) -> Tensor:
         """The residual stream after attention, ``[M, D]``; stores keys and values of these rows."""
         H, Hkv, Dh, G, M = self.heads, self.kv_heads, self.head_dim, self.groups, rows.count
         heads = self.project(x_MD, None if self.rope is None else rows.rotations[self.rope])
         store = cache.layers[self.entry]
-        store[:, :, rows.start : rows.end] = heads[:, H:].view(M, 2, Hkv, Dh).permute(1, 2, 0, 3)
-        first, mask = rows.keys(self.window)
+        rows.write(store, heads[:, H:].view(M, 2, Hkv, Dh))
         if M == 1:
             query = heads[0, :H].view(1, Hkv, G, Dh)
         else:
             query = heads[:, :H].view(M, Hkv, G, Dh).permute(1, 2, 0, 3).reshape(1, Hkv, G * M, Dh)
-        seen = store[:, None, :, first : rows.end]
-        out = F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=mask, scale=self.scale)
+        out = rows.attend(query, store, self.window, self.scale)
         out = out.view(1, H * Dh) if M == 1 else out.view(H, M, Dh).transpose(0, 1).reshape(M, H * Dh)
         return self.add_attention(x_MD, out)
 
@@ -251,7 +260,7 @@ class FusedHead:
         self.config = config = head.config
         quant, dtype = head_format(fused.quant), fused.dtype
         self.kind, self.layer, self.entry = config.kind, config.layer, entry
-        self.eps, self.dtype = fused.config.rms_norm_eps, dtype
+        self.eps, self.dtype, self.static = fused.config.rms_norm_eps, dtype, fused.static
         self.candidate_ids = head.candidate_ids
         self.candidate_list = None if head.candidate_ids is None else head.candidate_ids.tolist()
         self.norm = norm_scale(head.norm, dtype) if hasattr(head, "norm") else None
@@ -270,7 +279,7 @@ class FusedHead:
             self.lens = pack_module(head.lens, quant, dtype)
         self.has_gate = config.gate
         if config.gate:
-            self.gate_weight = head.gate.weight.detach()[0].to(dtype).contiguous()
+            self.gate_weight = head.gate.weight.detach()[0].to(torch.promote_types(dtype, torch.float32)).contiguous()
             self.gate_bias = float(head.gate.bias)
         if config.output == "shared" and head.candidate_ids is None:
             self.projections: list[Linear] = [fused.final_head]
@@ -286,32 +295,41 @@ class FusedHead:
 
     def gate(self, hidden_D: Tensor) -> float:
         """The gate's probability for one row: two dot products, no projection."""
-        square = float(torch.dot(hidden_D, hidden_D)) / len(hidden_D)
-        logit = float(torch.dot(hidden_D, self.gate_weight)) / math.sqrt(square + self.eps) + self.gate_bias
+        if hidden_D.device.type == "cpu":
+            square = float(torch.dot(hidden_D, hidden_D)) / len(hidden_D)
+            logit = float(torch.dot(hidden_D, self.gate_weight)) / math.sqrt(square + self.eps) + self.gate_bias
+        else:  # an accelerator is waited for once
+            wide = hidden_D.to(self.gate_weight.dtype)
+            logit = float(torch.dot(F.rms_norm(wide, (len(wide),), None, self.eps), self.gate_weight)) + self.gate_bias
         return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, logit))))
 
     def logits(self, hidden_MD: Tensor, residual_MD: Tensor | None, block_MD: Tensor | None) -> Tensor:
         """Logits ``[M, K]`` over the candidates or the vocabulary. ``block_MD`` is what :attr:`block` put out."""
+        input_MD = {"mlp": residual_MD, "block": block_MD}.get(self.kind, hidden_MD)
+        assert input_MD is not None
+        if self.static is not None and len(input_MD) == 1 and self.static.takes(1):
+            return self.static.head(self, input_MD)
+        return self.compute(input_MD)
+
+    def compute(self, input_MD: Tensor) -> Tensor:
+        """Logits ``[M, K]`` from what this kind of head reads: the layer's output, the stream before its MLP (``mlp``)
+        or what :attr:`block` put out."""
         if self.kind == "lens":
-            normed = unit(hidden_MD, self.eps)
+            normed = unit(input_MD, self.eps)
             features = self.lens(normed)
             if self.mlp is not None:
                 features = features + self.mlp(normed)
         elif self.kind == "embed":
-            features = hidden_MD
+            features = input_MD
         else:
             if self.kind == "mlp":
-                assert residual_MD is not None
                 assert self.mlp is not None
-                branch = self.mlp(residual_MD)
+                branch = self.mlp(input_MD)
                 if self.mlp_post is not None:
                     branch = F.rms_norm(branch.to(self.dtype), (branch.shape[-1],), self.mlp_post, self.eps)
-                hidden_MD = residual_MD + branch
-            elif self.kind == "block":
-                assert block_MD is not None
-                hidden_MD = block_MD
+                input_MD = input_MD + branch
             assert self.norm is not None
-            features = F.rms_norm(hidden_MD, (hidden_MD.shape[-1],), self.norm, self.eps)
+            features = F.rms_norm(input_MD, (input_MD.shape[-1],), self.norm, self.eps)
         for projection in self.projections:
             features = projection(features)
         return features if features.dtype == self.dtype else features.to(self.dtype)
@@ -324,10 +342,12 @@ class FusedHead:
 class FusedModel:
     """All layers and heads of a model, packed for decoding one sequence."""
 
-    def __init__(self, model: EarlyExitModel, quant: str) -> None:
-        self.config, self.quant = model.config, quant
+    def __init__(self, model: EarlyExitModel, quant: str, compile: str = "none") -> None:
+        """``quant`` and ``compile`` are resolved ones (see ``formats.py`` and ``graphs.py``)."""
+        self.config, self.quant, self.compile = model.config, quant, compile
         self.dtype, self.device = stream_dtype(model), model.lm_head.weight.device
         self.groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        self.static = static_runner(compile, self.groups, self.config.hidden_size, self.dtype, self.device)
         self.embedding = model.model.embed_tokens.weight.detach()
         self.embedding_scale = float(
             torch.tensor(self.config.embedding_scale, dtype=self.embedding.dtype, device="cpu")
@@ -391,11 +411,9 @@ class FusedModel:
 
     def run(self, hidden_MD: Tensor, first: int, last: int, rows: Rows, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
         """Layers ``first`` to ``last - 1``; also returns the residual before the last layer's MLP."""
-        residual = hidden_MD
-        for layer in self.layers[first:last]:
-            residual = layer.attend(hidden_MD, rows, cache)
-            hidden_MD = layer.feed_forward(residual)
-        return hidden_MD, residual
+        if self.static is not None and self.static.takes(rows.count):
+            return self.static.run(self.layers[first:last], hidden_MD, rows, cache)
+        return through_layers(self.layers[first:last], hidden_MD, rows, cache)
 
     def final_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits ``[M, V]`` of the final head, in the stream's dtype."""

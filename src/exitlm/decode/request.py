@@ -9,6 +9,7 @@ Shapes: V vocab_size, K rows of an exit's output matrix, R verified rows.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -133,7 +134,8 @@ class Request:
             log_p = torch.log_softmax(logits_V.float() if logits_V.dtype != torch.float64 else logits_V, -1)
             trace.logprob = float(log_p[token])
             values, ids = log_p.topk(min(self.config.logprobs, len(log_p)))
-            trace.top_logprobs = dict(zip(ids.tolist(), values.tolist(), strict=True))
+            pairs = zip(ids.tolist(), values.tolist(), strict=True)
+            trace.top_logprobs = {i: value for i, value in pairs if value > -math.inf}  # an exit's candidates alone
         self.tokens.append(token)
         if self.index is not None:
             self.index.extend([token])
@@ -158,7 +160,7 @@ class Request:
                 drafts += found
                 confidence: dict[int, float] = {}
             else:
-                test = self._exit_test(len(drafts), room, skip)
+                test = self._exit_test(drafts, room, skip)
                 outcome = self.state.advance([newest], test)
                 confidence = {} if test is None else test.confidence
                 if outcome.final_RD is None:
@@ -182,13 +184,14 @@ class Request:
         length = self.policy.lookup_length(n, len(drafts) + 1, room, len(self.tokens))
         return [Draft(token, self.final_layer, "lookup", ngram=n) for token in tokens[:length]]
 
-    def _exit_test(self, drafted: int, room: int, skip: frozenset[int]) -> RuleTest | None:
+    def _exit_test(self, drafts: Sequence[Draft], room: int, skip: frozenset[int]) -> RuleTest | None:
         policy = self.policy
-        if self.rule is None or policy is None or room < 1 or drafted >= policy.exit_limit:
+        if self.rule is None or policy is None or room < 1 or len(drafts) >= policy.exit_limit:
             return None
-        position = len(self.tokens) + drafted
+        position = len(self.tokens) + len(drafts)
         if position < self.config.min_exit_tokens:
             return None
+        skip = policy.skipped_behind([draft.layer for draft in drafts], skip)
         return RuleTest(self.rule, position, self.max_new_tokens, skip)
 
     def _draft_at_exit(self, fired: Fired, drafts: Sequence[Draft], confidence: dict[int, float]) -> Draft:

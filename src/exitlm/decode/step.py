@@ -24,6 +24,7 @@ from torch import Tensor
 
 from exitlm.decode.cache import Depths, KeyValueCache, boundaries
 from exitlm.decode.fused import FusedHead, FusedModel, Rows
+from exitlm.decode.graphs import attention_backends
 from exitlm.decode.rules import SCORES, ExitRule, decayed, fires
 
 PREFILL_ROWS = 512
@@ -136,7 +137,8 @@ class SequenceState:
             head = fused.heads[end]
             block: Tensor | None = None
             if head.block is not None:
-                block = head.block.attend(hidden, rows, self.cache)[-1:]  # every row leaves its key there
+                with attention_backends(fused.device):
+                    block = head.block.attend(hidden, rows, self.cache)[-1:]  # every row leaves its key there
             if test is not None and fired is None:
                 if head.block is not None and block is not None:
                     block = head.block.feed_forward(block)

@@ -30,11 +30,12 @@ class Point:
 
 
 def depth_picture(
-    path: Path, tokens: Sequence[tuple[str, int]], colours: Mapping[int, str], *, title: str, width: int = 84
+    path: Path, tokens: Sequence[tuple[str, int]], colours: Mapping[int, str], *, title: str, note: str, width: int = 84
 ) -> Path:
     """Draw a text with a bar above each token as high as the layers it used; ``tokens`` are (text, exit layer).
 
     ``colours`` maps each exit layer, and the final one (the deepest), to ``#rrggbb``; a row holds ``width`` characters.
+    ``title`` stands above the text, ``note`` below it.
     """
     from matplotlib.patches import Patch, Rectangle
 
@@ -49,6 +50,7 @@ def depth_picture(
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set(xlim=(-1, span[0] - 1), ylim=(-span[1], 0))
     axes.axis("off")
+    axes.text(span[0] - 2, 1 - span[1], note, fontsize=size * 0.9, color=_GREY, ha="right", va="center")
     axes.text(0, -1.6, title, fontsize=size * 1.15, fontweight="bold", color=_INK, va="center")
     for row, line in enumerate(lines):
         base = -(top + row * gap + bar)
@@ -68,7 +70,7 @@ def depth_picture(
     ]
     marks[-1].set_label(f"layer {final} (final head)")
     axes.legend(
-        handles=marks, loc="lower left", ncols=len(marks), frameon=False, fontsize=size * 0.9, borderaxespad=0.2
+        handles=marks, loc="lower left", ncols=len(marks), frameon=False, fontsize=size * 0.9, borderaxespad=0.1
     )
     return _save(figure, path)
 
@@ -85,9 +87,7 @@ def _wrap(tokens: Sequence[tuple[str, int]], width: int) -> list[list[tuple[str,
                 used = 0
             if used + len(shown) > width:
                 lines.append([])
-                used = 0
-            if not used:
-                shown = shown.lstrip()
+                shown, used = shown.lstrip(), 0
             if shown:
                 lines[-1].append((shown, layer))
                 used += len(shown)

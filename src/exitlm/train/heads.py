@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exitlm.model.decoder import EarlyExitModel
@@ -19,16 +20,27 @@ from exitlm.model.exits import ExitHead, RidgeStatistics
 from exitlm.model.layers import Tap
 from exitlm.train.hidden import Row, join_optional, join_rows
 from exitlm.train.objective import HeadInput, Teacher
+from exitlm.train.precision import padding
+
+TOKENS_STEP = 256
 
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """What the losses of a batch read: one input per exit, the gates' log-odds (None without a gate), the teacher."""
+    """What the losses of a batch read: one input per exit, the gates' log-odds (None without a gate), the teacher. The
+    first ``count`` of the N tokens are real; the others pad and must have weight 0."""
 
     inputs: list[HeadInput]
     gates: list[Tensor | None]
     labels_N: Tensor
     teacher: Teacher | None
+    count: int
+
+    def weights(self, value: float, dtype: torch.dtype) -> Tensor:
+        """``value`` for every real token and 0 for the padding, ``[N]``."""
+        weight_N = torch.zeros(len(self.labels_N), dtype=dtype, device=self.labels_N.device)
+        weight_N[: self.count] = value
+        return weight_N
 
 
 class Heads:
@@ -90,12 +102,13 @@ class Heads:
         dtype = dtype or self.dtype
         inputs: list[HeadInput] = []
         gates: list[Tensor | None] = []
-        autocast: Any = (
-            torch.autocast(self.device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
-        )
+        low = dtype in (torch.bfloat16, torch.float16)
+        autocast: Any = torch.autocast(self.device.type, dtype) if low else nullcontext()
+        count = sum(len(row.labels_N) for row in rows)
+        extra = padding(count, dtype, TOKENS_STEP)
         for layer, head in self.by_layer.items():
             with autocast:
-                features, hidden = self._features(head, rows, layer)
+                features, hidden = self._features(head, rows, layer, extra)
                 if head.config.output == "low_rank":
                     features = head.output_down(features)
             gates.append(head.gate_logit(hidden) if head.config.gate else None)
@@ -105,18 +118,20 @@ class Heads:
         final = join_optional([row.final_ND for row in rows])
         teacher = None
         if final is not None:
+            argmax, lse = (join_optional([getattr(row, name) for row in rows]) for name in ("argmax_N", "lse_N"))
             teacher = Teacher(
-                features_ND=final.to(dtype),
+                features_ND=_padded(final.to(dtype), extra),
                 weight_VD=self.final_weight(dtype),
-                argmax_N=join_optional([row.argmax_N for row in rows]),
-                lse_N=join_optional([row.lse_N for row in rows]),
+                argmax_N=None if argmax is None else _padded(argmax, extra),
+                lse_N=None if lse is None else _padded(lse, extra),
             )
-        return HeadBatch(inputs, gates, torch.cat([row.labels_N for row in rows]), teacher)
+        labels = _padded(torch.cat([row.labels_N for row in rows]), extra)
+        return HeadBatch(inputs, gates, labels, teacher, count)
 
-    def _features(self, head: ExitHead, rows: Sequence[Row], layer: int) -> tuple[Tensor, Tensor]:
-        """Features ``[N, D]`` and the hidden states ``[N, D]`` that the gate reads."""
+    def _features(self, head: ExitHead, rows: Sequence[Row], layer: int, extra: int) -> tuple[Tensor, Tensor]:
+        """Features ``[N, D]`` and the hidden states ``[N, D]`` that the gate reads, padding included."""
         if head.config.kind != "block":
-            tap = self._wide(join_rows(rows, layer))
+            tap = self._wide(join_rows(rows, layer), extra)
             return head.features(tap)[0], tap.hidden[0]
         features, hidden = [], []
         for row in rows:
@@ -125,11 +140,15 @@ class Heads:
                 context = self.model.context_for(1, tap.hidden.shape[1])
                 features.append(head.features(tap, context)[0, -counted:])
                 hidden.append(tap.hidden[0, -counted:])
-        return torch.cat(features), torch.cat(hidden)
+        return _padded(torch.cat(features), extra), _padded(torch.cat(hidden), extra)
 
-    def _wide(self, tap: Tap) -> Tap:
-        """The tap in the dtype of the parameters."""
-        return Tap(*(None if t is None else t.to(self.master) for t in (tap.hidden, tap.residual, tap.normed)))  # type: ignore[arg-type]
+    def _wide(self, tap: Tap, extra: int = 0) -> Tap:
+        """The tap in the dtype of the parameters, with ``extra`` further positions."""
+
+        def wide(tensor_BTD: Tensor | None) -> Tensor | None:
+            return None if tensor_BTD is None else F.pad(tensor_BTD.to(self.master), (0, 0, 0, extra))
+
+        return Tap(wide(tap.hidden), wide(tap.residual), wide(tap.normed))  # type: ignore[arg-type]
 
     def solve_closed_form(self, rows: Iterator[Row], layers: Sequence[int]) -> int:
         """Set the lenses of ``layers`` to the ridge solution over ``rows``; returns the number of tokens used."""
@@ -147,3 +166,8 @@ class Heads:
                 self.by_layer[layer].lens.weight.copy_(slope)
                 self.by_layer[layer].lens.bias.copy_(offset)
         return tokens
+
+
+def _padded(tensor: Tensor, extra: int) -> Tensor:
+    """``extra`` zeros behind the first dimension."""
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, extra)) if extra else tensor

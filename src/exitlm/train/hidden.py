@@ -25,8 +25,10 @@ from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.layers import Tap
 from exitlm.train.data import Blocks
 from exitlm.train.objective import chunk_tokens
+from exitlm.train.precision import padding
 
 BEST = 16
+LENGTH_STEP = 64
 _TAP_FIELDS = ("hidden", "residual", "normed")
 
 
@@ -143,13 +145,15 @@ class HiddenStates:
         taps: dict[int, list[Tap]] = {layer: [] for layer in wanted.exits}
         for segment in self.blocks[index]:
             ids = segment.ids.to(self.model.device)
-            found = self.model.taps(ids[None, :-1], layers)
+            stop = len(ids) - 1  # what is padded behind it has no effect on the positions before
+            inputs = F.pad(ids[:-1], (0, padding(stop, self.model.dtype, LENGTH_STEP)))
+            found = self.model.taps(inputs[None], layers)
             labels.append(ids[1 + segment.first :])
             counted.append(segment.targets)
             if wanted.final:
-                final.append(self.model.final_features(found[depth].hidden[0, segment.first :]))
+                final.append(self.model.final_features(found[depth].hidden[0, segment.first : stop]))
             for layer in wanted.exits:
-                taps[layer].append(_cut(found[layer], 0 if layer in wanted.whole else segment.first))
+                taps[layer].append(_cut(found[layer], 0 if layer in wanted.whole else segment.first, stop))
         joined = {layer: many if layer in wanted.whole else [_join(many)] for layer, many in taps.items()}
         row = Row(torch.cat(labels), tuple(counted), joined, torch.cat(final) if final else None)
         if not wanted.teacher:
@@ -163,17 +167,18 @@ def teacher_summary(final_ND: Tensor, weight_VD: Tensor, temperature: float) -> 
     """The final head's argmax ``[N]``, log-sum-exp of logits / temperature ``[N]`` and best ids ``[N, k]``."""
     wide = torch.promote_types(final_ND.dtype, torch.float32)
     argmax, lse, best = [], [], []
-    for part in torch.split(final_ND, chunk_tokens(len(weight_VD))):
+    count, chunk = len(final_ND), chunk_tokens(len(weight_VD))
+    for part in torch.split(F.pad(final_ND, (0, 0, 0, padding(count, final_ND.dtype, chunk))), chunk):
         logits = F.linear(part, weight_VD).to(wide)
         top = logits.topk(min(BEST, len(weight_VD)), -1).indices
         argmax.append(top[:, 0])
         best.append(top)
         lse.append((logits / temperature).logsumexp(-1))
-    return torch.cat(argmax), torch.cat(lse), torch.cat(best)
+    return torch.cat(argmax)[:count].clone(), torch.cat(lse)[:count].clone(), torch.cat(best)[:count].clone()
 
 
-def _cut(tap: Tap, first: int) -> Tap:
-    return Tap(*(None if t is None else t[:, first:].clone() for t in (tap.hidden, tap.residual, tap.normed)))  # type: ignore[arg-type]
+def _cut(tap: Tap, first: int, stop: int) -> Tap:
+    return Tap(*(None if t is None else t[:, first:stop].clone() for t in (tap.hidden, tap.residual, tap.normed)))  # type: ignore[arg-type]
 
 
 def _join(taps: Sequence[Tap]) -> Tap:

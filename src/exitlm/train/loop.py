@@ -174,7 +174,7 @@ class Trainer:
         rows = [self.hidden.row(i) for i in indices]
         batch = self.heads.batch(rows)
         wide = self.heads.master
-        weight_N = torch.full(batch.labels_N.shape, 1.0 / tokens, dtype=wide, device=self.heads.device)
+        weight_N = batch.weights(1.0 / tokens, wide)
         sampled = objective.candidate_loss and self.done < objective.candidate_share * self.settings.steps
         inputs = batch.inputs
         if sampled:

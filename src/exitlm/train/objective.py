@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 32 << 20
+SIZE_STEP = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +92,8 @@ def linear_losses(
 
 
 def chunk_tokens(vocab_size: int) -> int:
-    """How many tokens' logits (float32) make about 32 MiB."""
-    return max(16, CHUNK_BYTES // (4 * vocab_size))
+    """How many tokens' logits (float32) make at most 32 MiB: a power of two, so that few shapes occur, at least 16."""
+    return 1 << max(4, int(math.log2(max(16, CHUNK_BYTES // (4 * vocab_size)))))
 
 
 @dataclass(frozen=True)
@@ -310,12 +311,18 @@ def sampled_vocabulary(
     teacher_ids: Tensor, frequent_ids: Tensor, vocab_size: int, count: int, generator: torch.Generator
 ) -> Tensor:
     """Sorted distinct ids for one step of the candidate loss: the teacher's best tokens of the batch, ``count // 2``
-    draws from the frequent ids and as many from the whole vocabulary (rare ids must be among them)."""
+    draws from the frequent ids and as many from the whole vocabulary (rare ids must be among them), which also fills
+    up to a multiple of ``SIZE_STEP``, so that few shapes occur."""
     half = count // 2
-    frequent = frequent_ids[torch.randint(len(frequent_ids), (half,), generator=generator)]
-    uniform = torch.randint(vocab_size, (count - half,), generator=generator)
-    ids: Tensor = torch.cat([teacher_ids.reshape(-1).cpu().long(), frequent, uniform]).unique()  # type: ignore[no-untyped-call]
-    return ids
+    chosen = torch.zeros(vocab_size, dtype=torch.bool)
+    chosen[teacher_ids.reshape(-1).cpu().long()] = True
+    chosen[frequent_ids[torch.randint(len(frequent_ids), (half,), generator=generator)]] = True
+    uniform = torch.randperm(vocab_size, generator=generator)
+    chosen[uniform[: count - half]] = True
+    size = int(chosen.sum())
+    rest = uniform[~chosen[uniform]]
+    chosen[rest[: -(-size // SIZE_STEP) * SIZE_STEP - size]] = True
+    return chosen.nonzero()[:, 0]
 
 
 def candidate_vocabulary(counts_V: Tensor, special_ids: Sequence[int], size: int) -> Tensor:

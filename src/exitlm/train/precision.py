@@ -1,4 +1,4 @@
-"""Which dtype a setting means: names to torch dtypes, and where bfloat16 is worth choosing."""
+"""Dtypes: which one a setting means, where bfloat16 is worth choosing, and what low precision asks of shapes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ def resolve_dtype(name: str, device: torch.device, fallback: torch.dtype) -> tor
         assert isinstance(dtype, torch.dtype)
         return dtype
     return torch.bfloat16 if fallback != torch.float64 and native_bfloat16(device) else fallback
+
+
+def padding(count: int, dtype: torch.dtype, step: int) -> int:
+    """How many rows to add to ``count`` for a multiple of ``step`` in low precision, else 0: oneDNN compiles and keeps
+    a kernel for every shape it meets (megabytes each, and slower than the product itself)."""
+    return -count % step if dtype in (torch.bfloat16, torch.float16) else 0
 
 
 def native_bfloat16(device: torch.device) -> bool:

@@ -119,7 +119,9 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
     vocab = opened.model_config.vocab_size
     for e in exit_configs(resolved):
         if e.candidates > vocab:
-            raise UserError(f"exit {e.layer}: {e.candidates} candidates, but the vocabulary has {vocab} tokens; use fewer")
+            raise UserError(
+                f"exit {e.layer}: {e.candidates} candidates, but the vocabulary has {vocab} tokens; use fewer"
+            )
     return resolved
 
 

@@ -50,7 +50,7 @@ def evaluate(heads: Heads, hidden: HiddenStates, settings: LossSettings) -> dict
     against_final = hidden.wanted.final
     for index in range(len(hidden)):
         batch = heads.batch([hidden.row(index)], heads.master)
-        weight_N = torch.full(batch.labels_N.shape, 1.0 / tokens, dtype=heads.master, device=heads.device)
+        weight_N = batch.weights(1.0 / tokens, heads.master)
         result = linear_losses(
             batch.inputs, weight_N, labels_N=batch.labels_N, teacher=batch.teacher, settings=settings
         )

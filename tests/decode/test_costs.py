@@ -1,0 +1,159 @@
+"""The cost table, what it says of exits, and the file it is kept in."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from exitlm.decode import costs as costs_module
+from exitlm.decode.costs import (
+    Costs,
+    cached,
+    choose_draft_threshold,
+    choose_exits,
+    ideal,
+    measure,
+    threshold_speed,
+)
+from exitlm.decode.fused import FusedModel
+from exitlm.model.exits import ExitConfig
+from tests.decode.models import attach, new_state
+from tests.model.families import tiny_model
+
+
+def table(row: float = 0.0, layers: int = 10, head: float = 3.0, test: float = 0.1, draft: float = 0.5) -> Costs:
+    """A layer costs 1 and ``row`` more for each row beyond the first."""
+    sizes = (1, 2, 4, 8, 16)
+    return Costs(
+        rows=sizes, layer=tuple(1 + row * (m - 1) for m in sizes), head=tuple(head + m - 1 for m in sizes),
+        test=dict.fromkeys(range(1, layers), test), draft=dict.fromkeys(range(1, layers), draft),
+        num_hidden_layers=layers,
+    )  # fmt: skip
+
+
+def test_costs_between_and_beyond_the_measured_rows() -> None:
+    costs = table(0.5)
+    assert [costs.layers(1, m) for m in (1, 2, 3, 4, 6, 16)] == pytest.approx([1, 1.5, 2.0, 2.5, 3.5, 8.5])
+    assert costs.layers(3, 32) == pytest.approx(3 * 17.0)
+    assert costs.full(2) == pytest.approx(10 * 1.5 + 4)
+    assert costs.deep(7, 4) == pytest.approx(3 * 2.5 + 6)
+    assert costs.draft_cost(4) == pytest.approx(4 + 0.5 + (6 * 1.5 + 4) - (6 + 3))
+
+
+@pytest.mark.parametrize("row", [0.0, 0.1])
+@pytest.mark.parametrize("coverage", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("test", [0.1, 0.5])
+def test_the_speed_of_one_exit_has_a_closed_form(row: float, coverage: float, test: float) -> None:
+    """Every row passes the lower layers alone; every row passes the upper ones once, in passes that deep tokens start.
+    Where a test costs less than a draft (a gate), the head is read only by those that leave."""
+    if row and coverage == 1.0:
+        return  # the passes never come
+    costs, e = table(row, test=test), 4
+    deep = (1 - coverage) * ((10 - e) * (1 - row) + 3.0) + row * (10 - e)
+    if coverage == 1.0:
+        deep = 0.0
+    head = 0.5 * coverage if test < 0.5 else 0.0
+    expected = costs.full() / (e + test + head + deep)
+    assert threshold_speed(costs, {e: coverage}, {e: test}) == pytest.approx(expected, rel=0.03)
+
+
+def test_speed_is_the_same_every_time() -> None:
+    costs = table(0.1)
+    exits, tests = {3: 0.4, 6: 0.6}, {3: 0.1, 6: 0.1}
+    assert threshold_speed(costs, exits, tests) == threshold_speed(costs, exits, tests)
+
+
+def test_exits_that_lose_are_turned_off() -> None:
+    costs = table()
+    chosen, speed = choose_exits(costs, {3: 0.6, 5: 0.6, 8: 0.6}, dict.fromkeys((3, 5, 8), 0.1))
+    assert chosen == (3,)  # the deeper ones add tests, and no token that has not left
+    assert speed > 1.5
+    assert choose_exits(costs, {3: 0.0, 8: 0.02}, {3: 0.1, 8: 0.3}) == ((), 1.0)
+    assert choose_exits(costs, {3: 0.5}, {3: 9.0}) == ((), 1.0)
+    assert choose_exits(costs, {}, {}) == ((), 1.0)
+    chosen, speed = choose_exits(costs, {2: 0.3, 6: 0.9}, {2: 0.1, 6: 0.1})
+    assert chosen == (2, 6)
+
+
+def test_many_exits_are_chosen_from_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def count(costs: Costs, exits: dict[int, float], tests: dict[int, float]) -> float:
+        calls.append(tuple(exits))
+        return 1.0 + sum(exits.values()) - 0.3 * len(exits)
+
+    monkeypatch.setattr(costs_module, "threshold_speed", count)
+    coverage = {layer: layer / 30 for layer in range(1, 30)}
+    chosen, _ = choose_exits(table(layers=30), coverage, dict.fromkeys(coverage, 0.1))
+    assert chosen == (26, 27, 28, 29)
+    assert len(calls) < 130
+
+
+def test_the_threshold_from_which_drafting_gains_most() -> None:
+    costs = table()
+    curve = {"scores": [0.2, 0.5, 0.9], "coverage": [0.9, 0.6, 0.2], "precision": [0.3, 0.9, 0.99]}
+    gains = [
+        c * (p * costs.full() - costs.draft_cost(4)) for c, p in zip(curve["coverage"], curve["precision"], strict=True)
+    ]
+    assert gains.index(max(gains)) == 1
+    assert choose_draft_threshold(costs, 4, curve) == 0.5
+    never = {"scores": [0.2, 0.9], "coverage": [0.9, 0.2], "precision": [0.01, 0.02]}
+    assert choose_draft_threshold(costs, 4, never) == 1.0
+
+
+def test_measured_costs_are_positive_and_never_fall_with_rows() -> None:
+    model = attach(tiny_model("llama"), [ExitConfig(layer=1, gate=True), ExitConfig(layer=2, kind="block")])
+    found = measure(FusedModel(model, "none"))
+    assert found.num_hidden_layers == 4
+    assert list(found.layer) == sorted(found.layer)
+    assert list(found.head) == sorted(found.head)
+    assert min(*found.layer, *found.head, *found.test.values(), *found.draft.values()) > 0
+    assert set(found.test) == set(found.draft) == {1, 2}
+    assert found.draft[2] > found.layer[0]  # a block costs a layer
+
+
+def test_measuring_leaves_nothing_behind_that_decoding_could_see() -> None:
+    fused = FusedModel(tiny_model("llama"), "none")
+    measure(fused)
+    state = new_state(fused, ())
+    assert state.length == 0
+    state.advance([5, 6])
+
+
+def test_ideal_costs_count_bytes() -> None:
+    model = attach(tiny_model("llama"), [ExitConfig(layer=1), ExitConfig(layer=2, candidates=9, output="own")])
+    found = ideal(FusedModel(model, "none"))
+    layer = 4 * 32 * 4 * 12 + 3 * 32 * 48
+    assert found.head[0] == pytest.approx(32 * 97 / layer)
+    assert found.draft[2] == pytest.approx(32 * 9 / layer)
+    assert found.full(1) == found.full(9)
+
+
+def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach(tiny_model("llama"), [ExitConfig(layer=1)])
+    measured = []
+
+    def count(fused: FusedModel) -> Costs:
+        measured.append(fused)
+        return measure(fused)
+
+    monkeypatch.setattr(costs_module, "measure", count)
+    first = cached(FusedModel(model, "none"), tmp_path)
+    assert cached(FusedModel(model, "none"), tmp_path) == first
+    assert len(measured) == 1
+    (path,) = (tmp_path / "costs").iterdir()
+    assert json.loads(path.read_text()).keys() == dataclasses.asdict(first).keys()
+    for damage in ("", "[]", '{"rows": 1}', path.read_text()[:-40], "\x00"):
+        path.write_text(damage)
+        cached(FusedModel(model, "none"), tmp_path)
+    assert len(measured) == 6
+    for change in ({"layer": 2}, {"gate": True}, {"output": "low_rank", "rank": 4}, {"kind": "block"}):
+        attach(model, [ExitConfig(**{"layer": 1, **change})])  # type: ignore[arg-type]
+        cached(FusedModel(model, "none"), tmp_path)
+    assert len(measured) == 10
+
+
+def test_a_directory_that_cannot_be_written_only_means_measuring_again(tmp_path: Path) -> None:
+    (tmp_path / "costs").write_text("a file where the directory should be")
+    assert cached(FusedModel(tiny_model("llama"), "none"), tmp_path).layer[0] > 0

@@ -1,0 +1,444 @@
+"""Requests from prompt to result: what comes back, how text ends, streams side by side, and what is left at default."""
+
+import copy
+import gc
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exitlm.decode.engine import DEFAULT_THRESHOLD, Engine
+from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.rules import PATIENCE_REACHED
+from exitlm.errors import UserError
+from exitlm.model import EarlyExitModel
+from exitlm.model.exits import ExitConfig
+from tests.decode.models import attach, drafting_model, fade, generate, make_engine, random_ids, some_costs
+from tests.model.families import tiny_model
+
+PROMPT = random_ids(5)
+MODES: dict[str, dict[str, Any]] = {
+    "full": {"mode": "full"},
+    "threshold": {"mode": "threshold", "threshold": 0.05},
+    "lossless": {"mode": "lossless", "threshold": 0.02, "adaptive": False},
+}
+FREE: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True}
+
+
+class Letters:
+    """Every token is its number in brackets; 2 is special."""
+
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str:
+        """Text."""
+        return "".join(f"[{i}]" for i in token_ids if i != 2)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return make_engine(drafting_model("llama"), tokenizer=Letters())
+
+
+# ---- the result
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_result(engine: Engine, mode: str) -> None:
+    out = generate(engine, PROMPT, **MODES[mode], **FREE)
+    assert len(out.token_ids) == len(out.exit_layers) == len(out.trace) == 20
+    assert out.finish_reason == "length"
+    assert out.text == "".join(f"[{i}]" for i in out.token_ids)
+    assert [token.text for token in out.trace] == [f"[{i}]" for i in out.token_ids]
+    stats = out.stats
+    assert stats["mode"] == mode
+    assert (stats["tokens"], stats["prompt_tokens"]) == (20, 5)
+    assert stats["mean_layers"] == sum(out.exit_layers) / 20
+    assert stats["tokens_per_second"] == pytest.approx(19 / stats["decode_seconds"])
+    assert stats["prefill_seconds"] > 0
+    assert stats["quant"] == "none"
+    first = out.trace[0]
+    assert (first.exit_layer, first.source, first.confidence, first.drafted) == (4, "final", {}, False)
+    for token in out.trace:
+        assert (token.source == "exit") == (token.exit_layer < 4)
+        assert token.drafted == (mode == "lossless" and token.source != "final")
+        assert all(0 <= score <= 1 for score in token.confidence.values())
+    if mode == "full":
+        assert stats["exits"] == []
+        assert stats["rule"] is None
+        assert stats["acceptance"] is None
+        assert stats["layer_rows"] == 19 * 4
+        assert not any(token.confidence for token in out.trace)
+    else:
+        assert stats["exits"] == [1, 2, 3]
+        assert stats["rule"] == "gate"
+        assert stats["max_pending"] > 0
+        tried = [token for token in out.trace[1:] if token.source == "exit"]
+        assert tried
+        for token in tried:
+            assert max(token.confidence) == token.exit_layer
+            assert token.confidence[token.exit_layer] >= stats["thresholds"][token.exit_layer]
+    if mode == "threshold":
+        assert stats["drafted"] == 0
+        assert stats["layer_rows"] <= sum(out.exit_layers[1:]) + 4 * stats["max_pending"]
+    if mode == "lossless":
+        assert stats["acceptance"] == stats["accepted"] / stats["drafted"]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 3, "top_k": 5, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize("mode", MODES)
+def test_log_probabilities_are_those_of_the_model(mode: str, sampling: dict[str, Any]) -> None:
+    """Of the head that gave the token, before the sampler's filters."""
+    model = drafting_model("qwen3")
+    out = generate(make_engine(model), PROMPT, logprobs=4, **MODES[mode], **FREE, **sampling)
+    text = [*PROMPT, *out.token_ids]
+    heads = {**model.exit_logits(text), 4: model.logits(text)}
+    sources = set()
+    for at, token in enumerate(out.trace, 4):
+        layer = token.exit_layer if mode == "threshold" else 4  # a verified draft is the full model's token
+        expected = torch.log_softmax(heads[layer][0, at], -1)
+        assert token.logprob == pytest.approx(float(expected[token.id]), abs=1e-11)
+        best = expected.topk(4)
+        assert list(token.top_logprobs) == best.indices.tolist()
+        assert list(token.top_logprobs.values()) == pytest.approx(best.values.tolist(), abs=1e-11)
+        sources.add(token.source)
+    assert len(sources) > (mode != "full")
+
+
+def test_no_log_probabilities_unless_asked_for(engine: Engine) -> None:
+    out = generate(engine, PROMPT, **MODES["threshold"], **FREE)
+    assert all(token.logprob is None and not token.top_logprobs for token in out.trace)
+
+
+def test_text_without_a_tokenizer() -> None:
+    engine = make_engine(drafting_model("llama"))
+    assert generate(engine, PROMPT, **FREE).text is None
+    with pytest.raises(UserError, match="tokenizer"):
+        generate(engine, PROMPT, stop="x")
+    with pytest.raises(UserError, match="tokenizer"):
+        engine.stream(PROMPT, GenerationConfig(stop="x"))
+
+
+# ---- ends
+
+
+def certain(**over: Any) -> EarlyExitModel:
+    """An exit at 2 that is always right: whole chains of drafts are accepted."""
+    return attach(fade(tiny_model("llama", **over), 3, 0.0), [ExitConfig(layer=2, kind="norm")])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_end_of_sequence_ends_the_text(mode: str) -> None:
+    settings = {**MODES[mode], "rule": None if mode == "full" else "probability", "threshold": 0.0}
+    free = generate(make_engine(certain()), PROMPT, **settings, **FREE)
+    for at in (0, 1, 4, 11):
+        eos = free.token_ids[at]
+        engine = make_engine(certain(eos_token_id=[eos, 96]), tokenizer=Letters())
+        out = generate(engine, PROMPT, max_new_tokens=20, **settings)
+        end = free.token_ids.index(eos) + 1
+        assert out.token_ids == free.token_ids[:end]
+        assert out.finish_reason == "stop"
+        ignored = generate(engine, PROMPT, **settings, **FREE)
+        assert ignored.token_ids == free.token_ids
+        assert ignored.finish_reason == "length"
+        both = generate(engine, PROMPT, stop_token_ids=[free.token_ids[2]], **settings, **FREE)
+        assert both.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[2]) + 1]
+
+
+def test_a_stop_at_the_last_allowed_token_is_a_stop(engine: Engine) -> None:
+    free = generate(engine, PROMPT, mode="full", **FREE)
+    out = generate(engine, PROMPT, mode="full", max_new_tokens=1, stop_token_ids=[free.token_ids[0]])
+    assert out.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stop_string_inside_of_a_piece_of_several_tokens(mode: str) -> None:
+    """In lossless mode a round gives several tokens; what follows the stop string is none of the result."""
+    settings = {**MODES[mode], "rule": None if mode == "full" else "probability", "threshold": 0.0}
+    engine = make_engine(certain(), tokenizer=Letters())
+    free = generate(engine, PROMPT, mode="full", **FREE)
+    assert free.text is not None
+    for at in range(1, 12):
+        word = f"{free.token_ids[at]}][{free.token_ids[at + 1]}"  # begins and ends within a token's text
+        out = generate(engine, PROMPT, stop=[word, "no such text"], **settings, **FREE)
+        expected = free.text[: free.text.index(word)]
+        assert out.text == expected
+        assert out.finish_reason == "stop"
+        assert out.token_ids == free.token_ids[: len(out.token_ids)]
+        seen = "".join(f"[{i}]" for i in out.token_ids)
+        assert word in seen
+        assert word not in "".join(f"[{i}]" for i in out.token_ids[:-1])
+        assert len(out.trace) == len(out.exit_layers) == out.stats["tokens"] == len(out.token_ids)
+        streamed = list(engine.stream(PROMPT, GenerationConfig.of({"stop": [word], **settings, **FREE})))
+        assert "".join(piece.text for piece in streamed) == expected
+        assert [i for piece in streamed for i in piece.token_ids] == out.token_ids
+
+
+def test_held_back_text_comes_with_the_last_token(engine: Engine) -> None:
+    free = generate(engine, PROMPT, mode="full", **FREE)
+    assert free.text is not None
+    out = generate(engine, PROMPT, mode="full", stop=free.text[-3:] + "never", **FREE)
+    assert out.text == free.text
+    assert out.finish_reason == "length"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_context_ends_the_text(mode: str) -> None:
+    model = certain(max_position_embeddings=32)
+    engine = make_engine(model)
+    settings = {**MODES[mode], "rule": None if mode == "full" else "probability", "threshold": 0.0}
+    out = generate(engine, random_ids(20), max_new_tokens=1000, ignore_eos=True, **settings)
+    assert len(out.token_ids) == 12
+    assert out.finish_reason == "length"
+    last = generate(engine, random_ids(31), max_new_tokens=5, ignore_eos=True, **settings)
+    assert len(last.token_ids) == 1
+    with pytest.raises(UserError, match="context is 32"):
+        generate(engine, random_ids(32), **settings)
+
+
+@pytest.mark.parametrize(("prompt", "says"), [([], "empty"), ([5, 97], "token id 97"), ([-1], "token id -1")])
+def test_prompts_that_cannot_be(engine: Engine, prompt: list[int], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        generate(engine, prompt)
+
+
+# ---- streams
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stream_gives_what_generate_gives(engine: Engine, mode: str) -> None:
+    config = GenerationConfig.of({**MODES[mode], **FREE})
+    out, pieces = engine.generate(PROMPT, config), list(engine.stream(PROMPT, config))
+    assert [i for piece in pieces for i in piece.token_ids] == out.token_ids
+    assert [layer for piece in pieces for layer in piece.exit_layers] == out.exit_layers
+    assert "".join(piece.text for piece in pieces) == out.text
+    assert len(pieces) == out.stats["rounds"] + 1
+    if mode != "lossless":
+        assert all(len(piece.tokens) == 1 for piece in pieces)
+
+
+def test_streams_side_by_side_do_not_disturb_each_other(engine: Engine) -> None:
+    configs = [
+        GenerationConfig.of({**MODES[mode], **FREE, **sampling})
+        for mode in MODES
+        for sampling in ({}, {"temperature": 1.0, "seed": 5}, {"repetition_penalty": 1.5})
+    ]
+    prompts = [random_ids(3 + 9 * i, i) for i in range(len(configs))]
+    alone = [engine.generate(prompt, config).token_ids for prompt, config in zip(prompts, configs, strict=True)]
+    streams = [engine.stream(prompt, config) for prompt, config in zip(prompts, configs, strict=True)]
+    found: list[list[int]] = [[] for _ in streams]
+    running = set(range(len(streams)))
+    while running:
+        for i in sorted(running):
+            piece = next(streams[i], None)
+            if piece is None:
+                running.remove(i)
+            else:
+                found[i] += piece.token_ids
+    assert found == alone
+
+
+def test_an_abandoned_stream_gives_its_cache_back() -> None:
+    engine = make_engine(drafting_model("llama"))
+    expected = generate(engine, PROMPT, **MODES["threshold"], **FREE).token_ids
+    (cache,) = engine._free
+    stream = engine.stream(PROMPT, GenerationConfig.of({**MODES["threshold"], **FREE}))
+    next(stream)
+    assert engine._free == []
+    stream.close()
+    assert engine._free == [cache]
+    stream = engine.stream(random_ids(9, 2), GenerationConfig.of({**MODES["lossless"], **FREE}))
+    next(stream)
+    del stream
+    gc.collect()
+    assert engine._free == [cache]
+    assert generate(engine, PROMPT, **MODES["threshold"], **FREE).token_ids == expected
+
+
+def test_a_stream_that_was_never_read_costs_nothing() -> None:
+    engine = make_engine(drafting_model("llama"))
+    for _ in range(5):
+        engine.stream(PROMPT, GenerationConfig.of(FREE))
+    assert len(generate(engine, PROMPT, **FREE).token_ids) == 20
+    assert len(engine._free) <= 2
+
+
+def test_an_error_while_decoding_gives_the_cache_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(drafting_model("llama"))
+    monkeypatch.setattr(engine.fused, "final_logits", lambda hidden: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(engine, PROMPT, **FREE)
+    assert len(engine._free) == 1
+
+
+def test_few_caches_are_kept() -> None:
+    engine = make_engine(drafting_model("llama"))
+    streams = [engine.stream(PROMPT, GenerationConfig.of(FREE)) for _ in range(6)]
+    for stream in streams:
+        next(stream)
+    for stream in streams:
+        list(stream)
+    assert len(engine._free) == 2
+
+
+# ---- what is run: explicit choices are honoured, defaults follow records and costs
+
+
+def recorded(**records: dict[str, Any]) -> EarlyExitModel:
+    """A model with gates, whose exits carry what tuning leaves; keys are e1, e2, e3."""
+    model = copy.deepcopy(drafting_model("llama"))
+    for name, record in records.items():
+        model.exits[name[1:]].record.update(record)
+    return model
+
+
+def plan(engine: Engine, **settings: Any) -> tuple[list[int], dict[int, float], str | None]:
+    layers, rule = engine.plan(GenerationConfig.of(settings))
+    return layers, {} if rule is None else dict(rule.thresholds), None if rule is None else rule.name
+
+
+def test_the_default_threshold_is_what_tuning_stored_for_the_rule() -> None:
+    engine = make_engine(recorded(e1={"threshold": 0.7, "rule": "gate"}, e2={"threshold": 0.8}))
+    chosen = dict(mode="threshold", exits=[1, 2, 3])
+    assert plan(engine, **chosen) == ([1, 2, 3], {1: 0.7, 2: 0.8, 3: DEFAULT_THRESHOLD}, "gate")
+    assert plan(engine, **chosen, rule="margin")[1] == {1: DEFAULT_THRESHOLD, 2: 0.8, 3: DEFAULT_THRESHOLD}
+    assert plan(engine, **chosen, threshold=0.3)[1] == {1: 0.3, 2: 0.3, 3: 0.3}
+    assert plan(engine, **chosen, threshold={2: 0.1})[1] == {1: 0.7, 2: 0.1, 3: DEFAULT_THRESHOLD}
+
+
+def test_the_default_rule() -> None:
+    with_gates = make_engine(drafting_model("llama"))
+    assert plan(with_gates, mode="threshold")[2] == "gate"
+    some = attach(tiny_model("llama"), [ExitConfig(layer=1, gate=True), ExitConfig(layer=2)])
+    assert plan(make_engine(some), mode="threshold")[2] == "probability"
+    assert plan(make_engine(some), mode="threshold", exits=[1])[2] == "gate"
+
+
+def test_rules_with_an_integer_of_their_own() -> None:
+    engine = make_engine(drafting_model("llama"))
+    assert plan(engine, mode="threshold", rule="fixed") == ([3], {3: 0.0}, "fixed")
+    assert plan(engine, mode="threshold", rule="fixed", exit_layer=2) == ([2], {2: 0.0}, "fixed")
+    assert plan(engine, mode="threshold", rule="fixed", exits=[1, 2])[0] == [2]
+    assert plan(engine, mode="threshold", rule="patience")[1] == dict.fromkeys((1, 2, 3), PATIENCE_REACHED)
+    with pytest.raises(UserError, match="exit_layer 4"):
+        plan(engine, mode="threshold", rule="fixed", exit_layer=4)
+
+
+def test_modes_that_need_no_exits() -> None:
+    engine = make_engine(drafting_model("llama"))
+    assert plan(engine, mode="full") == ([], {}, None)
+    assert plan(engine, mode="lossless", draft="lookup") == ([], {}, None)
+    bare = make_engine(tiny_model("llama"))
+    assert plan(bare, mode="lossless") == ([], {}, None)
+    with pytest.raises(UserError, match="exitlm tune"):
+        plan(bare, mode="threshold")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"exits": [7]}, r"no exit at layer 7 \(it has: 1, 2, 3\)"),
+        ({"exits": [4]}, "no exit at layer 4"),
+        ({"exits": []}, "exits is empty"),
+        ({"threshold": {7: 0.5}}, "layer|7"),
+        ({"threshold": {"1": 0.5}}, "'1'"),
+        ({"threshold": [0.5, 0.6]}, "2 thresholds are given for 3"),
+        ({"threshold": [0.5], "exits": [1, 2]}, "1 thresholds are given for 2"),
+    ],
+)
+def test_plans_that_cannot_be(settings: dict[str, Any], says: str) -> None:
+    engine = make_engine(drafting_model("llama"))
+    with pytest.raises(UserError, match=says):
+        plan(engine, mode="threshold", **settings)
+
+
+def test_a_gate_where_there_is_none_is_refused() -> None:
+    engine = make_engine(attach(tiny_model("llama"), [ExitConfig(layer=1, gate=True), ExitConfig(layer=2)]))
+    with pytest.raises(UserError, match="exit 2 has none"):
+        plan(engine, mode="threshold", rule="gate")
+    assert plan(engine, mode="threshold", rule="gate", exits=[1])[2] == "gate"
+
+
+SURE = {"rule": "gate", "threshold": 0.6, "coverage": 0.9}
+NEVER = {"rule": "gate", "threshold": 0.6, "coverage": 0.0}
+
+
+def test_exits_that_do_not_pay_are_off_by_default_and_this_is_said_once() -> None:
+    engine = make_engine(recorded(e1=NEVER, e2=SURE, e3=NEVER))
+    for _ in range(2):
+        assert plan(engine, mode="threshold") == ([2], {2: 0.6}, "gate")
+    assert len(engine.notes) == 1
+    assert "[1, 3] are off" in engine.notes[0]
+    out = generate(engine, PROMPT, mode="threshold", **FREE)
+    assert out.stats["exits"] == [2]
+
+
+def test_what_the_user_names_is_used_whether_it_pays_or_not() -> None:
+    engine = make_engine(recorded(e1=NEVER, e2=NEVER, e3=NEVER))
+    assert plan(engine, mode="threshold") == ([], {}, None)
+    assert "none pays" in engine.notes[0]
+    assert plan(engine, mode="threshold", threshold=0.5)[0] == [1, 2, 3]
+    assert plan(engine, mode="threshold", rule="gate")[0] == [1, 2, 3]
+    assert plan(engine, mode="threshold", exits=[3])[0] == [3]
+    out = generate(engine, PROMPT, mode="threshold", **FREE)
+    assert set(out.exit_layers) == {4}
+
+
+def test_exits_that_tuning_said_nothing_about_stay_on() -> None:
+    engine = make_engine(recorded(e1=NEVER, e2=SURE))
+    assert plan(engine, mode="threshold")[0] == [1, 2, 3]
+    assert engine.notes == []
+
+
+def test_drafting_thresholds_come_from_calibration_and_costs() -> None:
+    curve = {"scores": [0.2, 0.5, 0.9], "coverage": [0.9, 0.6, 0.2], "precision": [0.5, 0.95, 0.99]}
+    hopeless = {"scores": [0.2, 0.9], "coverage": [0.9, 0.2], "precision": [0.0, 0.01]}
+    model = recorded(e1={**SURE, "calibration": hopeless}, e2={**SURE, "calibration": curve}, e3=SURE)
+    engine = make_engine(model)
+    assert plan(engine, mode="lossless") == ([2, 3], {2: 0.5, 3: 0.6}, "gate")
+    assert plan(engine, mode="lossless", adaptive=False)[1] == {1: 0.6, 2: 0.6, 3: 0.6}
+    assert plan(engine, mode="lossless", threshold=0.4)[1] == {1: 0.4, 2: 0.4, 3: 0.4}
+    request = engine.start(PROMPT, GenerationConfig())
+    assert request.policy is not None
+    assert request.policy.exits[2].prior == 0.95
+    assert request.policy.exits[3].prior == 0.7
+    other_rule = engine.start(PROMPT, GenerationConfig(rule="margin", threshold=0.5))
+    assert other_rule.policy is not None
+    assert other_rule.policy.exits[2].prior == 0.7
+
+
+def test_costs_are_measured_only_where_they_matter(tmp_path: Path) -> None:
+    engine = Engine(drafting_model("llama"), cache_dir=tmp_path)
+    generate(engine, PROMPT, mode="full", **FREE)
+    generate(engine, PROMPT, mode="threshold", threshold=0.5, **FREE)
+    generate(engine, PROMPT, mode="lossless", adaptive=False, **FREE)
+    assert list(tmp_path.iterdir()) == []
+    generate(engine, PROMPT, mode="lossless", **FREE)
+    assert [path.suffix for path in (tmp_path / "costs").iterdir()] == [".json"]
+
+
+def test_a_measured_engine_and_a_given_table_write_the_same_text(tmp_path: Path) -> None:
+    """The clock may choose how to draft; it never chooses the words."""
+    model = drafting_model("olmo2")
+    texts = set()
+    for costs in (None, some_costs(model), some_costs(model, row=1.0), some_costs(model, layer=0.01, head=9.0)):
+        engine = Engine(model, costs=costs, cache_dir=tmp_path)
+        texts.add(tuple(generate(engine, random_ids(4) * 3, **FREE).token_ids))
+    assert len(texts) == 1
+
+
+def test_the_memory_of_a_cache_follows_the_request() -> None:
+    engine = make_engine(drafting_model("llama"))
+    generate(engine, PROMPT, **FREE)
+    (cache,) = engine._free
+    assert cache.capacity == 64
+    assert cache.nbytes() == 4 * 2 * 2 * 64 * 12 * 8
+    generate(engine, PROMPT, max_new_tokens=100, ignore_eos=True)
+    assert engine._free[0].capacity == 128
+
+
+def test_speed_of_one_token_is_not_a_number(engine: Engine) -> None:
+    out = generate(engine, PROMPT, max_new_tokens=1)
+    assert math.isnan(out.stats["tokens_per_second"])
+    assert out.stats["tokens"] == 1

@@ -1,0 +1,101 @@
+"""What a user may ask of a generation: every wrong value is one sentence that says what to do."""
+
+import dataclasses
+import json
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
+from exitlm.errors import UserError
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"threshold": math.nan}, "threshold is nan"),
+    ({"threshold": -1}, "between 0"),
+    ({"threshold": 1.1}, "between 0"),
+    ({"threshold": "0.5"}, "threshold is 0.5"),
+    ({"threshold": {8: 2.0}}, "exit 8"),
+    ({"threshold": [0.5, math.nan]}, "nan"),
+    ({"mode": "lossles"}, "did you mean 'lossless'"),
+    ({"mode": None}, "mode 'None'"),
+    ({"rule": "margn"}, "did you mean 'margin'"),
+    ({"draft": ("exits", "look-up")}, "did you mean 'lookup'"),
+    ({"draft": "exit"}, "did you mean 'exits'"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"max_new_tokens": 1.5}, "whole number"),
+    ({"max_new_tokens": "5"}, "whole number"),
+    ({"patience": 0}, "patience"),
+    ({"min_exit_tokens": -1}, "min_exit_tokens"),
+    ({"max_pending": -1}, "max_pending"),
+    ({"max_draft": 0.5}, "max_draft"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"stop": ("a", "")}, "stop string is empty"),
+    ({"stop": (5,)}, "stop string"),
+    ({"stop_token_ids": 5}, "stop_token_ids is 5"),
+    ({"stop_token_ids": ["5"]}, "whole numbers"),
+    ({"exits": 8}, "exits is 8"),
+    ({"exits": [8, 15, 8]}, "more than once"),
+    ({"exits": [8.5]}, "whole numbers"),
+    ({"seed": 1.5}, "seed"),
+    ({"seed": 2**64}, "64 bits"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"top_p": 0.0}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 1.5}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+]
+
+
+@pytest.mark.parametrize(("settings", "says"), WRONG, ids=[str(settings) for settings, _ in WRONG])
+def test_wrong_values_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as found:
+        GenerationConfig(**settings)
+    assert "\n" not in str(found.value)
+
+
+def test_an_unknown_setting_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'temperature'"):
+        GenerationConfig.of({"temprature": 1.0})
+    assert GenerationConfig.of({"temperature": 1.0}).temperature == 1.0
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = GenerationConfig(max_new_tokens=np.int64(5), threshold=np.float32(0.5), exits=np.array([1, 2]))  # type: ignore[arg-type]
+    assert config.max_new_tokens == 5
+
+
+def test_one_word_stands_for_a_list_of_one() -> None:
+    config = GenerationConfig(stop="END", draft="lookup")
+    assert config.stop == ("END",)
+    assert config.draft == ("lookup",)
+
+
+def test_a_setting_without_effect_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match="no effect"):
+        GenerationConfig(exit_layer=3, rule="margin")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GenerationConfig(exit_layer=3, rule="fixed")
+
+
+def test_a_configuration_does_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GenerationConfig().mode = "full"  # type: ignore[misc]
+
+
+def test_a_summary() -> None:
+    trace = [TokenTrace(id=1, exit_layer=layer, source="exit") for layer in (4, 2, 3)]
+    assert summarise(trace, 0.5) == {"tokens": 3, "tokens_per_second": 4.0, "mean_layers": 3.0}
+    assert math.isnan(summarise(trace[:1], 0.0)["tokens_per_second"])
+    assert summarise([], 0.0)["tokens"] == 0
+
+
+def test_a_piece_and_a_generation_are_plain_data() -> None:
+    trace = [TokenTrace(id=7, exit_layer=2, source="exit", confidence={2: 0.5}, text="a")]
+    piece = Piece(text="a", tokens=trace)
+    assert (piece.token_ids, piece.exit_layers) == ([7], [2])
+    out = Generation(text="a", token_ids=[7], exit_layers=[2], trace=trace, stats={"tokens": 1}, finish_reason="length")
+    assert json.loads(json.dumps(dataclasses.asdict(out)))["trace"][0]["id"] == 7
