@@ -10,7 +10,7 @@ from exitlm.decode import costs as costs_module
 from exitlm.decode.costs import (
     Costs,
     cached,
-    choose_draft_threshold,
+    choose_drafting,
     choose_exits,
     ideal,
     measure,
@@ -97,9 +97,17 @@ def test_the_threshold_from_which_drafting_gains_most() -> None:
         c * (p * costs.full() - costs.draft_cost(4)) for c, p in zip(curve["coverage"], curve["precision"], strict=True)
     ]
     assert gains.index(max(gains)) == 1
-    assert choose_draft_threshold(costs, 4, curve) == 0.5
+    free, dear = {4: 0.0}, {4: 10 * costs.full()}
+    assert choose_drafting(costs, {4: curve}, free) == {4: 0.5}
+    assert choose_drafting(costs, {4: curve}, dear) == {}
     never = {"scores": [0.2, 0.9], "coverage": [0.9, 0.2], "precision": [0.01, 0.02]}
-    assert choose_draft_threshold(costs, 4, never) == 1.0
+    assert choose_drafting(costs, {4: never}, free) == {}
+
+
+def test_an_exit_that_adds_less_than_its_tests_is_left_out() -> None:
+    costs = table()
+    curve = {"scores": [0.5], "coverage": [0.6], "precision": [0.9]}
+    assert choose_drafting(costs, {2: curve, 4: curve}, {2: 0.01, 4: 0.01}) == {2: 0.5}
 
 
 def test_measured_costs_are_positive_and_never_fall_with_rows() -> None:

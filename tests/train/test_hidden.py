@@ -10,6 +10,7 @@ import torch
 from exitlm.model.exits import ExitConfig
 from exitlm.train.data import Blocks
 from exitlm.train.hidden import HiddenStates, Row, Wanted, teacher_summary
+from exitlm.train.objective import Scratch
 from tests.model.families import tiny_model
 
 
@@ -110,10 +111,9 @@ def test_rows_survive_a_file(blocks: Blocks, tmp_path: Path) -> None:
     assert row.nbytes() == sum(t.nbytes for t in row.tensors().values())
 
 
-def test_teacher_summary_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exitlm.train.hidden.chunk_tokens", lambda vocab: 3)
+def test_teacher_summary_in_chunks() -> None:
     x, w = torch.randn(10, 4, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
-    argmax, lse, best = teacher_summary(x, w, 2.0)
+    argmax, lse, best = teacher_summary(x, w, 2.0, Scratch(3, x.device))
     logits = x @ w.T
     assert torch.equal(argmax, logits.argmax(-1))
     assert best.shape == (10, 16)

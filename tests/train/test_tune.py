@@ -186,8 +186,13 @@ def test_killed_runs_end_with_the_same_tensors(base: Path, text: Path, tmp_path:
     began = time.monotonic()
     whole = tune(**call)
     longest = (time.monotonic() - began) / 2
-    assert killed_until_done({**call, "out": tmp_path / "run"}, seed=0, kills=3, longest=longest) > 0
-    assert same(whole, tmp_path / "run")
+    for attempt in range(8):  # a quick run may be over before its kill: try again, with earlier kills
+        out = tmp_path / f"run{attempt}"
+        hits = killed_until_done({**call, "out": out}, seed=attempt, kills=3, longest=longest / (attempt + 1))
+        assert same(whole, out)
+        if hits:
+            return
+    pytest.fail("no kill hit a running process")
 
 
 @pytest.mark.slow
@@ -353,7 +358,6 @@ def test_settings_are_resolved_by_the_model(base: Path) -> None:
     opened = open_checkpoint(base)
     config = resolve(RunConfig(), opened)
     assert config.exits.layers == (1, 2, 3)
-    assert config.model.dtype == "float32"
     assert "auto" not in (config.train.dtype, config.data.self_dtype, config.model.device)
     assert default_layers(30) == (8, 15, 22)
     assert default_layers(2) == (1,)

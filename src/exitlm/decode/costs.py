@@ -216,15 +216,33 @@ def choose_exits(
     return best
 
 
-def choose_draft_threshold(costs: Costs, layer: int, calibration: Mapping[str, Sequence[float]]) -> float:
-    """The score from which drafting at ``layer`` gains most time by the exit's calibration curve; 1.0 where it never
-    pays."""
-    best, chosen = 0.0, 1.0
-    cost, worth = costs.draft_cost(layer), costs.full()
-    for score, covered, precise in zip(
-        calibration["scores"], calibration["coverage"], calibration["precision"], strict=True
-    ):
-        gain = covered * (precise * worth - cost)
-        if gain > best:
-            best, chosen = gain, float(score)
-    return chosen if best > costs.test[layer] else 1.0
+def choose_drafting(
+    costs: Costs, calibrations: Mapping[int, Mapping[str, Sequence[float]]], tests: Mapping[int, float]
+) -> dict[int, float]:
+    """The exits to draft at in lossless mode, and the score from which each drafts, that gain most time per token by the
+    exits' calibration curves; {} where none pays.
+
+    An exit's threshold is the one that gains most by itself. Of several exits, a deeper one is taken to fire for the
+    tokens of the shallower ones too (coverage is nested), and is tested only for the rest.
+    """
+    worth = costs.full()
+    chosen: dict[int, tuple[float, float, float]] = {}
+    for layer, curve in calibrations.items():
+        points = zip(curve["scores"], curve["coverage"], curve["precision"], strict=True)
+        cost = costs.draft_cost(layer)
+        gain, score, covered, precise = max((c * (p * worth - cost), s, c, p) for s, c, p in points)
+        if gain > 0.0 and score < 1.0:
+            chosen[layer] = (score, covered, precise * worth - cost)
+    best: tuple[float, tuple[int, ...]] = (0.0, ())
+    layers = sorted(chosen)
+    for count in range(1, min(len(layers), _LARGEST_SUBSET) + 1):
+        for subset in itertools.combinations(layers, count):
+            left, gain = 1.0, 0.0
+            for layer in subset:
+                gain -= left * tests[layer]
+                _, covered, worthwhile = chosen[layer]
+                fired = max(0.0, covered - (1.0 - left))
+                gain += fired * worthwhile
+                left -= fired
+            best = max(best, (gain, subset))
+    return {layer: chosen[layer][0] for layer in best[1]}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exitlm.decode.cache import KeyValueCache
-from exitlm.decode.costs import Costs, cached, choose_draft_threshold, choose_exits
+from exitlm.decode.costs import Costs, cached, choose_drafting, choose_exits
 from exitlm.decode.drafting import DraftPolicy
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
@@ -143,11 +143,10 @@ class Engine:
         thresholds = {e: self._default_threshold(e, name) for e in self.early}
         known = all(self.records[e].get("rule") == name and "coverage" in self.records[e] for e in self.early)
         if config.mode == "lossless":
-            for e in self.early:
-                curve = self.records[e].get("calibration")
-                if config.adaptive and curve is not None and self.records[e].get("rule") == name:
-                    thresholds[e] = choose_draft_threshold(self.costs, e, curve)
-            layers = [e for e in self.early if thresholds[e] < 1.0]
+            curves = {e: self.records[e].get("calibration") for e in self.early}
+            if config.adaptive and known and all(curves.values()):
+                thresholds = choose_drafting(self.costs, {e: curves[e] or {} for e in self.early}, self._tests(name))
+            layers = [e for e in self.early if thresholds.get(e, 1.0) < 1.0]
         elif known:
             layers = list(self._paying_exits(thresholds, name))
         else:
@@ -156,11 +155,14 @@ class Engine:
             return [], None
         return layers, ExitRule(name=name, thresholds={e: thresholds[e] for e in layers})
 
+    def _tests(self, name: str) -> dict[int, float]:
+        """Seconds of testing each exit by a rule."""
+        return {e: self.costs.test[e] if name == "gate" else self.costs.draft[e] for e in self.early}
+
     def _paying_exits(self, thresholds: Mapping[int, float], name: str) -> tuple[int, ...]:
         if self._chosen is None:
             coverage = {e: float(self.records[e]["coverage"]) for e in self.early if thresholds[e] < 1.0}
-            tests = {e: self.costs.test[e] if name == "gate" else self.costs.draft[e] for e in coverage}
-            self._chosen, speed = choose_exits(self.costs, coverage, tests)
+            self._chosen, speed = choose_exits(self.costs, coverage, self._tests(name))
             off = [e for e in self.early if e not in self._chosen]
             if off:
                 gain = (

@@ -291,7 +291,7 @@ class FusedHead:
             self.projections = [fused.shared_outputs[id(head.output)]]
         else:
             rows = head.output_weight(model.lm_head.weight).detach().to(dtype)
-            self.projections = [pack_linear(rows, None, quant)]
+            self.projections = [pack_linear(rows, None, "int8" if fused.quant in GRID_FORMATS else quant)]
 
     def gate(self, hidden_D: Tensor) -> float:
         """The gate's probability for one row: two dot products, no projection."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.layers import Tap
 from exitlm.train.data import Blocks
-from exitlm.train.objective import chunk_tokens
+from exitlm.train.objective import Scratch, chunk_tokens
 from exitlm.train.precision import padding
 
 BEST = 16
@@ -100,6 +100,7 @@ class HiddenStates:
         self.held: dict[int, Row | Path] = {}
         self.bytes = 0
         self.computed = 0
+        self.scratch = Scratch(chunk_tokens(model.config.vocab_size), model.device)
         shutil.rmtree(home, ignore_errors=True)
 
     def __len__(self) -> int:
@@ -159,21 +160,26 @@ class HiddenStates:
         if not wanted.teacher:
             return row
         assert row.final_ND is not None
-        argmax, lse, best = teacher_summary(row.final_ND, self.model.lm_head.weight, wanted.temperature)
+        weight = self.model.lm_head.weight
+        argmax, lse, best = teacher_summary(row.final_ND, weight, wanted.temperature, self.scratch)
         return Row(row.labels_N, row.counted, row.taps, row.final_ND, argmax, lse, best)
 
 
-def teacher_summary(final_ND: Tensor, weight_VD: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def teacher_summary(
+    final_ND: Tensor, weight_VD: Tensor, temperature: float, scratch: Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
     """The final head's argmax ``[N]``, log-sum-exp of logits / temperature ``[N]`` and best ids ``[N, k]``."""
     wide = torch.promote_types(final_ND.dtype, torch.float32)
     argmax, lse, best = [], [], []
-    count, chunk = len(final_ND), chunk_tokens(len(weight_VD))
-    for part in torch.split(F.pad(final_ND, (0, 0, 0, padding(count, final_ND.dtype, chunk))), chunk):
-        logits = F.linear(part, weight_VD).to(wide)
-        top = logits.topk(min(BEST, len(weight_VD)), -1).indices
-        argmax.append(top[:, 0])
-        best.append(top)
-        lse.append((logits / temperature).logsumexp(-1))
+    count, vocab = len(final_ND), len(weight_VD)
+    rows = F.pad(final_ND, (0, 0, 0, padding(count, final_ND.dtype, scratch.chunk)))
+    for part in torch.split(rows, scratch.chunk):
+        logits = scratch.product("teacher", part, weight_VD, wide)
+        top = logits.topk(min(BEST, vocab), -1)
+        argmax.append(top.indices[:, 0])
+        best.append(top.indices)
+        p = torch.softmax(logits.div_(temperature), -1, out=scratch.get("p", len(part), vocab, wide))
+        lse.append(top.values[:, 0] / temperature - p.amax(-1).log())
     return torch.cat(argmax)[:count].clone(), torch.cat(lse)[:count].clone(), torch.cat(best)[:count].clone()
 
 

@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -22,7 +22,7 @@ from torch import Tensor
 from exitlm.errors import UserError
 from exitlm.train.data import batch_indices
 from exitlm.train.heads import HeadBatch, Heads
-from exitlm.train.hidden import HiddenStates, join_optional
+from exitlm.train.hidden import HiddenStates, Row, join_optional
 from exitlm.train.objective import (
     HeadInput,
     LossSettings,
@@ -175,12 +175,8 @@ class Trainer:
         batch = self.heads.batch(rows)
         wide = self.heads.master
         weight_N = batch.weights(1.0 / tokens, wide)
-        sampled = objective.candidate_loss and self.done < objective.candidate_share * self.settings.steps
-        inputs = batch.inputs
-        if sampled:
-            best = join_optional([row.best_Nk for row in rows])
-            assert best is not None
-            inputs = self._sampled(batch, best, number)
+        sampled = self._samples()
+        inputs = self._sampled(batch, rows, number) if sampled else batch.inputs
         result = linear_losses(
             inputs,
             weight_N,
@@ -202,24 +198,33 @@ class Trainer:
         sums["agree"] += (result.correct_EN.to(wide) @ weight_N).double().cpu()
         sums["sure"] += (result.confidence_EN.to(wide) @ weight_N).double().cpu()
 
-    def _sampled(self, batch: HeadBatch, best_Nk: Tensor, number: int) -> list[HeadInput]:
+    def _samples(self) -> bool:
+        """Whether this step samples the vocabulary: not towards the end, and not where little would be left out."""
+        o, vocab = self.config.objective, self.heads.model.config.vocab_size
+        return (
+            o.candidate_loss and self.done < o.candidate_share * self.settings.steps and vocab > 2 * o.candidate_tokens
+        )
+
+    def _sampled(self, batch: HeadBatch, rows: Sequence[Row], number: int) -> list[HeadInput]:
         """The inputs restricted to this microbatch's sampled vocabulary; candidate heads keep their candidates."""
         seed = (self.settings.seed * 1_000_003 + self.done) * 1_009 + number
         generator = torch.Generator().manual_seed(seed % (1 << 62))
         count, vocab = self.config.objective.candidate_tokens, self.heads.model.config.vocab_size
-        ids = sampled_vocabulary(best_Nk, self.frequent, vocab, count, generator).to(self.heads.device)
+        best = join_optional([row.best_Nk for row in rows])
+        needed = batch.labels_N if best is None else torch.cat([batch.labels_N, best.reshape(-1)])
+        ids = sampled_vocabulary(needed, self.frequent, vocab, count, generator).to(self.heads.device)
         frozen: dict[int, Tensor] = {}  # the shared matrix's rows are taken once
         out = []
         for head in batch.inputs:
             if head.ids_K is None:
                 weight = head.weight_KD
                 if weight.requires_grad:
-                    rows = weight[ids]
+                    part_KD = weight[ids]
                 else:
                     if id(weight) not in frozen:
                         frozen[id(weight)] = weight[ids]
-                    rows = frozen[id(weight)]
-                head = HeadInput(features_ND=head.features_ND, weight_KD=rows, ids_K=ids)
+                    part_KD = frozen[id(weight)]
+                head = HeadInput(features_ND=head.features_ND, weight_KD=part_KD, ids_K=ids)
             out.append(head)
         return out
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 32 << 20
-SIZE_STEP = 1024
+SIZE_STEP = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,9 @@ class _Job:
     chunk: int
 
 
-class _Buffers:
-    """Scratch ``[chunk, K]`` matrices, allocated once: fresh pages for every chunk cost as much as a softmax."""
+class Scratch:
+    """``[chunk, K]`` matrices, allocated once: fresh pages for every chunk cost as much as a softmax, and large blocks
+    that come and go between small ones that stay leave holes in the heap."""
 
     def __init__(self, chunk: int, device: torch.device) -> None:
         self.chunk, self.device = chunk, device
@@ -135,7 +136,7 @@ class _ChunkedLosses(torch.autograd.Function):
         features, weights = flat[0::2], flat[1::2]
         N, E, device = len(job.weight_N), len(features), features[0].device
         wide = torch.promote_types(features[0].dtype, torch.float32)
-        buffers = _Buffers(min(job.chunk, N), device)
+        buffers = Scratch(min(job.chunk, N), device)
         loss_E = torch.zeros(E, dtype=wide, device=device)
         correct_EN = torch.zeros(E, N, dtype=torch.bool, device=device)
         confidence_EN = torch.zeros(E, N, dtype=wide, device=device)
@@ -182,7 +183,7 @@ class _ChunkedLosses(torch.autograd.Function):
 class _TeacherChunk:
     """The teacher's logits of one chunk, computed once for every set of ids that a head asks for."""
 
-    def __init__(self, job: _Job, part: slice, wide: torch.dtype, buffers: _Buffers) -> None:
+    def __init__(self, job: _Job, part: slice, wide: torch.dtype, buffers: Scratch) -> None:
         self.job, self.part, self.wide, self.teacher, self.buffers = job, part, wide, job.teacher, buffers
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}
         self.full: Tensor | None = None
@@ -235,7 +236,7 @@ class _TeacherChunk:
 
 
 def _chunk_loss(
-    job: _Job, part: slice, logits: Tensor, ids: Tensor | None, teacher: _TeacherChunk, buffers: _Buffers, wants: bool
+    job: _Job, part: slice, logits: Tensor, ids: Tensor | None, teacher: _TeacherChunk, buffers: Scratch, wants: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(loss, correct [n], confidence [n], weight [n])`` of one head in one chunk. If ``wants``, ``logits`` are
     replaced by the gradient of the unweighted loss with respect to them: (1 - distill) (q - onehot) for the
@@ -308,20 +309,20 @@ def exit_weight(step: int, initial: float, target: float, steps: int, shape: str
 
 
 def sampled_vocabulary(
-    teacher_ids: Tensor, frequent_ids: Tensor, vocab_size: int, count: int, generator: torch.Generator
+    needed_ids: Tensor, frequent_ids: Tensor, vocab_size: int, count: int, generator: torch.Generator
 ) -> Tensor:
-    """Sorted distinct ids for one step of the candidate loss: the teacher's best tokens of the batch, ``count // 2``
-    draws from the frequent ids and as many from the whole vocabulary (rare ids must be among them), which also fills
-    up to a multiple of ``SIZE_STEP``, so that few shapes occur."""
+    """Sorted distinct ids for one step of the candidate loss: those that the batch needs (labels, the teacher's best),
+    ``count // 2`` draws from the frequent ids and as many from the whole vocabulary (rare ids must be among them),
+    which also fills up to a multiple of ``SIZE_STEP`` in large vocabularies, so that few shapes occur."""
     half = count // 2
     chosen = torch.zeros(vocab_size, dtype=torch.bool)
-    chosen[teacher_ids.reshape(-1).cpu().long()] = True
+    chosen[needed_ids.reshape(-1).cpu().long()] = True
     chosen[frequent_ids[torch.randint(len(frequent_ids), (half,), generator=generator)]] = True
     uniform = torch.randperm(vocab_size, generator=generator)
     chosen[uniform[: count - half]] = True
-    size = int(chosen.sum())
-    rest = uniform[~chosen[uniform]]
-    chosen[rest[: -(-size // SIZE_STEP) * SIZE_STEP - size]] = True
+    if vocab_size >= 16 * SIZE_STEP:
+        rest = uniform[~chosen[uniform]]
+        chosen[rest[: -int(chosen.sum()) % SIZE_STEP]] = True
     return chosen.nonzero()[:, 0]
 
 

@@ -38,6 +38,7 @@ from exitlm.weights.load import load_model
 from exitlm.weights.store import cache_directory
 
 CLOSED_FORM_TOKENS = 1 << 16
+CANDIDATES, LARGE_VOCABULARY = 4096, 16384
 _RECORDED = ("model", "exits", "objective", "data", "train")
 
 
@@ -106,17 +107,23 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
     device = config.model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = opened.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-    place, master = torch.device(device), torch.promote_types(backbone, torch.float32)
+    place = torch.device(device)
+    backbone = resolve_dtype(config.model.dtype, place, opened.dtype)
+    master = torch.promote_types(backbone, torch.float32)
+    vocab = opened.model_config.vocab_size
+    automatic = CANDIDATES if vocab > LARGE_VOCABULARY else 0
+    given = config.exits.candidates
+    candidates = tuple(automatic if n == -1 else n for n in (given if isinstance(given, tuple) else (given,)))
     resolved = replace(
         config,
         model=replace(config.model, device=device, dtype=_name(backbone)),
-        exits=replace(config.exits, layers=tuple(layers)),
+        exits=replace(
+            config.exits, layers=tuple(layers), candidates=candidates if isinstance(given, tuple) else candidates[0]
+        ),
         data=replace(config.data, self_dtype=_name(resolve_dtype(config.data.self_dtype, place, backbone))),
         train=replace(config.train, dtype=_name(resolve_dtype(config.train.dtype, place, master))),
     )
     resolved.check()
-    vocab = opened.model_config.vocab_size
     for e in exit_configs(resolved):
         if e.candidates > vocab:
             raise UserError(

@@ -17,6 +17,8 @@ from exitlm.weights.gguf_config import ROPE_FACTORS, hf_config
 from exitlm.weights.gguf_file import GGUFFile
 from exitlm.weights.source import display_name, resolve
 
+MOST_VALUES = 12  # a longer list is only counted
+
 
 def describe(source: str | os.PathLike[str]) -> dict[str, Any]:
     """What is at a path (or hub id, or packaged name), as plain data; ``kind`` is model, gguf or adapter.
@@ -173,5 +175,7 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_text(str(name), entry)}" for name, entry in value.items())
     if isinstance(value, list):
+        if len(value) > MOST_VALUES:
+            return f"{len(value)} values"
         return ", ".join(_text("", entry) for entry in value)
     return str(value)
