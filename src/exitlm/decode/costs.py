@@ -219,8 +219,8 @@ def choose_exits(
 def choose_drafting(
     costs: Costs, calibrations: Mapping[int, Mapping[str, Sequence[float]]], tests: Mapping[int, float]
 ) -> dict[int, float]:
-    """The exits to draft at in lossless mode, and the score from which each drafts, that gain most time per token by the
-    exits' calibration curves; {} where none pays.
+    """The exits to draft at in lossless mode, and the score from which each drafts, that gain most time per token by
+    their calibration curves; {} where none pays.
 
     An exit's threshold is the one that gains most by itself. Of several exits, a deeper one is taken to fire for the
     tokens of the shallower ones too (coverage is nested), and is tested only for the rest.
