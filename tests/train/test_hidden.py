@@ -118,3 +118,14 @@ def test_teacher_summary_in_chunks() -> None:
     assert torch.equal(argmax, logits.argmax(-1))
     assert best.shape == (10, 16)
     torch.testing.assert_close(lse, (logits / 2).logsumexp(-1))
+
+
+def test_low_precision_rounds_shapes_up_and_cuts_results_back(blocks: Blocks, tmp_path: Path) -> None:
+    wide, narrow = tiny_model("llama"), tiny_model("llama").to(torch.bfloat16)
+    seen: set[int] = set()
+    narrow.model.layers["0"].register_forward_hook(lambda _, inputs, __: seen.add(inputs[0].shape[1]))
+    rows = [states(m, blocks, tmp_path, teacher=True).row(0).tensors() for m in (wide, narrow)]
+    assert seen == {64}
+    assert {n: t.shape for n, t in rows[0].items()} == {n: t.shape for n, t in rows[1].items()}
+    a, b = (row["tap.2.0.hidden"].double() for row in rows)
+    assert (a - b).abs().max() < 0.05 * a.abs().max()

@@ -206,6 +206,13 @@ def test_sampled_vocabulary_holds_the_teachers_tokens_and_rare_ones() -> None:
     assert torch.equal(ids, again)
 
 
+def test_sampled_vocabulary_has_few_sizes_where_it_is_large() -> None:
+    g = torch.Generator().manual_seed(0)
+    best = torch.randint(40_000, (100,), generator=g)
+    sizes = {len(sampled_vocabulary(best, torch.arange(500), 40_000, count, g)) for count in range(200, 600, 37)}
+    assert sizes <= {512, 1024}
+
+
 def test_candidates_are_special_then_frequent_then_low_ids() -> None:
     counts = torch.zeros(20, dtype=torch.long)
     counts[[9, 4, 15]] = torch.tensor([5, 7, 5])

@@ -83,7 +83,7 @@ def test_the_backbone_is_bit_identical_before_and_after(
 
     monkeypatch.setattr(tune_module, "load_model", load)
     tune(**arguments(base, str(text), tmp_path / "run", "exits.kind=mlp,block", "exits.output=own,shared"))
-    before = load_model(open_checkpoint(base)).state_dict()
+    before = load_model(open_checkpoint(base), dtype=loaded[0].dtype).state_dict()
     after = {name: tensor for name, tensor in loaded[0].state_dict().items() if not name.startswith("exits.")}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -362,6 +362,7 @@ def test_settings_are_resolved_by_the_model(base: Path) -> None:
     assert default_layers(30) == (8, 15, 22)
     assert default_layers(2) == (1,)
     assert default_layers(1) == (1,)
+    assert config.exits.candidates == 0
     tests = resolve(RunConfig().with_overrides(["model.dtype=float64"]), opened)
     assert (tests.train.dtype, tests.data.self_dtype) == ("float64", "float64")
 

@@ -143,10 +143,12 @@ class Engine:
         thresholds = {e: self._default_threshold(e, name) for e in self.early}
         known = all(self.records[e].get("rule") == name and "coverage" in self.records[e] for e in self.early)
         if config.mode == "lossless":
-            curves = {e: self.records[e].get("calibration") for e in self.early}
-            if config.adaptive and known and all(curves.values()):
-                thresholds = choose_drafting(self.costs, {e: curves[e] or {} for e in self.early}, self._tests(name))
-            layers = [e for e in self.early if thresholds.get(e, 1.0) < 1.0]
+            if config.adaptive:
+                records = {e: self.records[e] for e in self.early if self.records[e].get("rule") == name}
+                curves = {e: record["calibration"] for e, record in records.items() if record.get("calibration")}
+                chosen = choose_drafting(self.costs, curves, self._tests(name)) if curves else {}
+                thresholds.update({e: chosen.get(e, 1.0) for e in curves})
+            layers = [e for e in self.early if thresholds[e] < 1.0]
         elif known:
             layers = list(self._paying_exits(thresholds, name))
         else:

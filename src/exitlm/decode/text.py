@@ -56,10 +56,10 @@ class TextStream:
 
     def _release(self, fresh: str, final: bool) -> str:
         text = self._held + fresh
-        cuts = [at for at in (text.find(word) for word in self.stop if word) if at >= 0]
-        if cuts:
+        ends = [(text.find(word) + len(word), text.find(word)) for word in self.stop if word in text]
+        if ends:  # the stop string that is complete first counts, however the text was cut into tokens
             self.finished, self._held = True, ""
-            return text[: min(cuts)]
+            return text[: min(ends)[1]]
         keep = 0
         if not final:
             for word in self.stop:
