@@ -146,9 +146,13 @@ def test_the_default_is_a_rule_about_the_processor(monkeypatch: pytest.MonkeyPat
     assert choose_format([weight]) == "bf16"
 
 
-def test_heads_have_sixteen_bits_at_least() -> None:
-    assert [head_format(quant) for quant in ("none", "fp16", "bf16")] == ["none", "fp16", "bf16"]
-    assert head_format("int8") == head_format("int4") == sixteen_bit_format()
+@pytest.mark.parametrize("quant", USABLE)
+def test_logits_are_not_rounded_to_bfloat16(quant: str) -> None:
+    """They would tie too often: heads keep float32 results whatever the layers have."""
+    assert head_format(quant) == ("none" if quant == "none" else "fp16")
+    logits = pack_linear(some(96, 64, 0), None, head_format(quant))(some(2, 64, 1))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_formats_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
