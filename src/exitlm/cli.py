@@ -7,6 +7,7 @@ The parser is argparse because its complaints are single sentences and it starts
 
 import argparse
 import errno
+import io
 import json as json_format
 import math
 import os
@@ -53,15 +54,18 @@ def generate(
     dtype: str = "auto",
     device: str = "cpu",
     quant: str = "auto",
+    allow_other_base: bool = False,
     chat: bool = False,
     json: bool = False,
     **settings: Any,
 ) -> int:
     """Write text with as many layers as each token needs; ``settings`` are those of ``LLM.generate`` or None."""
     import exitlm
+    from exitlm.decode.generation import GenerationConfig
 
-    llm = exitlm.load(model, exits=exits, dtype=dtype, device=device, quant=quant)
     settings = {name: value for name, value in settings.items() if value is not None}
+    GenerationConfig.of(settings)  # before the model is loaded
+    llm = exitlm.load(model, exits, dtype, device, quant, allow_other_base)
     if json:
         found = llm.generate(prompt, chat=chat, **settings)
         answer = {
@@ -103,10 +107,11 @@ def _print_depth(llm: "LLM", prompt: str, chat: bool, settings: dict[str, Any]) 
             console.print(show.token(token.text, token.exit_layer, colours), end="")
         trace += piece.tokens
     figures = summarise(trace, time.perf_counter() - started)
+    speed = "" if math.isnan(figures["tokens_per_second"]) else f"{figures['tokens_per_second']:.1f} tokens/s, "
     console.print("\n")
     console.print(show.legend(colours))
     console.print(
-        f"{figures['tokens']} tokens, {figures['tokens_per_second']:.1f} tokens/s, "
+        f"{figures['tokens']} token{'s' * (figures['tokens'] != 1)}, {speed}"
         f"{figures['mean_layers']:.1f} of {llm.num_layers} layers on average",
         style="dim",
     )
@@ -120,15 +125,28 @@ def inspect(path: str) -> int:
     return 0
 
 
-def export(source: str, directory: str, *, exits: Sequence[str] | None = None, dtype: str | None = None) -> int:
+def export(
+    source: str,
+    directory: str,
+    *,
+    exits: Sequence[str] | None = None,
+    dtype: str | None = None,
+    allow_other_base: bool = False,
+) -> int:
     """Write a model, with its exits beside it, to a directory that transformers loads as it is."""
     import exitlm
-    from exitlm.train import RunConfig
+    from exitlm.train import RunConfig, model_of_run
+    from exitlm.train.checkpoint import is_checkpoint
 
-    run_file = Path(source) / "run.toml"
-    if exits is None and run_file.is_file():  # a tuning run: its exits, and the model they were tuned on
-        source, exits = RunConfig.from_toml(run_file).model.base, [source]
-    print(exitlm.load(source, exits=exits).export(directory, dtype=dtype))
+    place = Path(source)
+    finished = (place / "exits.json").is_file()
+    if exits is None and (is_checkpoint(place) or ((place / "run.toml").is_file() and not finished)):
+        llm = exitlm.LLM(model_of_run(place))
+    else:
+        if exits is None and (place / "run.toml").is_file():
+            source, exits = RunConfig.from_toml(place / "run.toml").model.base, [source]
+        llm = exitlm.load(source, exits=exits, allow_other_base=allow_other_base)
+    print(llm.export(directory, dtype=dtype))
     return 0
 
 
@@ -148,6 +166,9 @@ VERBS: dict[str, Callable[..., int]] = {
     "demo": demo,
 }
 
+# What the system says when a path or a disk is not as it should be; any other OSError is a defect.
+_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG,
+                errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.EMFILE, errno.ENOMEM)  # fmt: skip
 _MODEL = "a directory, a hub id, a .gguf file, or smollm2 for the packaged one"
 
 
@@ -182,7 +203,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="text, JSONL, Parquet or a saved dataset; self:N is N tokens that the model writes (default: self:20000)",
+        help="text, JSONL, Parquet or a saved dataset; self:N is N tokens that the model writes (default: self:100000)",
     )
     add("--out", metavar="DIR", help="the run's directory, and the adapter when it is done")
     add("--steps", type=int, metavar="N", help="optimizer steps")
@@ -221,10 +242,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add("--json", action="store_true", help="print one JSON object: text, token_ids, exit_layers, mode, stats")
 
+    for name in ("generate", "export"):
+        parsers[name].add_argument(
+            "--allow-other-base", action="store_true", help="take exits that were tuned on other weights"
+        )
     parsers["inspect"].add_argument("path", metavar="PATH", help="a model directory, an adapter, or a .gguf file")
 
     add = parsers["export"].add_argument
-    add("source", metavar="SRC", help=f"{_MODEL}; or the directory of a tuning run")
+    add("source", metavar="SRC", help=f"{_MODEL}; or a tuning run's directory, or one of its checkpoints")
     add("directory", metavar="DIR", help="where to write")
     add("--exits", nargs="+", action="extend", metavar="A", help="exit adapters to write beside the model")
     add("--dtype", metavar="D", help="of the weights written (default: as they are)")
@@ -253,6 +278,9 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: that of this process) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal's encoding may lack characters of the text
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -264,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if error.errno == errno.EPIPE:  # the reader of our output went away; leave quietly, as other programs do
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 141
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if error.errno not in _ENVIRONMENT:
                 raise
             return _refuse(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
         except KeyboardInterrupt:

@@ -99,7 +99,7 @@ def run(out: Path, *, quick: bool = False) -> None:
     tune(tuning(adapter, quick))
     console.rule("[bold]2. decode", align="left")
     llm = load(BASE, exits=adapter)
-    settings = measure(llm, PROMPTS[:2] if quick else PROMPTS, 32 if quick else 64, console)
+    settings = measure(llm, PROMPTS[:2] if quick else PROMPTS, 32 if quick else 128, console)
     _report(llm, settings, out, console)
 
 

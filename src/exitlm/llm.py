@@ -79,8 +79,8 @@ class LLM:
 
     @property
     def exit_layers(self) -> list[int]:
-        """The 1-based layers that have an exit, ascending, without the final head."""
-        return sorted(int(layer) for layer in self.model.exits if layer.isdigit())
+        """The 1-based layers that have an early exit, ascending, without L."""
+        return [layer for layer in self.model.exit_heads() if layer < self.num_layers]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -105,7 +105,7 @@ class LLM:
 
     def exit_logits(self, ids: Ids) -> dict[int, Tensor]:
         """Logits of every early exit, ``{layer: [B, T, V]}``; ``-inf`` outside an exit's candidate vocabulary."""
-        return self.model.exit_logits(ids)
+        return {layer: logits for layer, logits in self.model.exit_logits(ids).items() if layer < self.num_layers}
 
     def generate(self, prompt: str | Sequence[int], *, chat: bool = False, **settings: Any) -> Generation:
         """Continue ``prompt``, a string or a list of token ids, and return the text with the story of every token.
@@ -113,11 +113,13 @@ class LLM:
         ``chat`` puts a string prompt into the model's chat template. ``settings`` are the fields of
         :class:`GenerationConfig`: ``mode``, ``threshold``, ``max_new_tokens`` and so on.
         """
-        return self.engine.generate(self.encode(prompt, chat=chat), GenerationConfig.of(settings))
+        config = GenerationConfig.of(settings)
+        return self.engine.generate(self.encode(prompt, chat=chat), config)
 
     def stream(self, prompt: str | Sequence[int], *, chat: bool = False, **settings: Any) -> Iterator[Piece]:
         """As :meth:`generate`, in pieces as they become certain; in ``lossless`` mode that is after verification."""
-        return self.engine.stream(self.encode(prompt, chat=chat), GenerationConfig.of(settings))
+        config = GenerationConfig.of(settings)
+        return self.engine.stream(self.encode(prompt, chat=chat), config)
 
     def encode(self, prompt: str | Sequence[int], *, chat: bool = False) -> list[int]:
         """The token ids of a prompt; ``chat`` puts a string into the model's chat template first."""
@@ -135,12 +137,20 @@ class LLM:
             raise UserError(f"the prompt must be a list of token ids: {self._why_no_text}")
         if not prompt:
             raise UserError("the prompt is empty; give at least one character")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError("the prompt is no valid UTF-8 text; give it in that encoding") from None
         if not chat:
             return list(self.tokenizer(prompt)["input_ids"])
         if not self.tokenizer.chat_template:
             raise UserError("this model's tokenizer has no chat template; leave chat off")
         messages = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program: it can raise anything
+            reason = str(error).split("\n")[0].rstrip(".") or type(error).__name__
+            raise UserError(f"this model's chat template can't be used ({reason}); leave chat off") from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def add_exits(
@@ -162,6 +172,7 @@ class LLM:
         for name in settings:
             if name not in known:
                 raise UserError(f"an exit has no setting '{name}'{nearest(name, known)}")
+        layers, seed = _whole(layers, "layers"), _whole([seed], "seed")[0]
         candidates = None if candidate_ids is None else self.model.check_ids(candidate_ids).flatten()
         count = 0 if candidates is None else candidates.numel()
         configs = [
@@ -173,7 +184,7 @@ class LLM:
 
     def remove_exits(self, layers: Sequence[int]) -> None:
         """Drop the exits after these layers."""
-        self.model.remove_exits(layers)
+        self.model.remove_exits(_whole(layers, "layers"))
         self._engine = None
 
     def save_exits(self, directory: Source) -> Path:
@@ -185,3 +196,13 @@ class LLM:
         """Write a directory that ``transformers`` loads as it is, with the exits beside the weights."""
         export(self.model, Path(directory), dtype=dtype)
         return Path(directory)
+
+
+def _whole(values: Sequence[int], name: str) -> list[int]:
+    """Whole numbers as Python's own; a bool is none."""
+    try:
+        if isinstance(values, str) or any(isinstance(value, bool) for value in values):
+            raise TypeError
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise UserError(f"{name} is {values!r}, but must hold whole numbers") from None

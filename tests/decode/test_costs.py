@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,14 +154,21 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(measured) == 1
     (path,) = (tmp_path / "costs").iterdir()
     assert json.loads(path.read_text()).keys() == dataclasses.asdict(first).keys()
-    for damage in ("", "[]", '{"rows": 1}', path.read_text()[:-40], "\x00"):
+    whole = json.loads(path.read_text())
+    changes: tuple[dict[str, Any], ...] = (
+        {"test": []}, {"draft": None}, {"layer": [1.0]}, {"head": []}, {"rows": ["a"]}, {"test": {"2": 1.0}},
+        {"draft": {"1": math.nan}}, {"layer": [0.0] * len(first.rows)}, {"head": [-1.0] * len(first.rows)},
+    )  # fmt: skip
+    damages = ["", "[]", '{"rows": 1}', path.read_text()[:-40], "\x00", *(json.dumps({**whole, **c}) for c in changes)]
+    for damage in damages:
         path.write_text(damage)
-        cached(FusedModel(model, "none"), tmp_path)
-    assert len(measured) == 6
+        assert all(0 < value < math.inf for value in cached(FusedModel(model, "none"), tmp_path).layer)
+    assert len(measured) == 1 + len(damages)
+    before = len(measured)
     for change in ({"layer": 2}, {"gate": True}, {"output": "low_rank", "rank": 4}, {"kind": "block"}):
         attach(model, [ExitConfig(**{"layer": 1, **change})])  # type: ignore[arg-type]
         cached(FusedModel(model, "none"), tmp_path)
-    assert len(measured) == 10
+    assert len(measured) == before + 4
 
 
 def test_a_directory_that_cannot_be_written_only_means_measuring_again(tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ def test_exits_that_do_not_pay_are_off_by_default_and_this_is_said_once() -> Non
     for _ in range(2):
         assert plan(engine, mode="threshold") == ([2], {2: 0.6}, "gate")
     assert len(engine.notes) == 1
-    assert "[1, 3] are off" in engine.notes[0]
+    assert "exits [1, 3]" in engine.notes[0]
     out = generate(engine, PROMPT, mode="threshold", **FREE)
     assert out.stats["exits"] == [2]
 

@@ -33,7 +33,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_draft": 0.5}, "max_draft"),
     ({"logprobs": -1}, "logprobs"),
     ({"stop": ("a", "")}, "stop string is empty"),
-    ({"stop": (5,)}, "stop string"),
+    ({"stop": (5,)}, "sequence of texts"),
     ({"stop_token_ids": 5}, "stop_token_ids is 5"),
     ({"stop_token_ids": ["5"]}, "whole numbers"),
     ({"exits": 8}, "exits is 8"),

@@ -11,6 +11,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -25,6 +26,7 @@ import torch
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.step import SequenceState
 
+_FORMAT = 2  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
 _SIZES = (1, 2, 4, 8, 16)
 _REPEATS = 3
 _MOST_EXITS, _LARGEST_SUBSET = 8, 4
@@ -136,17 +138,13 @@ def cached(fused: FusedModel, directory: Path) -> Costs:
     shape = {k: v for k, v in asdict(fused.config).items() if isinstance(v, (int, float, str))}
     machine = (platform.processor(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__,
                str(fused.device), fused.compile, _device_name(fused.device))  # fmt: skip
-    key = hashlib.sha256(repr((shape, exits, fused.quant, machine, str(fused.dtype))).encode()).hexdigest()[:24]
+    identity = (_FORMAT, shape, exits, fused.quant, machine, str(fused.dtype))
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
     path = directory / "costs" / f"{key}.json"
     try:
-        data = json.loads(path.read_text())
-        for name in ("test", "draft"):
-            data[name] = {int(e): float(v) for e, v in data[name].items()}
-        for name in ("rows", "layer", "head"):
-            data[name] = tuple(data[name])
-        return Costs(**data)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
+        return _kept(json.loads(path.read_text()), fused)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass  # absent or damaged
     costs = measure(fused)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +154,22 @@ def cached(fused: FusedModel, directory: Path) -> Costs:
     except OSError:
         pass  # a cache that can't be written only means measuring again
     return costs
+
+
+def _kept(data: Any, fused: FusedModel) -> Costs:
+    """A stored table, checked. Raises one of Python's own errors for anything else."""
+    layer, head = (tuple(map(float, data[name])) for name in ("layer", "head"))
+    test, draft = ({int(e): float(v) for e, v in data[name].items()} for name in ("test", "draft"))
+    seconds = (*layer, *head, *test.values(), *draft.values())
+    if (
+        data["rows"] != list(_SIZES)
+        or not len(layer) == len(head) == len(_SIZES)
+        or not test.keys() == draft.keys() == fused.heads.keys()
+        or not all(0.0 < value < math.inf for value in seconds)
+    ):
+        raise ValueError("this is no table of costs of this model")
+    depth = fused.config.num_hidden_layers
+    return Costs(rows=_SIZES, layer=layer, head=head, test=test, draft=draft, num_hidden_layers=depth)
 
 
 def _device_name(device: torch.device) -> str:

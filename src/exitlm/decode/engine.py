@@ -6,7 +6,6 @@ is chosen by measured costs, once; what the user gave is always honoured.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from exitlm.decode.step import SequenceState
 from exitlm.decode.text import TextStream, Tokenizer
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
+from exitlm.weights.store import cache_directory
 
 DEFAULT_THRESHOLD = 0.9
 _OWN_DEFAULTS = {"patience": PATIENCE_REACHED, "fixed": 0.0}  # rules with an integer of their own
@@ -60,8 +60,7 @@ class Engine:
     def costs(self) -> Costs:
         """Costs of passes on this machine: given, kept from an earlier run, or measured now."""
         if self._costs is None:
-            directory = self._cache_dir or Path(os.environ.get("EXITLM_CACHE") or Path.home() / ".cache" / "exitlm")
-            self._costs = cached(self.fused, directory)
+            self._costs = cached(self.fused, self._cache_dir or cache_directory())
         return self._costs
 
     # ---- what to run
@@ -149,6 +148,7 @@ class Engine:
                 chosen = choose_drafting(self.costs, curves, self._tests(name)) if curves else {}
                 thresholds.update({e: chosen.get(e, 1.0) for e in curves})
             layers = [e for e in self.early if thresholds[e] < 1.0]
+            self._note_off(layers, "draft", "calibration" if layers else "calibration (none pays)")
         elif known:
             layers = list(self._paying_exits(thresholds, name))
         else:
@@ -165,13 +165,16 @@ class Engine:
         if self._chosen is None:
             coverage = {e: float(self.records[e]["coverage"]) for e in self.early if thresholds[e] < 1.0}
             self._chosen, speed = choose_exits(self.costs, coverage, self._tests(name))
-            off = [e for e in self.early if e not in self._chosen]
-            if off:
-                gain = (
-                    f"expected speed with {list(self._chosen)}: {speed:.2f}x of full" if self._chosen else "none pays"
-                )
-                self.notes.append(f"exits {off} are off by measured cost and coverage ({gain}); name them to use them")
+            gain = f"expected speed with {list(self._chosen)}: {speed:.2f}x of full" if self._chosen else "none pays"
+            self._note_off(self._chosen, "leave", f"coverage ({gain})")
         return self._chosen
+
+    def _note_off(self, layers: Sequence[int], what: str, measure: str) -> None:
+        """Say once which exits the costs switch off, and that naming them switches them on."""
+        off = [e for e in self.early if e not in layers]
+        note = f"no token will {what} at exits {off}, by measured cost and {measure}; name them to use them"
+        if off and note not in self.notes:
+            self.notes.append(note)
 
     # ---- running
 
@@ -216,7 +219,7 @@ class Engine:
             self._free.append(request.state.cache)
 
     def _pieces(self, request: Request) -> Iterator[Piece]:
-        text = TextStream(self.tokenizer, request.config.stop)
+        text = TextStream(self.tokenizer, request.config.stop, request.prompt)
         try:
             tokens = request.prefill()
             while True:
@@ -226,6 +229,7 @@ class Engine:
                     out.append(token)
                     if text.finished:
                         request.finish_reason = "stop"
+                        request.accepted -= sum(token.drafted for token in tokens[len(out) :])
                         break
                 if request.finish_reason is not None:
                     out[-1].text += text.flush()

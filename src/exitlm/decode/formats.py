@@ -155,13 +155,19 @@ def choose_format(weights: Sequence[Tensor]) -> str:
 
 
 def head_format(quant: str) -> str:
-    """The format of output matrices and exit heads, whose errors go into the text: float32 results at least.
+    """The format of the final output matrix, whose errors go into the text: float32 results at least.
 
     Logits that are bfloat16 lie on steps of 1/16 to 1/8, so that the best two tokens often tie, and a tie falls one way
     in a pass of one row and the other way when several rows are verified (of SmolLM2's lossless texts with int4 layers,
     10 of 16 differed from the full model's at such ties, and 1 of 16 with this).
     """
     return "none" if quant == "none" else _precise_format()
+
+
+def exit_format(quant: str) -> str:
+    """The format of exit heads: half the bytes of the final head's where layers are in a grid format too, since a test
+    that does not fire must cost little; always computed one row at a time, so that no tie depends on the number."""
+    return "int8" if quant in GRID_FORMATS else head_format(quant)
 
 
 def resolve_format(quant: str, weights: Sequence[Tensor]) -> str:

@@ -63,8 +63,7 @@ class GenerationConfig:
         if self.rule is not None:
             self._one_of("rule", self.rule, RULES)
         for name in ("stop", "draft"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, (getattr(self, name),))
+            object.__setattr__(self, name, self._words(name, getattr(self, name)))
         for source in self.draft:
             self._one_of("draft", source, DRAFTS)
         for name, least in (
@@ -72,7 +71,9 @@ class GenerationConfig:
             ("max_draft", 0),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, numbers.Integral) or value < least):
+            if value is None and name in ("max_pending", "max_draft"):
+                continue
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
                 raise UserError(f"{name} is {value}, but must be a whole number from {least}")
         if isinstance(self.threshold, Mapping):
             for layer, value in self.threshold.items():
@@ -82,25 +83,50 @@ class GenerationConfig:
                 check_threshold(value)
         elif self.threshold is not None:
             check_threshold(self.threshold)
-        if any(not isinstance(word, str) or not word for word in self.stop):
-            raise UserError("a stop string is empty or no text; leave it out or give the text at which to stop")
-        self._check_ids("stop_token_ids", self.stop_token_ids)
+        if not all(self.stop):
+            raise UserError("a stop string is empty; leave it out or give the text at which to stop")
+        object.__setattr__(self, "stop_token_ids", self._ids("stop_token_ids", self.stop_token_ids))
         if self.exits is not None:
-            self._check_ids("exits", self.exits)
+            object.__setattr__(self, "exits", self._ids("exits", self.exits))
             if len(set(self.exits)) < len(self.exits):
                 raise UserError(f"exits {list(self.exits)} name a layer more than once; name each once")
-        if self.exit_layer is not None and self.rule != "fixed":
-            warnings.warn("exit_layer has no effect without rule='fixed'", stacklevel=3)
         if self.seed is not None and (
             not isinstance(self.seed, numbers.Integral) or not -(2**63) <= int(self.seed) < 2**64
         ):
             raise UserError(f"seed is {self.seed}, but must be a whole number of at most 64 bits")
         self.sampler()
+        self._warn_of_idle()
 
     @staticmethod
-    def _check_ids(name: str, value: Any) -> None:
-        if not isinstance(value, Iterable) or any(not isinstance(item, numbers.Integral) for item in value):
+    def _words(name: str, value: Any) -> tuple[str, ...]:
+        words = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+        if any(not isinstance(word, str) for word in words):
+            raise UserError(f"{name} is {value!r}, but must be a text or a sequence of texts")
+        return words
+
+    @staticmethod
+    def _ids(name: str, value: Any) -> tuple[int, ...]:
+        ids = tuple(value) if isinstance(value, Iterable) else (None,)
+        if any(not isinstance(item, numbers.Integral) or isinstance(item, bool) for item in ids):
             raise UserError(f"{name} is {value!r}, but must be a sequence of whole numbers")
+        return tuple(map(int, ids))
+
+    def _warn_of_idle(self) -> None:
+        """A setting that was changed but that the others keep from having an effect is a warning."""
+        exits = self.mode == "threshold" or (self.mode == "lossless" and "exits" in self.draft)
+        idle = {
+            "exit_layer": (self.rule == "fixed" and exits, "rule='fixed'"),
+            "patience": (self.rule == "patience" and exits, "rule='patience'"),
+            "max_draft": (self.mode == "lossless", "mode='lossless'"),
+            "top_k": (self.temperature > 0, "a temperature above 0"),
+            "top_p": (self.temperature > 0, "a temperature above 0"),
+            "min_p": (self.temperature > 0, "a temperature above 0"),
+            **dict.fromkeys(("rule", "threshold", "exits", "min_exit_tokens"), (exits, "a mode that uses exits")),
+        }
+        for f in dataclasses.fields(self):
+            used, needs = idle.get(f.name, (True, ""))
+            if not used and getattr(self, f.name) != f.default:
+                warnings.warn(f"{f.name} has no effect without {needs}", stacklevel=4)
 
     @staticmethod
     def _one_of(name: str, value: str, known: Sequence[str]) -> None:

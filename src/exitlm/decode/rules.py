@@ -32,8 +32,7 @@ def _wide(logits_K: Tensor) -> Tensor:
 
 def probability(logits_K: Tensor) -> float:
     """The largest probability."""
-    logits_K = _wide(logits_K)
-    return min(1.0, math.exp(float(logits_K.max() - logits_K.logsumexp(-1))))
+    return min(1.0, float(torch.softmax(_wide(logits_K), -1).max()))
 
 
 def margin(logits_K: Tensor) -> float:

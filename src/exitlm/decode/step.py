@@ -127,18 +127,11 @@ class SequenceState:
         hidden = fused.embed(tokens)
         fired: Fired | None = None
         last = len(self.segments) - 1
-        for s, (first, end) in enumerate(self.segments):
-            rows = Rows(fused, self.rotations, depths.filled[s], len(hidden))
-            hidden, residual = fused.run(hidden, first, end, rows, self.cache)
-            depths.filled[s] = rows.end
-            self.layer_rows += rows.count * (end - first)
-            if s == last:
+        for s, (_, end) in enumerate(self.segments):
+            head = None if s == last else fused.heads[end]
+            hidden, residual, block = self._segment(s, hidden, head)
+            if head is None:
                 break
-            head = fused.heads[end]
-            block: Tensor | None = None
-            if head.block is not None:
-                with attention_backends(fused.device):
-                    block = head.block.attend(hidden, rows, self.cache)[-1:]  # every row leaves its key there
             if test is not None and fired is None:
                 if head.block is not None and block is not None:
                     block = head.block.feed_forward(block)
@@ -148,6 +141,25 @@ class SequenceState:
                 depths.high_water = max(depths.high_water, depths.pending)
                 return Outcome(fired, None)
         return Outcome(fired, hidden)
+
+    def _segment(self, index: int, hidden_MD: Tensor, head: FusedHead | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run segment ``index`` on its next rows: what comes out, the residual of the last piece and, for a block exit
+        ``head`` behind it, the block's stream of the newest row. Rows go in pieces, so that memory is bounded however
+        many were pending."""
+        fused, depths = self.fused, self.depths
+        first, end = self.segments[index]
+        block: Tensor | None = None
+        out = []
+        for piece in torch.split(hidden_MD, PREFILL_ROWS):
+            rows = Rows(fused, self.rotations, depths.filled[index], len(piece))
+            done, residual = fused.run(piece, first, end, rows, self.cache)
+            depths.filled[index] = rows.end
+            self.layer_rows += rows.count * (end - first)
+            if head is not None and head.block is not None:
+                with attention_backends(fused.device):
+                    block = head.block.attend(done, rows, self.cache)[-1:]  # every row leaves its key there
+            out.append(done)
+        return out[0] if len(out) == 1 else torch.cat(out), residual, block
 
     def prefill(self, tokens: Sequence[int], total: int = 0) -> Tensor:
         """Begin anew: run a text through all layers in pieces of bounded size; the last hidden state ``[1, D]``.

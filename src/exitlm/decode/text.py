@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+_NEIGHBOURS = 4
+
 
 class Tokenizer(Protocol):
     """What decoding needs of a tokenizer."""
@@ -20,11 +22,12 @@ class Tokenizer(Protocol):
 class TextStream:
     """Turns ids into text pieces. ``finished`` is set when a stop string was found; nothing follows it."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+        """``prompt`` is what comes before: tokenizers whose words carry their space drop it at the start of a text."""
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.finished = False
-        self._ids: list[int] = []
-        self._begin = self._read = 0
+        self._ids = list(prompt[-_NEIGHBOURS:])
+        self._begin, self._read = 0, len(self._ids)
         self._held = ""
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ Not here: files (``exitlm.weights``) and exits (``exits.py``).
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -142,11 +143,14 @@ class ModelConfig:
             sliding_window=window,
             use_rope=_rope_layers(values, family, layers),
             initializer_range=_number(values, "initializer_range"),
-            eos_token_ids=_token_ids(config, family, "eos_token_id", vocab),
-            bos_token_id=next(iter(_token_ids(config, family, "bos_token_id", vocab)), None),
-            pad_token_id=next(iter(_token_ids(config, family, "pad_token_id", vocab)), None),
+            eos_token_ids=token_ids(config, "eos_token_id", vocab, family.defaults),
+            bos_token_id=next(iter(token_ids(config, "bos_token_id", vocab, family.defaults)), None),
+            pad_token_id=next(iter(token_ids(config, "pad_token_id", vocab, family.defaults)), None),
             hf=dict(outer),
         )
+
+
+_MOST_LAYERS = 100_000
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -165,9 +169,10 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _size(values: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = values.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    most = _MOST_LAYERS if key == "num_hidden_layers" else sys.maxsize
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         found = "is missing from" if value is None else f"is {value!r} in"
-        raise UserError(f"'{key}' {found} the model's config, it must be a positive integer")
+        raise UserError(f"'{key}' {found} the model's config, it must be a positive integer (at most {most})")
     return value
 
 
@@ -187,6 +192,8 @@ def _attention_pattern(values: Mapping[str, Any], family: Family, layers: int) -
         window = None
     given = values.get("layer_types") if "layer_types" in family.reads else None
     if given is not None:
+        if not isinstance(given, list | tuple):
+            raise UserError(f"'layer_types' is {given!r} in the model's config, it must be a list with one per layer")
         unknown = sorted({str(kind) for kind in given} - {FULL, SLIDING})
         if unknown:
             raise UserError(f"layer_types holds '{unknown[0]}', supported are '{FULL}' and '{SLIDING}'")
@@ -221,7 +228,8 @@ def _rope_layers(values: Mapping[str, Any], family: Family, layers: int) -> tupl
     if given is None:
         interval = _size(values, "no_rope_layer_interval")
         return tuple(bool((index + 1) % interval) for index in range(layers))
-    if len(given) < layers:
+    if not isinstance(given, list | tuple) or len(given) < layers:
+        given = given if isinstance(given, list | tuple) else []
         raise UserError(f"no_rope_layers has {len(given)} entries for {layers} layers, it needs one per layer")
     return tuple(bool(used) for used in given[:layers])
 
@@ -254,6 +262,8 @@ def _read_ropes(values: Mapping[str, Any], family: Family, head_dim: int) -> tup
     for name, found in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if not isinstance(found, Mapping):
             raise UserError(f"'{name}' must be an object in the model's config, not {found!r}")
+    if family.local_theta is not None and "rope_theta" in scaling:
+        raise UserError("rope_scaling holds a rope_theta, which this family reads from the top level; move it there")
     nested = FULL in parameters or SLIDING in parameters
     theta = _number(values, "rope_theta", family.theta)
     if family.local_theta is None and not nested:
@@ -281,7 +291,7 @@ def _read_rope(
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if family.name == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"  # what early Phi-3 files called it
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise UserError(
             f"rope_type '{kind}' is not supported (supported: {', '.join(_ROPE_KEYS)}), choose a checkpoint with "
             f"one of these{nearest(str(kind), _ROPE_KEYS)}"
@@ -346,13 +356,19 @@ def _stretches(settings: Mapping[str, Any], key: str, count: int) -> tuple[float
     if not isinstance(given, list | tuple) or len(given) != count:
         found = len(given) if isinstance(given, list | tuple) else "no"
         raise UserError(f"longrope needs {count} numbers as '{key}', the config has {found}")
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in given):
+        raise UserError(f"'{key}' of longrope holds something that is no number; download the config again")
     return tuple(float(value) for value in given)
 
 
-def _token_ids(config: Mapping[str, Any], family: Family, key: str, vocab: int) -> tuple[int, ...]:
+def token_ids(
+    config: Mapping[str, Any], key: str, vocab: int, defaults: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
     """Return the special ids within the vocabulary; warn about those a config names beyond it."""
-    value = config[key] if key in config else family.defaults.get(key)
+    value = config[key] if key in config else (defaults or {}).get(key)
     ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in ids):
+        raise UserError(f"'{key}' is {value!r} in the model's config, it must be a token id or a list of them")
     beyond = [index for index in ids if not 0 <= index < vocab]
     if beyond and key in config:
         warnings.warn(

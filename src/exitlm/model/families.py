@@ -212,7 +212,10 @@ def check_keys(config: Mapping[str, Any], family: Family) -> None:
     Raises:
         UserError: the architecture is another task's, or a key is unknown and its value not neutral.
     """
-    for name in config.get("architectures") or ():
+    claimed = config.get("architectures") or ()
+    if not isinstance(claimed, list | tuple):
+        raise UserError(f"'architectures' is {_short(claimed)} in the model's config, it must be a list of names")
+    for name in claimed:
         if name not in family.architectures:
             raise UserError(
                 f"architecture '{name}' is not supported for model_type '{config['model_type']}', "
@@ -235,8 +238,10 @@ def _is_neutral(key: str, value: Any) -> bool:
     """None, False, zero, emptiness, and a factor of one change nothing."""
     if key in _NEUTRAL and value in _NEUTRAL[key]:
         return True
+    if key == "is_causal":
+        return value is None or value is True
     if key == "layer_types":
-        return not value or set(value) == {"full_attention"}
+        return not value or (isinstance(value, list | tuple) and all(kind == "full_attention" for kind in value))
     if key.endswith(("_multiplier", "_scale", "_scaling", "_factor", "_ratio")):
         return value is None or (not isinstance(value, bool | dict | list) and value == 1)
     return not value

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from exitlm.errors import UserError
 from exitlm.train.run import RunConfig, differences
 from exitlm.weights.publish import fresh_directory, fresh_file
+from exitlm.weights.tensorfile import Written, write_tensors
 
 FORMAT = 1
 _TENSORS = "state.safetensors"
@@ -72,7 +73,8 @@ def claim(out: Path, config: RunConfig) -> None:
         UserError: the directory belongs to a run with other settings (named), or to an adapter that no run made.
     """
     saved = out / "run.toml"
-    if not saved.exists():
+    begun = (out / "exits.json").exists() or bool(_list(out))
+    if not saved.exists() or not begun:  # nothing depends yet on what was set before
         if (out / "exits.json").exists():
             raise UserError(f"{out} holds an exit adapter already; choose another directory")
         with fresh_file(saved) as path:
@@ -107,7 +109,7 @@ def save(out: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep
     if place.exists():  # left by an earlier life of the run and found damaged, else it would have been resumed from
         _remove(place)
     with fresh_directory(place) as home:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, home / _TENSORS)
+        write_tensors(home / _TENSORS, [_written(name, tensor.detach()) for name, tensor in tensors.items()], {})
         with (home / _TENSORS).open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         (home / _META).write_text(json.dumps({**meta, "format": FORMAT, "sha256": digest}, indent=1))
@@ -116,19 +118,36 @@ def save(out: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep
     return place
 
 
+def _written(name: str, tensor: Tensor) -> Written:
+    return Written(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
 def newest(out: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; a damaged one is skipped with a warning."""
     for place in reversed(_list(out)):
         try:
-            meta = json.loads((place / _META).read_text())
-            with (place / _TENSORS).open("rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
-            if meta["format"] != FORMAT or meta["sha256"] != digest:
-                raise ValueError("its digest is wrong")
-            return Checkpoint(load_file(place / _TENSORS), meta)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"{place} is damaged ({error}); going on from the one before it", stacklevel=2)
+            return read(place)
+        except UserError as error:
+            warnings.warn(f"{error}; going on from the one before it", stacklevel=2)
     return None
+
+
+def is_checkpoint(place: Path) -> bool:
+    """Whether a directory is one checkpoint of a run."""
+    return (place / _META).is_file() and (place.parent.parent / "run.toml").is_file()
+
+
+def read(place: Path) -> Checkpoint:
+    """The checkpoint in its directory; a UserError says that it is damaged."""
+    try:
+        meta = json.loads((place / _META).read_text())
+        with (place / _TENSORS).open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        if meta["format"] != FORMAT or meta["sha256"] != digest:
+            raise ValueError("its digest is wrong")
+        return Checkpoint(load_file(place / _TENSORS), meta)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{place} is damaged ({error})") from error
 
 
 def clean(out: Path) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exitlm.errors import UserError
+from exitlm.weights.store import cannot_keep
 
 FORMAT = 1
 PIECE_CHARS = 1 << 18
@@ -251,9 +252,9 @@ def tokenise(
             if home.exists():
                 shutil.rmtree(home)
             staging.rename(home)
-        except OSError:
+        except OSError as error:
             if not (home / "meta.json").is_file():  # else another run has published the same shard first
-                raise
+                raise cannot_keep(home, error) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     meta = json.loads((home / "meta.json").read_text())
@@ -317,7 +318,7 @@ def expand(files: Sequence[str]) -> list[Path]:
         found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not Path(name).exists() else [name]
         if not found or not Path(found[0]).exists():
             raise UserError(
-                f"the data file {name} does not exist; check the path (self:20000 lets the model write text)"
+                f"the data file {name} does not exist; check the path (self:100000 lets the model write text)"
             )
         out += [Path(f) for f in found]
     return out
@@ -355,7 +356,7 @@ def _text_pieces(path: Path) -> Iterator[tuple[str, bool]]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as handle:
+        with path.open(encoding="utf-8-sig", newline="\n") as handle:
             for line in handle:
                 if "\0" in line:
                     raise UserError(f"{path} is a binary file, not text; give text, JSONL or Parquet")

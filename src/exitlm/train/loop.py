@@ -120,8 +120,11 @@ class Trainer:
     # ---- state
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and moments by name."""
+        """Parameters and moments by name, and the candidates, without which the parameters mean nothing."""
         out: dict[str, Tensor] = {name: p.detach() for name, p in self.parameters.items()}
+        for layer, head in self.heads.by_layer.items():
+            if head.candidate_ids is not None:
+                out[f"exits.{layer}.candidate_ids"] = head.candidate_ids
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 out[f"optimizer.{key}.{name}"] = value
@@ -245,8 +248,8 @@ class Trainer:
             return
         bad = layer if layer is not None else self.heads.layers[int((~torch.isfinite(values)).nonzero()[0, 0])]
         raise UserError(
-            f"step {self.done + 1}: the {what} of exit {bad} is not finite (NaN or infinite); nothing was updated. "
-            "Lower train.lr, or use train.dtype = 'float32'; the last checkpoint is intact"
+            f"step {self.done + 1}: the {what} of exit {bad} is not finite (NaN or infinite); nothing was updated "
+            "and the last checkpoint is intact; start another run with a lower train.lr, or train.dtype = 'float32'"
         )
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -110,6 +111,13 @@ def open_trackers(out: Path, config: RunConfig, resume_step: int) -> list[Tracke
     if settings.trackio:
         trackers.append(Hosted("trackio", settings.trackio, config))
     return trackers
+
+
+def check_trackers(settings: LoggingSection) -> None:
+    """Refuse a tracker whose package is not installed, before any work is done."""
+    for package in ("tensorboard", "wandb", "trackio"):
+        if getattr(settings, package) and find_spec(package) is None:
+            raise UserError(f"logging.{package} needs a package that is not installed: pip install 'exitlm[{package}]'")
 
 
 class Progress:

@@ -85,7 +85,7 @@ class ExitsSection:
     gate: bool | tuple[bool, ...] = False
     """A probe that predicts from the hidden state alone whether the exit agrees with the final head: cheaper to test
     than a head's largest probability, and less precise."""
-    branch: bool | tuple[bool, ...] = False
+    branch: bool | tuple[bool, ...] = True
     """An MLP that starts at zero beside the lens (ignored for the other kinds)."""
 
     def of(self, name: str, index: int) -> Any:
@@ -123,7 +123,7 @@ class ObjectiveSection:
 class DataSection:
     """What is read, or written by the model itself."""
 
-    files: tuple[str, ...] = ("self:40000",)
+    files: tuple[str, ...] = ("self:100000",)
     """Text, JSONL, Parquet, Hugging Face dataset directories, globs; or "self:N": N tokens that the model writes."""
     validation_files: tuple[str, ...] = ()
     """Empty: part of ``files`` is held out, or held-out prompts are answered greedily."""
@@ -145,10 +145,10 @@ class DataSection:
 class TrainSection:
     """The optimizer and its schedule; ``global_batch`` and ``microbatch`` count sequences."""
 
-    steps: int = 300
+    steps: int = 500
     global_batch: int = 8
     microbatch: int = 8
-    lr: float = 1e-3
+    lr: float = 2e-3
     min_lr: float = 2e-5
     warmup: int = 20
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -286,7 +286,7 @@ class RunConfig:
             )
         if not d.files:
             raise UserError(
-                "data.files is empty: name at least one file, or self:20000 for text the model writes itself"
+                "data.files is empty: name at least one file, or self:100000 for text the model writes itself"
             )
         if e.layers:
             count = len(e.layers)

@@ -27,6 +27,7 @@ from torch import Tensor
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.train.data import Blocks
+from exitlm.weights.store import cannot_keep
 
 FORMAT = 1
 LEAST_ANSWER = 16
@@ -185,10 +186,13 @@ def _read_batches(file: IO[bytes]) -> list[list[Answer]]:
 
 
 def _append(file: IO[bytes], index: int, batch: Sequence[Answer]) -> None:
-    file.seek(0, os.SEEK_END)
-    file.write(json.dumps({"batch": index, "rows": [[a.start, a.ids] for a in batch]}).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+    try:
+        file.seek(0, os.SEEK_END)
+        file.write(json.dumps({"batch": index, "rows": [[a.start, a.ids] for a in batch]}).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_keep(Path(file.name), error) from error
 
 
 # ---- writing

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from exitlm.errors import UserError
+from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitConfig, check_layers
 from exitlm.train import checkpoint as run_files
 from exitlm.train.corpus import Corpus, corpus_of_answers, corpus_of_files, open_tokens, self_tokens
@@ -27,14 +28,16 @@ from exitlm.train.data import Blocks, TextTokenizer, Tokens
 from exitlm.train.heads import Heads
 from exitlm.train.hidden import HiddenStates, Row, Wanted
 from exitlm.train.loop import Clock, StopSignal, Trainer, loss_settings, stop_signal, validation_values
-from exitlm.train.metrics import Progress, Tracker, open_trackers, progress, step_note
+from exitlm.train.metrics import Progress, Tracker, check_trackers, open_trackers, progress, step_note
 from exitlm.train.objective import candidate_vocabulary
 from exitlm.train.precision import resolve_dtype
 from exitlm.train.run import RunConfig
+from exitlm.train.selftext import read_prompts
 from exitlm.train.validation import Scores, evaluate, record
 from exitlm.weights.adapter import save_adapter
 from exitlm.weights.checkpoint import Checkpoint, open_checkpoint
-from exitlm.weights.load import load_model
+from exitlm.weights.load import device_of, load_model
+from exitlm.weights.source import PACKAGED
 from exitlm.weights.store import cache_directory
 
 CLOSED_FORM_TOKENS = 1 << 16
@@ -107,16 +110,19 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
     device = config.model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
+    place = device_of(device)
     backbone = resolve_dtype(config.model.dtype, place, opened.dtype)
     master = torch.promote_types(backbone, torch.float32)
-    vocab = opened.model_config.vocab_size
+    vocab, hidden = opened.model_config.vocab_size, opened.model_config.hidden_size
     automatic = CANDIDATES if vocab > LARGE_VOCABULARY else 0
     given = config.exits.candidates
     candidates = tuple(automatic if n == -1 else n for n in (given if isinstance(given, tuple) else (given,)))
+    base = config.model.base
+    if base not in PACKAGED and Path(base).expanduser().exists():
+        base = os.path.abspath(Path(base).expanduser())  # the run is gone on with, and exported, from anywhere
     resolved = replace(
         config,
-        model=replace(config.model, device=device, dtype=_name(backbone)),
+        model=replace(config.model, base=base, device=device, dtype=_name(backbone)),
         exits=replace(
             config.exits, layers=tuple(layers), candidates=candidates if isinstance(given, tuple) else candidates[0]
         ),
@@ -129,7 +135,40 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
             raise UserError(
                 f"exit {e.layer}: {e.candidates} candidates, but the vocabulary has {vocab} tokens; use fewer"
             )
+        if e.output == "low_rank" and e.rank > hidden:
+            raise UserError(f"exit {e.layer}: rank {e.rank} exceeds the hidden size {hidden}; use a smaller one")
+    sharing = {e.candidates for e in exit_configs(resolved) if e.output == "exits"}
+    if len(sharing) > 1:
+        raise UserError(
+            f"exits with output 'exits' share one matrix, but have {sorted(sharing)} candidates; give all the same"
+        )
     return resolved
+
+
+def model_of_run(place: Path) -> EarlyExitModel:
+    """The base of a tuning run with the exits of one checkpoint (``place``), or of the newest that is whole (``place``
+    is the run's directory), finished or not.
+
+    Raises:
+        UserError: there is no whole checkpoint, or the base is not what it was.
+    """
+    one = run_files.is_checkpoint(place)
+    out = place.parent.parent if one else place
+    config = RunConfig.from_toml(out / "run.toml")
+    found = run_files.read(place) if one else run_files.newest(out)
+    if found is None:
+        raise UserError(f"the run in {out} has no checkpoint yet; start it again, or export its base")
+    opened = open_checkpoint(config.model.base)
+    run_files.check_same(out, found.meta, {"base_digest": opened.digest()})
+    model = load_model(opened)
+    for e in exit_configs(config):
+        model.add_exits([e], candidate_ids=found.tensors.get(f"exits.{e.layer}.candidate_ids"))
+    with torch.no_grad():
+        for layer, head in model.exit_heads().items():
+            for name, parameter in head.named_parameters():
+                if f"exits.{layer}.{name}" in found.tensors:  # a matrix of several exits is there once
+                    parameter.copy_(found.tensors[f"exits.{layer}.{name}"])
+    return model
 
 
 def _name(dtype: torch.dtype) -> Any:
@@ -156,11 +195,10 @@ def exit_configs(config: RunConfig) -> list[ExitConfig]:
 
 
 def needs_final(config: RunConfig) -> bool:
-    """Whether the objective reads the final exit, so that all layers must run."""
+    """Whether the objective reads the final exit, so that all layers must run in every step."""
     o = config.objective
     gates = o.gate > 0 and any(config.exits.of("gate", i) for i in range(len(config.exits.layers)))
-    closed = any(e.init == "closed_form" for e in exit_configs(config))
-    return o.distill > 0 or gates or closed
+    return o.distill > 0 or gates
 
 
 class _Run:
@@ -182,9 +220,19 @@ class _Run:
         try:
             tokens = open_tokens(config, self.opened)
             from_files = self_tokens(config) is None
+            if not from_files:
+                read_prompts(config.data.prompts, config.data.validation_sequences)
+            check_trackers(config.logging)
             text = corpus_of_files(config, self.opened, tokens, cache_directory()) if from_files else None
-            self.model = load_model(self.opened, dtype=config.model.dtype, device=config.model.device)
-        except UserError:
+            closed = any(e.init == "closed_form" for e in exit_configs(config))
+            partly = from_files and not closed and not needs_final(config)
+            self.model = load_model(
+                self.opened,
+                dtype=config.model.dtype,
+                device=config.model.device,
+                layers=range(1, config.exits.layers[-1] + 1) if partly else None,
+            )
+        except (UserError, OSError):
             if fresh:
                 _leave_nothing(out)
             raise
@@ -196,7 +244,7 @@ class _Run:
             text = corpus_of_answers(
                 config, self.opened, tokens, self.model, cache_directory(), lambda: bool(self.stop)
             )
-        self._check_stop("the text written so far is kept; ")
+        self._check_stop("" if from_files else "the text written so far is kept; ")
         assert text is not None
         self._tune(text, tokens)
 
@@ -212,7 +260,8 @@ class _Run:
             candidate_ids = candidate_vocabulary(text.train.counts(self.model.config.vocab_size), special, largest)
         self.model.add_exits(configs, seed=config.train.seed, candidate_ids=candidate_ids)
         self.heads = Heads(self.model, getattr(torch, config.train.dtype))
-        hidden, held = self._hidden(text.train, "train"), self._hidden(text.validation, "validation")
+        final = needs_final(config)
+        hidden, held = (self._hidden(b, name, final) for b, name in ((text.train, "train"), (text.validation, "held")))
         try:
             self._fit(text, configs, hidden, held)
         finally:
@@ -220,9 +269,8 @@ class _Run:
             held.close()
             shutil.rmtree(self.out / ".hidden", ignore_errors=True)
 
-    def _hidden(self, blocks: Blocks, name: str) -> HiddenStates:
+    def _hidden(self, blocks: Blocks, name: str, final: bool) -> HiddenStates:
         config, t = self.config, self.config.train
-        final = needs_final(config)
         restricted = all(head.candidate_ids is not None for head in self.heads.by_layer.values())
         wanted = Wanted(
             exits=tuple(self.heads.layers),
@@ -231,7 +279,7 @@ class _Run:
             teacher=final and (config.objective.candidate_loss or restricted),
             temperature=config.objective.distill_temperature,
         )
-        again = name == "validation" or t.steps * t.global_batch > len(blocks) or self._closed_form_layers()
+        again = name == "held" or t.steps * t.global_batch > len(blocks) or self._closed_form_layers()
         keep = t.hidden_cache if again else "none"
         limit = t.hidden_cache_gib * 2**30
         return HiddenStates(self.model, blocks, wanted, keep=keep, limit=limit, home=self.out / ".hidden" / name)
@@ -269,6 +317,8 @@ class _Run:
         layers = self._closed_form_layers()
         if not layers:
             return
+        if not hidden.wanted.final:  # only this needs the layers above the deepest exit
+            hidden = self._hidden(hidden.blocks, "closed-form", final=True)
         total = min(CLOSED_FORM_TOKENS, hidden.blocks.total_targets())
         with progress("lenses in closed form", total) as bar:
 

@@ -257,7 +257,7 @@ def _fitting_table(directory: Path) -> dict[str, Any]:
 def _checked_table(path: Path) -> dict[str, Any]:
     table = read_json(path)
     version = table.get("version")
-    if table.get("format") != FORMAT or isinstance(version, bool) or not isinstance(version, int):
+    if table.get("format") != FORMAT or isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise UserError(f"{path} is not the table of an exit adapter; give a directory that exitlm tune made")
     if version > VERSION:
         raise UserError(
@@ -290,16 +290,22 @@ def _exits(
         for key in values:
             if key not in _CONFIG_KEYS:
                 raise UserError(f"{directory / TABLE}: unknown exit setting '{key}'{nearest(key, _CONFIG_KEYS)}")
-        if not isinstance(record, dict) or not all(
-            _is_natural(values.get(key, 0)) for key in ("layer", "rank", "candidates")
+        if (
+            not isinstance(record, dict)
+            or not all(_is_natural(values.get(key, 0)) for key in ("layer", "rank", "candidates"))
+            or not all(isinstance(values.get(key, False), bool) for key in ("gate", "branch"))
         ):
             raise damaged(directory / TABLE, "the settings of an exit have wrong types")
+        if not _is_record(record):
+            raise damaged(directory / TABLE, f"what tuning recorded of exit {values.get('layer')} is malformed")
         try:
             config = ExitConfig(**values)
         except TypeError as error:
             raise damaged(directory / TABLE, f"the settings of an exit are incomplete: {error}") from error
         configs.append(config)
         records[config.layer] = record
+        if source is not None and not _is_natural(source):
+            raise damaged(directory / TABLE, f"output_from of exit {config.layer} is no layer")
         if source is not None:
             output_from[config.layer] = source
     layers = [config.layer for config in configs]
@@ -307,6 +313,24 @@ def _exits(
     if any(source not in output_from or output_from[source] != source for source in output_from.values()):
         raise damaged(directory / TABLE, "an exit takes its output matrix from one that has none")
     return sorted(configs, key=lambda config: config.layer), records, output_from
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    """Whether what decoding reads of a tuning record is in order: shares from 0 to 1, in curves of one length."""
+
+    def is_share(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0
+
+    shares = [record[name] for name in ("threshold", "coverage") if name in record]
+    curve = record.get("calibration")
+    if curve is not None:
+        if not isinstance(curve, dict):
+            return False
+        lines = [curve.get(name) for name in ("scores", "coverage", "precision")]
+        if not all(isinstance(line, list) and line and len(line) == len(lines[0] or ()) for line in lines):
+            return False
+        shares += [value for line in lines for value in line or ()]
+    return isinstance(record.get("rule", ""), str) and all(map(is_share, shares))
 
 
 def _is_natural(value: Any) -> bool:
@@ -349,7 +373,7 @@ def attach(
             raise UserError(
                 f"the exits in {adapter.directory} were tuned on other weights: theirs have digest "
                 f"{adapter.base_digest} ({adapter.meta['base'].get('name')}), this model's have {digest}; load their "
-                "base, or allow another one (allow_other_base)"
+                "base, or allow another one (--allow-other-base, allow_other_base=True)"
             )
         heads = _build(model, adapter)
         for layer in heads:

@@ -6,6 +6,7 @@ pickle files are never opened. Not here: building a model from it (``load.py``).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from exitlm.errors import UserError
 from exitlm.model import ModelConfig
+from exitlm.model.config import token_ids
 from exitlm.weights import gguf
 from exitlm.weights.source import display_name, resolve
 from exitlm.weights.store import kept_digest
@@ -71,8 +73,14 @@ class Checkpoint:
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
-        """The configuration as the model's maths reads it."""
-        return ModelConfig.from_hf(self.config)
+        """The configuration as the model's maths reads it. A text also ends at the ids of generation_config.json, where
+        many chat models name the end of a turn."""
+        found = ModelConfig.from_hf(self.config)
+        path = self.directory / "generation_config.json"
+        if not path.is_file():
+            return found
+        more = token_ids(read_json(path), "eos_token_id", found.vocab_size)
+        return dataclasses.replace(found, eos_token_ids=tuple(dict.fromkeys((*found.eos_token_ids, *more))))
 
     def names(self) -> list[str]:
         """The HF names of the tensors, sorted, without a head that is tied to the embedding."""

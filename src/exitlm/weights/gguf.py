@@ -30,7 +30,7 @@ from exitlm.weights.gguf_config import (
 from exitlm.weights.gguf_file import GGUFFile
 from exitlm.weights.gguf_tokenizer import write_tokenizer
 from exitlm.weights.publish import fresh_directory, locked
-from exitlm.weights.store import cache_directory, kept_digest
+from exitlm.weights.store import cache_directory, cannot_keep, kept_digest
 from exitlm.weights.tensorfile import DTYPE_NAMES, TensorsDigest, Written, digest_of_file, raw_bytes, write_tensors
 
 # Counts up when a conversion of the same file would come out differently.
@@ -52,9 +52,7 @@ def converted(path: Path) -> Path:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot write the cache {place.parent}: {error.strerror}; set EXITLM_CACHE to a directory that can be"
-            ) from error
+            raise cannot_keep(place, error) from error
         with locked(place.parent, timeout=3600):
             if not _is_whole(place):  # another process may have been faster
                 shutil.rmtree(place, ignore_errors=True)

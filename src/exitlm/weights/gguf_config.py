@@ -184,6 +184,8 @@ def hf_config(
     hidden, heads, layers = need("embedding_length"), need("attention.head_count"), need("block_count")
     if not all(isinstance(value, int) and value > 0 for value in (hidden, heads, layers)):
         raise UserError(f"{where}: its sizes are not positive integers; it is damaged, choose another file")
+    if layers > len(shapes):
+        raise UserError(f"{where} has {len(shapes)} tensors for {layers} layers; it is damaged, choose another file")
     head_dim = values.get("attention.key_length", hidden // heads)
     if values.get("attention.value_length", head_dim) != head_dim:
         raise UserError(f"{where}: keys and values of different width are not implemented")

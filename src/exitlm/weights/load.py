@@ -47,7 +47,7 @@ def load_model(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     chosen = checkpoint.dtype if dtype == "auto" else dtype_of(dtype)
     config = checkpoint.model_config
-    place = _device(device)
+    place = device_of(device)
     with torch.device("meta"), Unfilled():
         model = EarlyExitModel(config, None if layers is None else sorted({layer - 1 for layer in layers}))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -115,9 +115,12 @@ def _check_tied_head(checkpoint: Checkpoint) -> None:
         )
 
 
-def _device(name: str | torch.device) -> torch.device:
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of a name such as ``cuda``; a UserError where it can't be used."""
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")

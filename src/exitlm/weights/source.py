@@ -22,6 +22,8 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         UserError: there is nothing of this name, and what was tried.
     """
     name = os.fspath(source)
+    if not name:
+        raise UserError("the model's name is empty; give a directory, a .gguf file, a hub id, or 'smollm2'")
     if name in PACKAGED and not Path(name).exists():
         return _packaged(name)
     path = Path(name).expanduser()

@@ -28,6 +28,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "exitlm"
 
 
+def cannot_keep(place: Path, error: OSError) -> UserError:
+    """The sentence for a cache that the operating system refused to write."""
+    return UserError(
+        f"cannot write the cache {place.parent}: {error.strerror or error}; set EXITLM_CACHE to a directory that can be"
+    )
+
+
 def stamp(files: Sequence[Path]) -> list[list[int | str]]:
     """What identifies the content of files without reading them: path, device, inode, size, and the times of the last
     change of content (mtime, which a program may set) and of anything (ctime, which none can)."""

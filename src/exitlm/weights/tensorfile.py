@@ -94,7 +94,7 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
     try:
         dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
         start, end = (int(n) + base for n in value["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged(path, f"the entry of tensor '{name}' is malformed") from error
     if dtype not in DTYPES:
         raise UserError(f"{path}: tensor '{name}' has dtype {dtype}, which exitlm does not read; use F32, F16 or BF16")
