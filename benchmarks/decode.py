@@ -106,9 +106,12 @@ def full_speed(llm: exitlm.LLM, rounds: int, count: int, llama_python: str | Non
         from exitlm.weights.source import resolve
 
         command = [llama_python, "-c", LLAMA, str(resolve("smollm2")), json.dumps(prompt), str(count), str(rounds)]
-        values = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        rows.append({"what": "llama.cpp Q4_1 (own process)", "ms/token": spread([v * 1e3 for v in values]),
-                     "against transformers": ratios(base, values)})  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"llama.cpp failed: {done.stderr.strip().splitlines()[-1:]}")
+        values = json.loads(done.stdout.splitlines()[-1])
+        rows.append({"what": "llama.cpp, the Q4_1 file (a process of its own)", "ms/token": spread([v * 1e3 for v in values]),
+                     "speed against transformers": ratios(base, values)})  # fmt: skip
     print(table(rows))
     return {"default": auto, "tokens": count, "rows": rows}
 
@@ -279,7 +282,7 @@ def main() -> None:
     parser.add_argument("--exits", default=None, help="a tuned adapter, for the modes")
     parser.add_argument("--section", nargs="+", default=["full", "rows", "forced", "test", "modes"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--candidates", type=int, default=4096)
     parser.add_argument("--llama-python", default=None)
     given = parser.parse_args()

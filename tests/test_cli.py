@@ -168,6 +168,10 @@ def test_tune_then_generate_then_export(run: Run, checkpoint: Path, tmp_path: Pa
     assert (code, json.loads(found)["mode"]) == (0, "lossless")
 
     assert run("export", checkpoint, tmp_path / "exported", "--exits", out)[0] == 0
+    step = next((out / "checkpoints").iterdir())
+    for source, place in ((out, "of the run"), (step, "of the step")):
+        assert run("export", source, tmp_path / place) == (0, f"{tmp_path / place}\n", "")
+        assert exitlm.load(tmp_path / place).exit_layers == [1, 3]
     ids = torch.tensor([[4, 8, 15]])
     with torch.no_grad():
         before, after = (
@@ -209,6 +213,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "MODEL", "--prompt", "x" * 99], "99 tokens"),
     (["generate", "MODEL", "--prompt", "x", "--exits", "TMP/none"], "none"),
     (["generate", "TMP/none", "--prompt", "x"], "none"),
+    (["generate", "TMP/" + "n" * 300, "--prompt", "x"], "File name too long"),
+    (["generate", "", "--prompt", "x"], "name is empty"),
+    (["generate", "MODEL", "--prompt", "x", "--device", "meta"], "meta"),
     (["generate", "TMP", "--prompt", "x"], "TMP"),
     (["generate", "MODEL", "--prompt", "x", "--quant", "int5"], "int5"),
     (["generate", "MODEL", "--prompt", "x", "--dtype", "float8"], "float8"),
@@ -248,6 +255,16 @@ def test_a_mistake_is_one_sentence(
     assert err.count("\n") == 1
     assert message.replace("TMP", str(tmp_path)) in err
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
+
+
+def test_exits_of_another_base_need_the_flag(run: Run, adapter: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", seed=1)
+    command = ("generate", other, "--exits", adapter, "--prompt", "x", "--max-new-tokens", 2)
+    code, _, err = run(*command)
+    assert code == 2
+    assert "--allow-other-base" in err
+    assert run(*command, "--allow-other-base")[0] == 0
+    assert run("export", other, tmp_path / "out", "--exits", adapter, "--allow-other-base")[0] == 0
 
 
 def test_an_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -81,6 +83,34 @@ def test_exits_come_and_go(model: exitlm.LLM) -> None:
     )
     model.remove_exits([1])
     assert model.exit_layers == [2, 3]
+
+
+def test_an_exit_at_the_last_layer_is_no_early_one(model: exitlm.LLM) -> None:
+    model.add_exits([1, 4], kind="norm")
+    assert model.exit_layers == [1]
+    assert list(model.exit_logits(IDS)) == [1]
+
+
+@pytest.mark.parametrize("layers", [[True], [2.0], ["2"], "2", [None]])
+def test_layers_that_are_no_whole_numbers(model: exitlm.LLM, layers: Any) -> None:
+    for call in (model.add_exits, model.remove_exits):
+        with pytest.raises(UserError, match="whole numbers"):
+            call(layers)
+    assert model.exit_layers == []
+    model.add_exits([np.int64(2)])
+    assert model.exit_layers == [2]
+
+
+def test_a_prompt_that_is_no_text(model: exitlm.LLM) -> None:
+    with pytest.raises(UserError, match="UTF-8"):
+        model.generate("\ud800")
+
+
+def test_a_chat_template_that_is_broken(model: exitlm.LLM) -> None:
+    assert model.tokenizer is not None
+    model.tokenizer.chat_template = "{% for"
+    with pytest.raises(UserError, match="chat template can't be used"):
+        model.generate("hi", chat=True)
 
 
 def test_the_engine_follows_the_exits(model: exitlm.LLM) -> None:

@@ -173,10 +173,10 @@ def _report(llm: LLM, settings: list[Setting], out: Path, console: Console) -> N
 
     points = [
         Point(
-            label="tuned" if s.threshold is None else f"{s.threshold}",
+            label=f"{s.threshold}",
             agreement=s.agreement,
             speed=s.speed(full),
-            mode=s.mode,
+            mode="as tuned" if s.label == "threshold" else s.mode,
         )
         for s in settings
         if s.mode != "threshold" or s.mean_layers < llm.num_layers  # where nothing fired, it is full

@@ -170,6 +170,7 @@ def test_a_stop_string_inside_of_a_piece_of_several_tokens(mode: str) -> None:
         assert word in seen
         assert word not in "".join(f"[{i}]" for i in out.token_ids[:-1])
         assert len(out.trace) == len(out.exit_layers) == out.stats["tokens"] == len(out.token_ids)
+        assert out.stats["accepted"] == sum(token.drafted for token in out.trace)
         streamed = list(engine.stream(PROMPT, GenerationConfig.of({"stop": [word], **settings, **FREE})))
         assert "".join(piece.text for piece in streamed) == expected
         assert [i for piece in streamed for i in piece.token_ids] == out.token_ids
@@ -372,6 +373,16 @@ def test_exits_that_do_not_pay_are_off_by_default_and_this_is_said_once() -> Non
     assert "exits [1, 3]" in engine.notes[0]
     out = generate(engine, PROMPT, mode="threshold", **FREE)
     assert out.stats["exits"] == [2]
+
+
+def test_drafting_that_does_not_pay_is_said_once() -> None:
+    curve = {"scores": [0.5], "coverage": [0.5], "precision": [0.1]}
+    record = {**SURE, "calibration": curve}
+    engine = make_engine(recorded(e1=record, e2=record, e3=record))
+    for _ in range(2):
+        assert plan(engine, mode="lossless") == ([], {}, None)
+    assert len(engine.notes) == 1
+    assert "no token will draft at exits [1, 2, 3]" in engine.notes[0]
 
 
 def test_what_the_user_names_is_used_whether_it_pays_or_not() -> None:

@@ -32,6 +32,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_pending": -1}, "max_pending"),
     ({"max_draft": 0.5}, "max_draft"),
     ({"logprobs": -1}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"max_new_tokens": None}, "max_new_tokens"),
+    ({"stop": None}, "stop is None"),
+    ({"draft": 5}, "draft is 5"),
     ({"stop": ("a", "")}, "stop string is empty"),
     ({"stop": (5,)}, "sequence of texts"),
     ({"stop_token_ids": 5}, "stop_token_ids is 5"),
@@ -79,6 +83,24 @@ def test_a_setting_without_effect_is_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GenerationConfig(exit_layer=3, rule="fixed")
+        GenerationConfig(mode="full")
+        GenerationConfig(draft=("lookup",), max_draft=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"mode": "full", "threshold": 0.5}, "threshold"),
+        ({"mode": "full", "exits": [1]}, "exits"),
+        ({"draft": "lookup", "rule": "margin"}, "rule"),
+        ({"mode": "threshold", "max_draft": 2}, "max_draft"),
+        ({"patience": 3}, "patience"),
+        ({"top_p": 0.5}, "top_p"),
+    ],
+)
+def test_the_setting_without_effect_is_named(settings: dict[str, Any], named: str) -> None:
+    with pytest.warns(UserWarning, match=f"^{named} has no effect without"):
+        GenerationConfig(**settings)
 
 
 def test_a_configuration_does_not_change() -> None:

@@ -14,7 +14,7 @@ from exitlm.decode.fused import FusedHead, FusedModel
 from exitlm.decode.step import PREFILL_ROWS, Fired, SequenceState, expand_logits
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig
-from tests.decode.models import attach, leave_at, new_state, random_ids, worst
+from tests.decode.models import attach, drafting_model, leave_at, new_state, random_ids, worst
 from tests.model.families import FAMILIES, tiny_model
 
 LAYERS = 5
@@ -174,6 +174,23 @@ def test_a_prefill_longer_than_the_held_states_leaves_nothing_pending() -> None:
     state.advance([5], leave_at(2))
     assert state.depths.pending == 1
     compare(state, model, [*ids, 5], 1e-12)
+
+
+def test_many_pending_positions_pass_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of a deep pass is bounded: what was held goes on in pieces, with the result of one pass."""
+    fused = FusedModel(drafting_model("llama"), "none")
+    ids = random_ids(40, 3)
+    whole = new_state(fused, [1])
+    expected = whole.advance(ids).final_RD
+    monkeypatch.setattr("exitlm.decode.step.PREFILL_ROWS", 7)
+    state = new_state(fused, [1])
+    for token in ids[:-1]:
+        assert state.advance([token], leave_at(1)).final_RD is None
+    found = state.advance(ids[-1:]).final_RD
+    assert expected is not None
+    assert found is not None
+    assert worst(found, expected) < 1e-12
+    assert state.depths.filled == [40, 40]
 
 
 def test_nothing_is_tested_behind_the_exit_that_fired() -> None:

@@ -163,6 +163,15 @@ def test_any_cut_gives_the_text_in_front_of_the_first_stop_string(text: str, sto
     assert released == expected
 
 
+def test_a_space_at_the_start_of_the_continuation_is_kept() -> None:
+    """A tokenizer whose words carry their space drops the first one of a text, but not of a text that goes on."""
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "▁Once": 1, "▁upon": 2, "▁a": 3}, "<unk>"))
+    core.decoder = tokenizers.decoders.Metaspace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+    assert "".join(pieces(TextStream(fast), [2, 3])) == "upon a"  # type: ignore[arg-type]
+    assert "".join(pieces(TextStream(fast, (), [1]), [2, 3])) == " upon a"  # type: ignore[arg-type]
+
+
 def test_a_real_byte_level_tokenizer() -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

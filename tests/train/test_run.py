@@ -1,5 +1,6 @@
 """The run file: what it accepts, what it refuses and how, and that it survives being written and read."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -140,4 +141,14 @@ def test_differences_ignore_what_changes_no_result() -> None:
     config = RunConfig()
     free = ["checkpoint.every=7", "logging.tensorboard=true", "train.hidden_cache=disk", "checkpoint.dir=elsewhere"]
     assert differences(config, config.with_overrides(free)) == []
-    assert differences(config, config.with_overrides(["train.lr=0.5"])) == ["train.lr: 0.001 -> 0.5"]
+    assert differences(config, config.with_overrides(["train.lr=0.5"])) == ["train.lr: 0.002 -> 0.5"]
+
+
+def test_the_commented_run_file_names_every_key_with_its_default() -> None:
+    path = Path(__file__).parents[2] / "configs" / "tune-smollm2.toml"
+    tree = tomllib.loads(path.read_text())
+    named = {f"{section}.{key}" for section, table in tree.items() for key in table}
+    defaults = RunConfig()
+    assert named == set(defaults.flat())
+    own = {"model.base", "exits.layers", "checkpoint.dir"}
+    assert {d.split(":")[0] for d in differences(defaults, RunConfig.from_toml(path))} <= own

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from exitlm.errors import UserError
-from exitlm.train import Interrupted, RunConfig, tune
+from exitlm.train import Interrupted, RunConfig, model_of_run, tune
 from exitlm.train.tune import default_layers, needs_final, resolve
 from exitlm.weights.checkpoint import open_checkpoint
 from exitlm.weights.load import load_model
@@ -103,7 +104,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
 
 def test_other_settings_in_the_same_directory_are_refused_by_name(base: Path, text: Path, tmp_path: Path) -> None:
     tune(**arguments(base, str(text), tmp_path / "run", steps=2))
-    with pytest.raises(UserError, match=r"train\.lr: 0\.001 -> 0\.5"):
+    with pytest.raises(UserError, match=r"train\.lr: 0\.002 -> 0\.5"):
         tune(**arguments(base, str(text), tmp_path / "run", "train.lr=0.5", steps=2))
     tune(**arguments(base, str(text), tmp_path / "run", "logging.every=3", steps=2, save_every=9))
 
@@ -371,7 +372,8 @@ def test_settings_are_resolved_by_the_model(base: Path) -> None:
     ("overrides", "needed"),
     [
         ([], True),
-        (["objective.distill=0"], True),
+        (["objective.distill=0"], False),
+        (["objective.distill=0", "exits.gate=true"], True),
         (["objective.distill=0", "exits.gate=false", "exits.kind=norm"], False),
         (["objective.distill=0", "objective.gate=0", "exits.init=identity"], False),
     ],
@@ -397,6 +399,71 @@ def test_cross_entropy_alone_never_runs_the_upper_layers(
     out = tune(**arguments(base, str(text), tmp_path / "run", *settings, exits=[1, 2], steps=2))
     assert ran == {0, 1}
     assert "accuracy" in (out / "exits.json").read_text()
+
+
+def test_a_closed_form_needs_the_upper_layers_only_at_the_start(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: set[int] = set()
+
+    def load(*args: Any, **options: Any) -> Any:
+        model = load_model(*args, **options)
+        for index, layer in model.model.layers.items():
+            layer.register_forward_hook(lambda *_, i=int(index): ran.add(i))
+        return model
+
+    monkeypatch.setattr(tune_module, "load_model", load)
+    solve = tune_module._Run._solve
+
+    def solved(self: Any, hidden: Any) -> None:
+        solve(self, hidden)
+        assert ran == {0, 1, 2, 3}
+        ran.clear()
+
+    monkeypatch.setattr(tune_module._Run, "_solve", solved)
+    tune(**arguments(base, str(text), tmp_path / "run", "objective.distill=0", exits=[1, 2], steps=2))
+    assert ran == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.device=foo", "device"),
+        ("model.device=meta", "device"),
+        ("exits.rank=999", "rank 999 exceeds"),
+        ("logging.trackio=x", "trackio"),
+        ("data.prompts=/no/such/file", "prompts"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, named: str
+) -> None:
+    monkeypatch.setattr("exitlm.train.metrics.find_spec", lambda name: None)
+    settings = [*SELF, "exits.output=low_rank", "exits.rank=4", override]
+    with pytest.raises(UserError, match=named):
+        tune(**arguments(base, "self:100", tmp_path / "run", *settings, steps=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_exits_of_a_checkpoint(base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last checkpoint of a finished run holds what its adapter holds; a run that was stopped has its newest."""
+    monkeypatch.chdir(base.parent)  # a relative base is found again from anywhere
+    settings = ["exits.candidates=20", "exits.output=own,shared"]
+    out = tune(**{**arguments(base, str(text), tmp_path / "run", *settings), "base": base.name})
+    monkeypatch.chdir(tmp_path)
+    finished = exits_of(out)
+    found = model_of_run(out / "checkpoints" / "step-00000008").state_dict()
+    assert {name: t for name, t in found.items() if name.startswith("exits.")}.keys() == finished.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in finished.items())
+    earlier = model_of_run(out / "checkpoints" / "step-00000006").state_dict()
+    assert not all(torch.equal(earlier[name], tensor) for name, tensor in finished.items())
+    for file in ("exits.json", "exits.safetensors"):
+        (out / file).unlink()
+    newest = model_of_run(out).state_dict()
+    assert all(torch.equal(newest[name], tensor) for name, tensor in finished.items())
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        model_of_run(out)
 
 
 def test_candidates_come_from_the_training_data(base: Path, text: Path, tmp_path: Path) -> None:

@@ -314,6 +314,14 @@ def test_candidates_beyond_the_vocabulary(base: Path, tmp_path: Path, ids: list[
         ({"record": [1]}, "wrong types"),
         ({"candidates": 10**9}, "the vocabulary has 97"),
         ({"output_from": 3}, "takes its output matrix"),
+        ({"output_from": [1]}, "output_from"),
+        ({"gate": "no"}, "wrong types"),
+        ({"record": {"threshold": "abc"}}, "malformed"),
+        ({"record": {"threshold": 7}}, "malformed"),
+        ({"record": {"coverage": None}}, "malformed"),
+        ({"record": {"calibration": [1]}}, "malformed"),
+        ({"record": {"calibration": {"scores": [0.5]}}}, "malformed"),
+        ({"record": {"calibration": {"scores": [0.5], "coverage": [0.5, 0.5], "precision": [1.0]}}}, "malformed"),
     ],
 )
 def test_settings_that_are_wrong(base: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -134,6 +134,17 @@ def test_a_damaged_config(tmp_path: Path, text: str | bytes) -> None:
     assert "config.json is truncated or damaged" in refused(tmp_path)
 
 
+def test_a_text_also_ends_where_the_generation_config_says(tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit_json(tmp_path / "config.json", eos_token_id=2)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 2, 7]}')
+    assert open_checkpoint(tmp_path).model_config.eos_token_ids == (2, 5, 7)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ')
+    assert "generation_config.json is truncated or damaged" in refused(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    assert "eos_token_id" in refused(tmp_path)
+
+
 def test_an_unsupported_architecture(tmp_path: Path) -> None:
     saved(tmp_path)
     edit_json(tmp_path / "config.json", model_type="mamba", architectures=["MambaForCausalLM"])

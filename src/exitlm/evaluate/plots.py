@@ -104,7 +104,8 @@ def speed_quality_picture(
 ) -> Path:
     """Draw the speed-quality curve beside the histogram of exit depths.
 
-    ``points``: those of mode ``threshold`` are joined by a line, by agreement; the others stand alone.
+    ``points``: those of mode ``threshold`` are joined by a line, by agreement; the others (``as tuned``: thresholds and
+    exits that tuning and costs chose, ``lossless``, ``full``) stand alone.
     ``exit_layers``: for each mode, the layer that every one of its tokens left at.
     """
     figure = _figure((10.5, 4.2))
@@ -124,7 +125,7 @@ def _curve(axes: "Axes", points: Sequence[Point]) -> None:
         axes.annotate(
             point.label, (point.agreement, point.speed), (0, 7), textcoords="offset points", ha="center", fontsize=8
         )
-    for mode, mark, colour in (("lossless", "*", "#a45ee5"), ("full", "s", _GREY)):
+    for mode, mark, colour in (("as tuned", "D", "#00a878"), ("lossless", "*", "#a45ee5"), ("full", "s", _GREY)):
         others = [p for p in points if p.mode == mode]
         axes.plot(
             [p.agreement for p in others], [p.speed for p in others], mark, color=colour, label=mode, markersize=10

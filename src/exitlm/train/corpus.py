@@ -151,7 +151,7 @@ def _shown(
         if bar is None:
             bar, began, first = Progress(title, total), time.perf_counter(), done
         rate = (done - first) / max(1e-9, time.perf_counter() - began)
-        bar.update(min(done, total), f"{rate:,.0f} tok/s" if count is not None else "")
+        bar.update(min(done, total), f"{rate:,.0f} tok/s" if count is not None and done > first else "")
 
     try:
         found = write_answers(model, prompts, writing, tokens=count, cache=cache, report=report, stopped=stopped)
