@@ -149,7 +149,7 @@ def with_timing_exits(llm: exitlm.LLM, candidates: int) -> list[int]:
     layers = [round(L / 4), round(L / 2), round(3 * L / 4)]
     for layer in llm.exit_layers:
         llm.remove_exits([layer])
-    llm.model.add_exits([ExitConfig(layer=e, candidates=candidates, gate=True) for e in layers])
+    llm.model.add_exits([ExitConfig(layer=e, candidates=candidates, gate=True, branch=True) for e in layers])
     return layers
 
 

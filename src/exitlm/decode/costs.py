@@ -15,20 +15,23 @@ import math
 import os
 import platform
 import random
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from exitlm.decode.fused import FusedModel
+from exitlm.decode.fused import FusedHead, FusedModel
+from exitlm.decode.rules import probability
 from exitlm.decode.step import SequenceState
 
-_FORMAT = 2  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
+_FORMAT = 3  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
 _SIZES = (1, 2, 4, 8, 16)
-_REPEATS = 3
+_REPEATS = 5
 _MOST_EXITS, _LARGEST_SUBSET = 8, 4
 
 
@@ -87,15 +90,17 @@ def ideal(fused: FusedModel) -> Costs:
     )  # fmt: skip
 
 
-def _best(action: Any, device: torch.device) -> float:
+def _typical(action: Any, device: torch.device, before: Any) -> float:
+    """The median time of ``action``, each time after ``before``, which is not timed."""
     found = []
     for _ in range(_REPEATS + 1):
+        before()
         begin = time.perf_counter()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - begin)
-    return min(found[1:])
+    return statistics.median(found[1:])
 
 
 @torch.inference_mode()
@@ -105,28 +110,30 @@ def measure(fused: FusedModel) -> Costs:
     state = SequenceState(fused, (), fused.new_cache(), context + _SIZES[-1])
     state.depths.filled = [context]
     tokens = [i % fused.config.vocab_size for i in range(_SIZES[-1])]
-    layer, head = [], []
     hidden = fused.embed(tokens)
-    for rows in _SIZES:
 
-        def run(rows: int = rows) -> None:
-            state.truncate(context)
-            state.advance(tokens[:rows])
+    def layers(rows: int) -> None:
+        state.truncate(context)
+        state.advance(tokens[:rows])
 
-        layer.append(_best(run, fused.device) / L)
-        head.append(_best(lambda rows=rows: fused.final_logits(hidden[:rows]).argmax(-1).tolist(), fused.device))
+    def final(rows: int) -> None:
+        fused.final_logits(hidden[:rows]).argmax(-1).tolist()
+
+    # each part is timed after another one, as in decoding: the processor's caches hold the other's weights then
+    both = [(partial(layers, rows), partial(final, rows)) for rows in _SIZES]
+    layer = [_typical(run, fused.device, other) / L for run, other in both]
+    head = [_typical(run, fused.device, other) for other, run in both]
     test, draft = {}, {}
+    row = hidden[:1]
     for e, exit_head in fused.heads.items():
-        row = hidden[:1]
-
-        def make(exit_head: Any = exit_head, row: torch.Tensor = row) -> None:
-            exit_head.logits(row, row, row)[0].argmax().item()
-
         block = layer[0] if exit_head.block is not None else 0.0  # every token leaves its key in a block's cache
-        draft[e] = _best(make, fused.device) + block
-        test[e] = draft[e]
+
+        def logits(exit_head: FusedHead = exit_head) -> None:
+            probability(exit_head.logits(row, row, row)[0])
+
+        test[e] = draft[e] = block + _typical(logits, fused.device, partial(layers, 1))
         if exit_head.has_gate:
-            test[e] = _best(lambda h=exit_head, row=row: h.gate(row[0]), fused.device) + block
+            test[e] = block + _typical(partial(exit_head.gate, row[0]), fused.device, partial(layers, 1))
     # more rows never cost less: what is below is noise of the clock
     layer, head = list(itertools.accumulate(layer, max)), list(itertools.accumulate(head, max))
     return Costs(rows=_SIZES, layer=tuple(layer), head=tuple(head), test=test, draft=draft, num_hidden_layers=L)
