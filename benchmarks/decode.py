@@ -240,8 +240,11 @@ def cost_of_tests(llm: exitlm.LLM, rounds: int, count: int, candidates: int, com
 
 def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
     """Lossless and threshold at their defaults against full, per prompt set; the last set is random tokens."""
+    from exitlm import demo  # needs rich, which the GPU machines' programs above do without
+
     numbers = random.Random(0)
-    sets = {name: [llm.encode(text, chat=True) for text in texts] for name, texts in PROMPTS.items()}
+    texts_by_set = {"the demo's": list(demo.PROMPTS), **PROMPTS}
+    sets = {name: [llm.encode(text, chat=True) for text in texts] for name, texts in texts_by_set.items()}
     vocabulary = llm.model.config.vocab_size
     sets["random tokens"] = [[numbers.randrange(100, vocabulary) for _ in range(96)] for _ in range(3)]
     engine, rows = llm.engine, []
@@ -276,7 +279,9 @@ def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
                 "acceptance": f"{s['accepted'] / s['drafted']:.2f} of {s['drafted']}" if s["drafted"] else "-",
             })  # fmt: skip
     print(table(rows))
-    return {"tokens": count, "format": engine.quant, "notes": engine.notes, "rows": rows}
+    agreement = ", ".join(f"{e}: {record['agreement']:.1%}" for e, record in engine.records.items())
+    held_out = {"agreement with the final head on held-out text, by exit": agreement}
+    return {"tokens": count, "format": engine.quant, **held_out, "notes": engine.notes, "rows": rows}
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def section(path: Path) -> str:
     where = machine["gpu"] or f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"
     lines[-1] += f"; {where}; Python {machine['python']}, torch {machine['torch']}."
     details = [
-        f"{name.replace('_', ' ')}: {cell(value)}"
+        f"{name.replace('_', ' ')}: {'; '.join(value) if isinstance(value, list) and name == 'notes' else cell(value)}"
         for name, value in figures.items()
         if value not in (None, [], {}) and not isinstance(cell(value), dict)
     ]
