@@ -98,7 +98,8 @@ def test_layers_that_are_no_whole_numbers(model: exitlm.LLM, layers: Any) -> Non
             call(layers)
     assert model.exit_layers == []
     model.add_exits([np.int64(2)])
-    assert model.exit_layers == [2]
+    model.add_exits(map(int, "13"))  # type: ignore[arg-type]
+    assert model.exit_layers == [1, 2, 3]
 
 
 def test_a_prompt_that_is_no_text(model: exitlm.LLM) -> None:

@@ -201,8 +201,9 @@ class LLM:
 def _whole(values: Sequence[int], name: str) -> list[int]:
     """Whole numbers as Python's own; a bool is none."""
     try:
-        if isinstance(values, str) or any(isinstance(value, bool) for value in values):
+        found = list(values)
+        if isinstance(values, str) or any(isinstance(value, bool) for value in found):
             raise TypeError
-        return [operator.index(value) for value in values]
+        return [operator.index(value) for value in found]
     except TypeError:
         raise UserError(f"{name} is {values!r}, but must hold whole numbers") from None

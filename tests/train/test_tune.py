@@ -420,9 +420,50 @@ def test_a_closed_form_needs_the_upper_layers_only_at_the_start(
         assert ran == {0, 1, 2, 3}
         ran.clear()
 
+    publish = tune_module._Run._publish
+
+    def published(self: Any, *arguments: Any) -> None:
+        assert ran == {0, 1}
+        publish(self, *arguments)
+
     monkeypatch.setattr(tune_module._Run, "_solve", solved)
-    tune(**arguments(base, str(text), tmp_path / "run", "objective.distill=0", exits=[1, 2], steps=2))
-    assert ran == {0, 1}
+    monkeypatch.setattr(tune_module._Run, "_publish", published)
+    settings = ["objective.distill=0", "train.validate_every=0"]
+    out = tune(**arguments(base, str(text), tmp_path / "run", *settings, exits=[1, 2], steps=2))
+    assert "calibration" in (out / "exits.json").read_text()  # the held-out text is compared with the final head
+
+
+def test_a_block_is_copied_from_the_last_layer_whatever_is_run(base: Path, text: Path, tmp_path: Path) -> None:
+    settings = ["objective.distill=0", "exits.kind=block"]
+    out = tune(**arguments(base, str(text), tmp_path / "run", *settings, exits=[2], steps=1))
+    assert (out / "exits.json").is_file()
+
+
+def test_exits_without_parameters_are_refused(base: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to tune"):
+        tune(**arguments(base, str(text), tmp_path / "run", "exits.kind=embed", exits=[2], steps=1))
+
+
+def test_a_run_and_its_base_may_move_together(base: Path, text: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(base, first / "base")
+    stop_after(3, lambda: tune(**arguments(first / "base", str(text), first / "run")))
+    first.rename(tmp_path / "second")
+    with pytest.raises(UserError, match="write its place into model"):
+        model_of_run(tmp_path / "second" / "run")
+    out = tune(**arguments(tmp_path / "second" / "base", str(text), tmp_path / "second" / "run"))
+    whole = tune(**arguments(base, str(text), tmp_path / "whole"))
+    assert same(out, whole)
+    assert str(tmp_path) not in (out / "exits.json").read_text()
+
+
+def test_candidates_that_changed_are_refused(base: Path, text: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(base, tmp_path / "base")
+    call = arguments(model, str(text), tmp_path / "run", "exits.candidates=20")
+    stop_after(3, lambda: tune(**call))
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 200, 201]}')
+    with pytest.raises(UserError, match="candidates of exit 1"):
+        tune(**call)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from exitlm.decode.fused import FusedHead, FusedModel
 from exitlm.decode.rules import probability
 from exitlm.decode.step import SequenceState
 
-_FORMAT = 3  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
+_FORMAT = 4  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
 _SIZES = (1, 2, 4, 8, 16)
 _REPEATS = 5
 _MOST_EXITS, _LARGEST_SUBSET = 8, 4
@@ -95,6 +95,8 @@ def _typical(action: Any, device: torch.device, before: Any) -> float:
     found = []
     for _ in range(_REPEATS + 1):
         before()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         begin = time.perf_counter()
         action()
         if device.type == "cuda":

@@ -148,7 +148,8 @@ class Engine:
                 chosen = choose_drafting(self.costs, curves, self._tests(name)) if curves else {}
                 thresholds.update({e: chosen.get(e, 1.0) for e in curves})
             layers = [e for e in self.early if thresholds[e] < 1.0]
-            self._note_off(layers, "draft", "calibration" if layers else "calibration (none pays)")
+            if config.adaptive:
+                self._note_off(layers, "draft", "calibration" if layers else "calibration (none pays)")
         elif known:
             layers = list(self._paying_exits(thresholds, name))
         else:

@@ -115,8 +115,8 @@ class GenerationConfig:
         """A setting that was changed but that the others keep from having an effect is a warning."""
         exits = self.mode == "threshold" or (self.mode == "lossless" and "exits" in self.draft)
         idle = {
-            "exit_layer": (self.rule == "fixed" and exits, "rule='fixed'"),
-            "patience": (self.rule == "patience" and exits, "rule='patience'"),
+            "exit_layer": (self.rule == "fixed" or not exits, "rule='fixed'"),
+            "patience": (self.rule == "patience" or not exits, "rule='patience'"),
             "max_draft": (self.mode == "lossless", "mode='lossless'"),
             "top_k": (self.temperature > 0, "a temperature above 0"),
             "top_p": (self.temperature > 0, "a temperature above 0"),

@@ -27,6 +27,8 @@ class TextStream:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.finished = False
         self._ids = list(prompt[-_NEIGHBOURS:])
+        if self.tokenizer is not None and self._decode(self._ids).endswith("\ufffd"):
+            self._ids = []  # it ends within a character: what follows has to be shown as it is
         self._begin, self._read = 0, len(self._ids)
         self._held = ""
 

@@ -172,7 +172,7 @@ def _size(values: Mapping[str, Any], key: str, *, default: int | None = None) ->
     most = _MOST_LAYERS if key == "num_hidden_layers" else sys.maxsize
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         found = "is missing from" if value is None else f"is {value!r} in"
-        raise UserError(f"'{key}' {found} the model's config, it must be a positive integer (at most {most})")
+        raise UserError(f"'{key}' {found} the model's config, it must be a positive integer of a sensible size")
     return value
 
 

@@ -134,6 +134,7 @@ def newest(out: Path) -> Checkpoint | None:
 
 def is_checkpoint(place: Path) -> bool:
     """Whether a directory is one checkpoint of a run."""
+    place = Path(os.path.abspath(place))
     return (place / _META).is_file() and (place.parent.parent / "run.toml").is_file()
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from exitlm.errors import UserError
 from exitlm.weights.store import cannot_keep
 
-FORMAT = 1
+FORMAT = 2
 PIECE_CHARS = 1 << 18
 BATCH_CHARS = 1 << 22
 LEAST_PIECE = 8
@@ -246,8 +246,8 @@ def tokenise(
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     if not (home / "meta.json").is_file():
         staging = home.with_name(f".{key}-{os.getpid()}")
-        staging.mkdir(parents=True, exist_ok=True)
         try:
+            staging.mkdir(parents=True, exist_ok=True)
             _write_shard(path, tokens, vocab_size, staging, dtype)
             if home.exists():
                 shutil.rmtree(home)

@@ -111,6 +111,8 @@ class Trainer:
         t = self.settings
         groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]
+        if not groups:
+            raise UserError("these exits have nothing to tune (kind 'embed' with a shared matrix); choose another kind")
         self.optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, eps=1e-8)
         counts = hidden.blocks.counts(heads.model.config.vocab_size)
         order = counts.sort(descending=True, stable=True)
@@ -131,7 +133,14 @@ class Trainer:
         return out
 
     def restore(self, tensors: Mapping[str, Tensor], done: int) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`. Raises UserError where the candidates are not those of the parameters."""
+        for layer, head in self.heads.by_layer.items():
+            ids, before = head.candidate_ids, tensors.get(f"exits.{layer}.candidate_ids")
+            if ids is not None and before is not None and not torch.equal(ids.cpu(), before):
+                raise UserError(
+                    f"the candidates of exit {layer} are not those the run began with (the special tokens of the base "
+                    "changed); restore its tokenizer and configuration, or choose another directory"
+                )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])

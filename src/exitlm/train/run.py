@@ -298,8 +298,15 @@ class RunConfig:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """What differs between two runs in one directory, as ``key: old -> new``; logging, retention and the place of the
-    cache never change a result and may differ."""
-    free = {"checkpoint.every", "checkpoint.keep", "checkpoint.dir", "train.hidden_cache", "train.hidden_cache_gib"}
+    cache never change a result and may differ, and whether the base is the same is seen by its digest."""
+    free = {
+        "model.base",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "checkpoint.dir",
+        "train.hidden_cache",
+        "train.hidden_cache_gib",
+    }
     before, after = old.flat(), new.flat()
     return [
         f"{key}: {_toml_value(before[key])} -> {_toml_value(value)}"

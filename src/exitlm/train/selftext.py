@@ -123,7 +123,6 @@ def write_answers(
     are reached, or (``tokens`` None) each prompt once. ``model`` is only called if something must be written. Ends
     early when ``stopped()``; what was written stays."""
     home = cache / "self" / writing.key()
-    home.mkdir(parents=True, exist_ok=True)
     total = tokens if tokens is not None else len(prompts)
     with _exclusive(home / "answers.jsonl") as file:
         loaded: EarlyExitModel | None = None
@@ -162,7 +161,12 @@ def as_blocks(answers: Sequence[Answer]) -> Blocks:
 @contextmanager
 def _exclusive(path: Path) -> Iterator[IO[bytes]]:
     """The file, locked against other writers (they wait)."""
-    with path.open("a+b") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+b")
+    except OSError as error:
+        raise cannot_keep(path, error) from error
+    with opened as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
 

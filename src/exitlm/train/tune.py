@@ -35,9 +35,8 @@ from exitlm.train.run import RunConfig
 from exitlm.train.selftext import read_prompts
 from exitlm.train.validation import Scores, evaluate, record
 from exitlm.weights.adapter import save_adapter
-from exitlm.weights.checkpoint import Checkpoint, open_checkpoint
+from exitlm.weights.checkpoint import Checkpoint, open_checkpoint, read_json
 from exitlm.weights.load import device_of, load_model
-from exitlm.weights.source import PACKAGED
 from exitlm.weights.store import cache_directory
 
 CLOSED_FORM_TOKENS = 1 << 16
@@ -118,7 +117,7 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
     given = config.exits.candidates
     candidates = tuple(automatic if n == -1 else n for n in (given if isinstance(given, tuple) else (given,)))
     base = config.model.base
-    if base not in PACKAGED and Path(base).expanduser().exists():
+    if Path(base).expanduser().exists():
         base = os.path.abspath(Path(base).expanduser())  # the run is gone on with, and exported, from anywhere
     resolved = replace(
         config,
@@ -152,17 +151,24 @@ def model_of_run(place: Path) -> EarlyExitModel:
     Raises:
         UserError: there is no whole checkpoint, or the base is not what it was.
     """
+    place = Path(os.path.abspath(place))
     one = run_files.is_checkpoint(place)
     out = place.parent.parent if one else place
     config = RunConfig.from_toml(out / "run.toml")
     found = run_files.read(place) if one else run_files.newest(out)
     if found is None:
         raise UserError(f"the run in {out} has no checkpoint yet; start it again, or export its base")
-    opened = open_checkpoint(config.model.base)
+    try:
+        opened = open_checkpoint(config.model.base)
+    except UserError as error:
+        raise UserError(f"{error} (if it moved, write its place into model.base of {out / 'run.toml'})") from error
     run_files.check_same(out, found.meta, {"base_digest": opened.digest()})
     model = load_model(opened)
     for e in exit_configs(config):
-        model.add_exits([e], candidate_ids=found.tensors.get(f"exits.{e.layer}.candidate_ids"))
+        ids = found.tensors.get(f"exits.{e.layer}.candidate_ids")
+        if e.candidates and ids is None:
+            raise UserError(f"this checkpoint of {out} lacks the candidates of exit {e.layer}; finish the run instead")
+        model.add_exits([e], candidate_ids=ids)
     with torch.no_grad():
         for layer, head in model.exit_heads().items():
             for name, parameter in head.named_parameters():
@@ -215,6 +221,8 @@ class _Run:
         if not fresh:
             run_files.claim(out, config)
             if (out / "exits.json").exists():
+                made_on = read_json(out / "exits.json").get("base") or {}
+                run_files.check_same(out, {"base_digest": made_on.get("digest")}, {"base_digest": self.opened.digest()})
                 _say(f"{out} is a finished run already; nothing to do")
                 return
         try:
@@ -224,13 +232,13 @@ class _Run:
                 read_prompts(config.data.prompts, config.data.validation_sequences)
             check_trackers(config.logging)
             text = corpus_of_files(config, self.opened, tokens, cache_directory()) if from_files else None
-            closed = any(e.init == "closed_form" for e in exit_configs(config))
-            partly = from_files and not closed and not needs_final(config)
+            all_layers = any(e.init == "closed_form" or e.kind == "block" for e in exit_configs(config))
+            self.partly = from_files and not all_layers and not needs_final(config)
             self.model = load_model(
                 self.opened,
                 dtype=config.model.dtype,
                 device=config.model.device,
-                layers=range(1, config.exits.layers[-1] + 1) if partly else None,
+                layers=range(1, config.exits.layers[-1] + 1) if self.partly else None,
             )
         except (UserError, OSError):
             if fresh:
@@ -260,8 +268,8 @@ class _Run:
             candidate_ids = candidate_vocabulary(text.train.counts(self.model.config.vocab_size), special, largest)
         self.model.add_exits(configs, seed=config.train.seed, candidate_ids=candidate_ids)
         self.heads = Heads(self.model, getattr(torch, config.train.dtype))
-        final = needs_final(config)
-        hidden, held = (self._hidden(b, name, final) for b, name in ((text.train, "train"), (text.validation, "held")))
+        hidden = self._hidden(text.train, "train", needs_final(config))
+        held = self._hidden(text.validation, "held", not self.partly)
         try:
             self._fit(text, configs, hidden, held)
         finally:
@@ -279,7 +287,7 @@ class _Run:
             teacher=final and (config.objective.candidate_loss or restricted),
             temperature=config.objective.distill_temperature,
         )
-        again = name == "held" or t.steps * t.global_batch > len(blocks) or self._closed_form_layers()
+        again = name == "held" or t.steps * t.global_batch > len(blocks) or (final and self._closed_form_layers())
         keep = t.hidden_cache if again else "none"
         limit = t.hidden_cache_gib * 2**30
         return HiddenStates(self.model, blocks, wanted, keep=keep, limit=limit, home=self.out / ".hidden" / name)
@@ -318,7 +326,9 @@ class _Run:
         if not layers:
             return
         if not hidden.wanted.final:  # only this needs the layers above the deepest exit
-            hidden = self._hidden(hidden.blocks, "closed-form", final=True)
+            wanted = replace(hidden.wanted, final=True)
+            home = self.out / ".hidden" / "closed-form"
+            hidden = HiddenStates(self.model, hidden.blocks, wanted, keep="none", limit=0.0, home=home)
         total = min(CLOSED_FORM_TOKENS, hidden.blocks.total_targets())
         with progress("lenses in closed form", total) as bar:
 
@@ -373,7 +383,8 @@ class _Run:
             head.record = record(scores[layer])
         t = self.config.train
         training = {
-            "config": {name: asdict(getattr(self.config, name)) for name in _RECORDED},
+            "config": {name: asdict(getattr(self.config, name)) for name in _RECORDED}
+            | {"model": {**asdict(self.config.model), "base": self.opened.name}},  # not where it lay on this machine
             "steps": t.steps,
             "tokens": text.train.total_targets(),
             "seconds": round(before + time.perf_counter() - self.started, 1),
