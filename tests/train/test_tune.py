@@ -383,9 +383,8 @@ def test_the_final_exit_is_run_only_where_it_is_read(base: Path, overrides: list
     assert needs_final(config) == needed
 
 
-def test_cross_entropy_alone_never_runs_the_upper_layers(
-    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def layers_that_run(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The indices of the layers that tuning has run, as it goes."""
     ran: set[int] = set()
 
     def load(*args: Any, **options: Any) -> Any:
@@ -395,6 +394,13 @@ def test_cross_entropy_alone_never_runs_the_upper_layers(
         return model
 
     monkeypatch.setattr(tune_module, "load_model", load)
+    return ran
+
+
+def test_cross_entropy_alone_never_runs_the_upper_layers(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = layers_that_run(monkeypatch)
     settings = ["objective.distill=0", "exits.gate=false", "exits.kind=norm"]
     out = tune(**arguments(base, str(text), tmp_path / "run", *settings, exits=[1, 2], steps=2))
     assert ran == {0, 1}
@@ -404,15 +410,7 @@ def test_cross_entropy_alone_never_runs_the_upper_layers(
 def test_a_closed_form_needs_the_upper_layers_only_at_the_start(
     base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: set[int] = set()
-
-    def load(*args: Any, **options: Any) -> Any:
-        model = load_model(*args, **options)
-        for index, layer in model.model.layers.items():
-            layer.register_forward_hook(lambda *_, i=int(index): ran.add(i))
-        return model
-
-    monkeypatch.setattr(tune_module, "load_model", load)
+    ran = layers_that_run(monkeypatch)
     solve = tune_module._Run._solve
 
     def solved(self: Any, hidden: Any) -> None:
