@@ -257,6 +257,11 @@ def test_a_mistake_is_one_sentence(
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
 
 
+def test_a_warning_is_said_once(run: Run, checkpoint: Path) -> None:
+    code, _, err = run("generate", checkpoint, "--prompt", "x", "--top-p", 0.5, "--max-new-tokens", 2)
+    assert (code, err) == (0, "warning: top_p has no effect without a temperature above 0\n")
+
+
 def test_exits_of_another_base_need_the_flag(run: Run, adapter: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1)
     command = ("generate", other, "--exits", adapter, "--prompt", "x", "--max-new-tokens", 2)

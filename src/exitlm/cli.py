@@ -64,7 +64,9 @@ def generate(
     from exitlm.decode.generation import GenerationConfig
 
     settings = {name: value for name, value in settings.items() if value is not None}
-    GenerationConfig.of(settings)  # before the model is loaded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns again when it is used
+        GenerationConfig.of(settings)  # refused before the model is loaded
     llm = exitlm.load(model, exits, dtype, device, quant, allow_other_base)
     if json:
         found = llm.generate(prompt, chat=chat, **settings)
