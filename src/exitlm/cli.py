@@ -152,6 +152,56 @@ def export(
     return 0
 
 
+def schedule(
+    *,
+    pipeline: int,
+    microbatches: int,
+    schedule: str = "1f1b",
+    ratio: float = 2.0,
+    fill_warmup: int | None = None,
+    fill_cooldown: int | None = None,
+    png: str | None = None,
+    json: bool = False,
+) -> int:
+    """Draw a pipeline schedule beside plain 1F1B, and say how busy its ranks are."""
+    from exitlm.parallel.pipeline.schedule import drawn, make, simulate
+
+    made = make(schedule, pipeline, microbatches, ratio=ratio, fill_warmup=fill_warmup, fill_cooldown=fill_cooldown)
+    lines = [simulate(made, 1.0, ratio), simulate(make("1f1b", pipeline, microbatches), 1.0, ratio)]
+    mine, plain = lines
+    figures = {
+        "schedule": schedule, "pipeline": pipeline, "microbatches": microbatches, "backward_forward_ratio": ratio,
+        "makespan": mine.makespan, "utilisation": mine.utilisation, "baseline_makespan": plain.makespan,
+        "baseline_utilisation": plain.utilisation, "filled_warmup": made.filled_warmup,
+        "filled_cooldown": made.filled_cooldown,
+    }  # fmt: skip
+    if png:
+        from exitlm.evaluate.plots import timeline_picture
+
+        pictures = [
+            (f"{line.schedule.name}: makespan {line.makespan:g}, utilisation {line.utilisation:.1%}",
+             [[(e.action.op, e.action.microbatch, e.start, e.end) for e in events] for events in line.ranks])
+            for line in (lines if schedule != "1f1b" else lines[:1])
+        ]  # fmt: skip
+        timeline_picture(Path(png), pictures)
+    if json:
+        print(json_format.dumps(figures))
+        return 0
+    for line in lines if schedule != "1f1b" else lines[:1]:
+        print(f"{line.schedule.name}: makespan {line.makespan:g}, utilisation {line.utilisation:.1%}")
+        print("\n".join(drawn(line)))
+    extra = made.filled_warmup + made.filled_cooldown
+    if extra:
+        print(
+            f"{made.filled_warmup} microbatches more in the warm-up and {made.filled_cooldown} in the cool-down: "
+            f"the batch grows from {microbatches} to {microbatches + extra} (some of them partial)"
+        )
+    print(
+        "one unit is a forward of a rank's layers; a number is a microbatch forward, [ its backward (or its inputs' half), ( the weights' half"
+    )
+    return 0
+
+
 def demo(*, out: str | None = None, quick: bool = False) -> int:
     """Tune exits on SmolLM2-135M, decode with them, and show where every token left."""
     from exitlm.demo import run
@@ -165,6 +215,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "generate": generate,
     "inspect": inspect,
     "export": export,
+    "schedule": schedule,
     "demo": demo,
 }
 
@@ -255,6 +306,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("directory", metavar="DIR", help="where to write")
     add("--exits", nargs="+", action="extend", metavar="A", help="exit adapters to write beside the model")
     add("--dtype", metavar="D", help="of the weights written (default: as they are)")
+
+    add = parsers["schedule"].add_argument
+    add("--pipeline", type=int, required=True, metavar="P", help="ranks of the pipeline")
+    add("--microbatches", type=int, required=True, metavar="N", help="microbatches of a step")
+    add("--schedule", default="1f1b", metavar="S", help="gpipe, 1f1b, interleaved, zero_bubble, zbv or filled")
+    add("--ratio", type=float, default=2.0, metavar="R", help="time of a backward over that of a forward (default: 2)")
+    add("--fill-warmup", type=int, metavar="N", help="extra microbatches in the warm-up (default: as many as fit)")
+    add("--fill-cooldown", type=int, metavar="N", help="extra microbatches in the cool-down (default: as many as fit)")
+    add("--png", metavar="FILE", help="draw it there, too")
+    add("--json", action="store_true", help="print one JSON object with makespan and utilisation of both")
 
     add = parsers["demo"].add_argument
     add("--out", metavar="DIR", help="where the adapter and the pictures go (default: runs/demo)")

@@ -174,6 +174,38 @@ def _histogram(axes: "Axes", exit_layers: Mapping[str, Sequence[int]], colours: 
     axes.legend(handles=handles, frameon=False, fontsize=9)
 
 
+_WORK = {"F": "#2a8ff4", "B": "#00a878", "I": "#00a878", "W": "#a45ee5"}
+_WORK_NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
+
+Work = tuple[str, int, float, float]
+
+
+def timeline_picture(path: Path, timelines: Sequence[tuple[str, Sequence[Sequence[Work]]]]) -> Path:
+    """Draw pipeline schedules below each other on one scale: per title, for every rank its work as (op, microbatch,
+    start, end), op one of F, B, I and W."""
+    from matplotlib.patches import Patch
+
+    span = max(end for _, ranks in timelines for work in ranks for _, _, _, end in work)
+    heights = [len(ranks) for _, ranks in timelines]
+    figure = _figure((min(16.0, 3 + span * 0.22), 0.8 + 0.34 * sum(heights) + 0.8 * len(heights)))
+    subplots = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)
+    used: set[str] = set()
+    for axes, (title, ranks) in zip(subplots[:, 0], timelines, strict=True):
+        axes.set_title(title, loc="left", fontsize=10, color=_INK)
+        for rank, work in enumerate(ranks):
+            for op, microbatch, start, end in work:
+                used.add(op)
+                axes.broken_barh([(start, end - start)], (rank - 0.42, 0.84), color=_WORK[op], edgecolor="white")
+                axes.text((start + end) / 2, rank, str(microbatch), ha="center", va="center", fontsize=7, color="white")
+        axes.set(ylim=(len(ranks) - 0.5, -0.5), yticks=range(len(ranks)), xlim=(0, span), ylabel="rank")
+        axes.set_facecolor(_BAND)
+    subplots[-1, 0].set_xlabel("time, in forwards of a rank's layers")
+    marks = [Patch(color=_WORK[op], label=_WORK_NAMES[op]) for op in "FBIW" if op in used]
+    figure.legend(handles=marks, loc="upper right", ncols=len(marks), frameon=False, fontsize=8)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
 def _figure(size: tuple[float, float]) -> "Figure":
     """A figure of ``size`` inches that no window and no global state of pyplot knows."""
     try:

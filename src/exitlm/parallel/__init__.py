@@ -1,0 +1,1 @@
+"""Training over several processes: device mesh, pipeline schedules and what runs them."""

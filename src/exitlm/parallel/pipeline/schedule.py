@@ -1,0 +1,302 @@
+"""Pipeline schedules as plain data: who does what in which order, checked for deadlock and timed without a process.
+
+A schedule lists for every rank its actions: forward (F), backward (B), or its two halves for the inputs (I) and the
+weights (W) of one microbatch on one stage. ``gpipe``, ``1f1b`` and ``filled`` are made here; ``interleaved``,
+``zero_bubble`` and ``zbv`` are those of torch.distributed.pipelining, read for drawing and timing.
+
+``filled`` is 1F1B with bubble filling (EE-LLM, arXiv 2312.04916, section 3.2 and appendix): microbatches that pass only
+some of the stages run while these would wait. A *top* one goes forward through the first stages and back from there, in
+the warm-up; a *bottom* one goes forward through all stages and back through the last ones only, in the cool-down. They
+enlarge the batch and leave the time of a step as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from exitlm.errors import UserError, nearest
+
+Op = Literal["F", "B", "I", "W"]
+NAMES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "filled")
+
+
+@dataclass(frozen=True)
+class Action:
+    """One piece of work: ``op`` for a microbatch on a stage (0-based)."""
+
+    op: Op
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.op} of microbatch {self.microbatch} on stage {self.stage}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """``ranks[r]`` are the actions of rank r in order. ``spans[m] = (lo, hi)``: microbatch m goes forward on the stages
+    0..hi and back on hi..lo. ``filled_warmup`` and ``filled_cooldown`` count the partial microbatches among them."""
+
+    name: str
+    stages: int
+    ranks: tuple[tuple[Action, ...], ...]
+    spans: Mapping[int, tuple[int, int]]
+    filled_warmup: int = 0
+    filled_cooldown: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """An action with its times."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """When everything of a schedule happens: one list of events per rank."""
+
+    schedule: Schedule
+    ranks: tuple[tuple[Event, ...], ...] = field(repr=False)
+
+    @property
+    def makespan(self) -> float:
+        """The time of the last end."""
+        return max(event.end for events in self.ranks for event in events)
+
+    @property
+    def utilisation(self) -> float:
+        """The share of all ranks' time that is work."""
+        busy = sum(event.end - event.start for events in self.ranks for event in events)
+        return busy / (self.makespan * len(self.ranks))
+
+
+def make(
+    name: str,
+    pipeline: int,
+    microbatches: int,
+    *,
+    ratio: float = 2.0,
+    fill_warmup: int | None = None,
+    fill_cooldown: int | None = None,
+) -> Schedule:
+    """The schedule ``name`` for ``pipeline`` ranks. ``ratio`` is the time of a backward over that of a forward;
+    ``fill_warmup`` and ``fill_cooldown`` (``filled`` only) None are as many as fit.
+
+    Raises:
+        UserError: an unknown name, numbers out of range, or a combination that the schedule does not know.
+    """
+    if name not in NAMES:
+        raise UserError(f"schedule '{name}' is unknown; use one of {', '.join(NAMES)}{nearest(name, NAMES)}")
+    if pipeline < 1 or microbatches < 1:
+        raise UserError(f"{pipeline} ranks and {microbatches} microbatches make no schedule; use at least 1 of each")
+    if not 0.0 < ratio < math.inf:
+        raise UserError(f"the ratio of backward to forward time is {ratio}, but must be a positive number")
+    if name != "filled":
+        if fill_warmup or fill_cooldown:
+            raise UserError(f"schedule '{name}' fills no bubbles; use schedule 'filled'")
+        if name in ("gpipe", "1f1b"):
+            return gpipe(pipeline, microbatches) if name == "gpipe" else filled(pipeline, microbatches, 0, 0, name=name)
+        return of_torch(name, pipeline, microbatches)
+    room = fill_room(pipeline, ratio)
+    counts = [room if count is None else count for count in (fill_warmup, fill_cooldown)]
+    for what, count in zip(("warm-up", "cool-down"), counts, strict=True):
+        if not 0 <= count <= room:
+            raise UserError(
+                f"{count} extra microbatches don't fit into the {what} of {pipeline} ranks at a ratio of {ratio:g}; "
+                f"use 0 to {room}"
+            )
+    return filled(pipeline, microbatches, *counts)
+
+
+def fill_room(pipeline: int, ratio: float) -> int:
+    """How many partial microbatches fit into the warm-up, and as many into the cool-down: ``(P - 1) r / (1 + r)``."""
+    return math.floor((pipeline - 1) * ratio / (1.0 + ratio) + 1e-9)
+
+
+def gpipe(pipeline: int, microbatches: int) -> Schedule:
+    """All forwards, then all backwards."""
+    ranks = [[Action(op, r, m) for op in ("F", "B") for m in range(microbatches)] for r in range(pipeline)]
+    spans = dict.fromkeys(range(microbatches), (0, pipeline - 1))
+    return Schedule(name="gpipe", stages=pipeline, ranks=tuple(map(tuple, ranks)), spans=spans)
+
+
+def filled(pipeline: int, microbatches: int, warmup: int, cooldown: int, *, name: str = "filled") -> Schedule:
+    """1F1B with ``warmup`` top and ``cooldown`` bottom microbatches (0 and 0: plain 1F1B).
+
+    Ids: the full ones first, then the bottom ones, then the top ones. The i-th top one reaches stage
+    ``warmup - 1 - i``; the i-th bottom one goes back through the last ``cooldown - i`` stages.
+    """
+    P, passing = pipeline, microbatches + cooldown  # those that go forward through every stage
+    spans = dict.fromkeys(range(microbatches), (0, P - 1))
+    spans |= {microbatches + i: (P - cooldown + i, P - 1) for i in range(cooldown)}
+    spans |= {passing + i: (0, warmup - 1 - i) for i in range(warmup)}
+    ranks: list[list[Action]] = []
+    for r in range(P):
+        ahead = min(passing, P - r)
+        tops = [m for m in range(passing, passing + warmup) if r <= spans[m][1]]
+        actions = [Action("F", r, m) for m in (*range(ahead), *tops)]
+        actions += [Action("B", r, m) for m in reversed(tops)]
+        for m in range(passing):
+            if r >= spans[m][0]:
+                actions.append(Action("B", r, m))
+            if m + ahead < passing:
+                actions.append(Action("F", r, m + ahead))
+        ranks.append(actions)
+    return Schedule(
+        name=name, stages=P, ranks=tuple(map(tuple, ranks)), spans=spans, filled_warmup=warmup, filled_cooldown=cooldown
+    )
+
+
+class _Stage:
+    """What torch's schedules ask of a stage when they only order the work."""
+
+    def __init__(self, index: int, stages: int, pipeline: int) -> None:
+        import torch
+
+        self.stage_index, self.num_stages, self.group_size, self.group_rank = index, stages, pipeline, 0
+        self.is_first, self.is_last, self.has_backward = index == 0, index == stages - 1, True
+        self.group, self.device, self.submod = None, torch.device("cpu"), torch.nn.Identity()
+        self.stage_index_to_group_rank: Any = None
+
+
+def of_torch(name: str, pipeline: int, microbatches: int) -> Schedule:
+    """A schedule of torch.distributed.pipelining with two stages per rank."""
+    from torch.distributed.pipelining import schedules
+
+    kinds: dict[str, Callable[..., Any]] = {
+        "interleaved": schedules.ScheduleInterleaved1F1B,
+        "zero_bubble": schedules.ScheduleInterleavedZeroBubble,
+        "zbv": schedules.ScheduleZBVZeroBubble,
+    }
+    stages = 2 * pipeline
+    mine = (0, stages - 1) if name == "zbv" else (0, pipeline)
+    try:
+        order = kinds[name](
+            [_Stage(index, stages, pipeline) for index in mine],
+            n_microbatches=microbatches,
+            loss_fn=lambda output, target: output,
+            scale_grads=False,
+        ).pipeline_order
+    except ValueError as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UserError(
+            f"schedule '{name}' can't run {microbatches} microbatches on {pipeline} ranks ({reason})"
+        ) from error
+    ops: dict[str, Op] = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+    ranks = tuple(
+        tuple(
+            Action(ops[action.computation_type.name], action.stage_index, action.microbatch_index)
+            for action in order[r]
+            if action is not None
+        )
+        for r in range(pipeline)
+    )
+    spans = dict.fromkeys(range(microbatches), (0, stages - 1))
+    return Schedule(name=name, stages=stages, ranks=ranks, spans=spans)
+
+
+def check(schedule: Schedule) -> None:
+    """Every microbatch goes forward and back exactly where its span says, each stage on one rank.
+
+    Raises:
+        ValueError: the first thing that is missing, twice, or in a wrong place.
+    """
+    owner: dict[int, int] = {}
+    seen: set[Action] = set()
+    for rank, actions in enumerate(schedule.ranks):
+        for action in actions:
+            if action in seen:
+                raise ValueError(f"{action} is there twice")
+            if owner.setdefault(action.stage, rank) != rank:
+                raise ValueError(f"stage {action.stage} is on ranks {owner[action.stage]} and {rank}")
+            seen.add(action)
+    expected: set[Action] = set()
+    for m, (lo, hi) in schedule.spans.items():
+        expected |= {Action("F", stage, m) for stage in range(hi + 1)}
+        for stage in range(lo, hi + 1):
+            whole = Action("B", stage, m)
+            halves = {Action("I", stage, m), Action("W", stage, m)}
+            expected |= halves if halves & seen else {whole}
+    if wrong := sorted(map(str, expected ^ seen)):
+        raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in set(map(str, expected - seen)) else 'too much'}")
+
+
+def simulate(
+    schedule: Schedule, forward: float | Sequence[float] = 1.0, backward: float | Sequence[float] = 2.0
+) -> Timeline:
+    """When each action runs if every rank does the next one as soon as what it needs is there; messages take no time.
+
+    ``forward`` and ``backward`` are the times of a rank's part of the model, or one per stage; several stages of a rank
+    share its part. I and W take half of a backward each.
+
+    Raises:
+        ValueError: the ranks wait for each other, and for what.
+    """
+    share = len(schedule.ranks) / schedule.stages
+    f, b = (
+        [float(t) * share] * schedule.stages if isinstance(t, int | float) else list(map(float, t))
+        for t in (forward, backward)
+    )
+    takes: dict[Op, Callable[[int], float]] = {
+        "F": lambda s: f[s], "B": lambda s: b[s], "I": lambda s: b[s] / 2, "W": lambda s: b[s] / 2,
+    }  # fmt: skip
+    ended: dict[Action, float] = {}
+    clock = [0.0] * len(schedule.ranks)
+    events: list[list[Event]] = [[] for _ in schedule.ranks]
+    moved = True
+    while moved:
+        moved = False
+        for r, actions in enumerate(schedule.ranks):
+            while len(events[r]) < len(actions):
+                action = actions[len(events[r])]
+                needed = _needs(action, schedule, ended)
+                if needed is None:
+                    break
+                start = max(clock[r], needed)
+                clock[r] = ended[action] = start + takes[action.op](action.stage)
+                events[r].append(Event(action, start, clock[r]))
+                moved = True
+    stuck = [
+        f"rank {r} at {actions[len(events[r])]}"
+        for r, actions in enumerate(schedule.ranks)
+        if len(events[r]) < len(actions)
+    ]
+    if stuck:
+        raise ValueError(f"the schedule '{schedule.name}' is a deadlock: {', '.join(stuck)}")
+    return Timeline(schedule=schedule, ranks=tuple(map(tuple, events)))
+
+
+def _needs(action: Action, schedule: Schedule, ended: Mapping[Action, float]) -> float | None:
+    """When everything that ``action`` waits for has ended; None if something has not."""
+    s, m = action.stage, action.microbatch
+    if action.op == "F":
+        return 0.0 if s == 0 else ended.get(Action("F", s - 1, m))
+    if action.op == "W":
+        return ended.get(Action("I", s, m))
+    own = ended.get(Action("F", s, m))
+    if s == schedule.spans[m][1] or own is None:
+        return own
+    behind = ended.get(Action("B", s + 1, m), ended.get(Action("I", s + 1, m)))
+    return None if behind is None else max(own, behind)
+
+
+def drawn(timeline: Timeline, columns: int = 100) -> list[str]:
+    """A line of text per rank: forwards as the microbatch's number, backwards in brackets, waiting as dots."""
+    unit = min(event.end - event.start for events in timeline.ranks for event in events)
+    scale = max(1.0, min(4.0 / unit, columns / timeline.makespan))
+    lines = []
+    for rank, events in enumerate(timeline.ranks):
+        line = ["·"] * math.ceil(timeline.makespan * scale)
+        for event in events:
+            first, last = round(event.start * scale), max(round(event.start * scale) + 1, round(event.end * scale))
+            op, number = event.action.op, str(event.action.microbatch)
+            text = number if op == "F" else f"[{number}" if op in "BI" else f"({number}"
+            line[first:last] = list(text[: last - first].ljust(last - first, "-" if op != "F" else " "))
+        lines.append(f"rank {rank:>2} |{''.join(line)}|")
+    return lines
