@@ -196,9 +196,8 @@ def schedule(
             f"{made.filled_warmup} microbatches more in the warm-up and {made.filled_cooldown} in the cool-down: "
             f"the batch grows from {microbatches} to {microbatches + extra} (some of them partial)"
         )
-    print(
-        "one unit is a forward of a rank's layers; a number is a microbatch forward, [ its backward (or its inputs' half), ( the weights' half"
-    )
+    print("one unit is a forward of a rank's layers; 3 is microbatch 3 forward, [3 its backward or that of the inputs,")
+    print("(3 that of the weights")
     return 0
 
 
