@@ -45,6 +45,16 @@ def test_the_demo_asks_what_was_not_tuned_on() -> None:
     assert not [topic for topic in ("purr", "suitcase", "lighthouse", "fibonacci") if topic in tuned_on]
 
 
+def test_a_slow_processor_gets_a_smaller_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for native in (True, False):
+        monkeypatch.setattr(demo, "native_bfloat16", lambda device, native=native: native)
+        config = demo.tuning(tmp_path, quick=False)
+        sizes.append((config.data.files, config.train.steps))
+        assert demo.tuning(tmp_path, quick=True).train.steps == 20
+    assert sizes == [(("self:100000",), 500), (("self:20000",), 150)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
