@@ -29,11 +29,8 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-import torch  # noqa: E402
-from measure import interleave, ratios, save, seconds, spread  # noqa: E402
+import torch
+from measure import interleave, ratios, save, seconds, spread
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -408,10 +405,10 @@ def tuning_steps(section: Section, llm: Any, kind: str) -> tuple[int, list[float
     L, model = llm.num_layers, llm.model
     model.remove_exits(llm.exit_layers)
     layers = (L // 4, L // 2, 3 * L // 4)
-    model.add_exits([ExitConfig(layer=e, kind=kind, gate=True, branch=kind == "lens") for e in layers])  # type: ignore[arg-type]
+    model.add_exits([ExitConfig(layer=e, kind=kind, gate=True, branch=kind == "lens") for e in layers])
     config = RunConfig()
     name = str(section.dtype).removeprefix("torch.")
-    train = replace(config.train, steps=100, global_batch=batch, microbatch=batch // 2, dtype=name)  # type: ignore[arg-type]
+    train = replace(config.train, steps=100, global_batch=batch, microbatch=batch // 2, dtype=name)
     config = replace(config, exits=replace(config.exits, layers=layers), train=train)
     ids = np.random.Generator(np.random.PCG64(0)).integers(3, model.config.vocab_size, 4 * batch * length + 1)
     starts = np.arange(4 * batch) * length
@@ -536,7 +533,7 @@ def run_section(name: str, given: argparse.Namespace, limit: float) -> dict[str,
     """Run one section in a process of its own; what it had found when it died counts too."""
     with tempfile.TemporaryDirectory() as home:
         path, why = Path(home) / "section.json", ""
-        command = [sys.executable, str(HERE / "gpu.py"), "--section", name, "--child", str(path)]
+        command = [sys.executable, __file__, "--section", name, "--child", str(path)]
         command += ["--device", given.device, "--limit", str(limit - 5), *(["--quick"] if given.quick else [])]
         environment = {**os.environ, "EXITLM_CACHE": home}
         try:

@@ -53,7 +53,7 @@ def test_importing_exitlm_loads_no_torch() -> None:
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'lod'"):
-        exitlm.lod  # noqa: B018
+        _ = exitlm.lod
 
 
 def test_logits_are_those_of_transformers(model: exitlm.LLM) -> None:
@@ -98,7 +98,7 @@ def test_layers_that_are_no_whole_numbers(model: exitlm.LLM, layers: Any) -> Non
             call(layers)
     assert model.exit_layers == []
     model.add_exits([np.int64(2)])
-    model.add_exits(map(int, "13"))  # type: ignore[arg-type]
+    model.add_exits(map(int, "13"))
     assert model.exit_layers == [1, 2, 3]
 
 

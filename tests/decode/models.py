@@ -96,7 +96,7 @@ def some_costs(model: EarlyExitModel, layer: float = 1.0, head: float = 4.0, row
 
 def make_engine(model: EarlyExitModel, **options: object) -> Engine:
     """An engine that measures nothing."""
-    return Engine(model, **{"costs": some_costs(model), "quant": "none", **options})  # type: ignore[arg-type]
+    return Engine(model, **{"costs": some_costs(model), "quant": "none", **options})
 
 
 def generate(engine: Engine, prompt: Sequence[int], **settings: object) -> Generation:

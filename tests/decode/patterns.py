@@ -19,7 +19,7 @@ KINDS = ("mlp", "block", "lens", "norm")
 def long_model(family: str, dtype: torch.dtype = torch.float64, **over: Any) -> EarlyExitModel:
     """A model with room for several buckets of keys, and every kind of exit."""
     model = tiny_model(family, dtype, num_hidden_layers=5, max_position_embeddings=2048, **over)
-    configs = [ExitConfig(layer=e, kind=kind, gate=True) for e, kind in enumerate(KINDS, 1)]  # type: ignore[arg-type]
+    configs = [ExitConfig(layer=e, kind=kind, gate=True) for e, kind in enumerate(KINDS, 1)]
     return attach(model, configs)
 
 

@@ -166,7 +166,7 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(measured) == 1 + len(damages)
     before = len(measured)
     for change in ({"layer": 2}, {"gate": True}, {"output": "low_rank", "rank": 4}, {"kind": "block"}):
-        attach(model, [ExitConfig(**{"layer": 1, **change})])  # type: ignore[arg-type]
+        attach(model, [ExitConfig(**{"layer": 1, **change})])
         cached(FusedModel(model, "none"), tmp_path)
     assert len(measured) == before + 4
 

@@ -126,7 +126,7 @@ def every_head() -> list[list[ExitConfig]]:
         for at in range(0, len(made), 3):
             groups.append(
                 [
-                    ExitConfig(layer=layer, output=output, candidates=candidates, rank=5, **values)  # type: ignore[arg-type]
+                    ExitConfig(layer=layer, output=output, candidates=candidates, rank=5, **values)
                     for layer, values in enumerate(made[at : at + 3], 1)
                 ]
             )

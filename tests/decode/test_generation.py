@@ -67,7 +67,7 @@ def test_an_unknown_setting_names_the_nearest() -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    config = GenerationConfig(max_new_tokens=np.int64(5), threshold=np.float32(0.5), exits=np.array([1, 2]))  # type: ignore[arg-type]
+    config = GenerationConfig(max_new_tokens=np.int64(5), threshold=np.float32(0.5), exits=np.array([1, 2]))
     assert config.max_new_tokens == 5
 
 
@@ -105,7 +105,7 @@ def test_the_setting_without_effect_is_named(settings: dict[str, Any], named: st
 
 def test_a_configuration_does_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        GenerationConfig().mode = "full"  # type: ignore[misc]
+        GenerationConfig().mode = "full"
 
 
 def test_a_summary() -> None:

@@ -38,8 +38,8 @@ def random_exits(rng: random.Random, family: str) -> EarlyExitModel:
     configs = [
         ExitConfig(
             layer=layer,
-            kind=rng.choice(["lens", "lens", "norm", "mlp", "block", "embed"]),  # type: ignore[arg-type]
-            output=rng.choice(["shared", "own", "exits", "low_rank"]),  # type: ignore[arg-type]
+            kind=rng.choice(["lens", "lens", "norm", "mlp", "block", "embed"]),
+            output=rng.choice(["shared", "own", "exits", "low_rank"]),
             rank=20,
             candidates=candidates,
             gate=True,

@@ -117,7 +117,7 @@ def run(rule: ExitRule, heads: list[Head], **options: Any) -> tuple[int | None, 
     """The layer that fires, and the test as it is left."""
     test = RuleTest(rule, **options)
     for head in heads:
-        if test(head, ROW, ROW, None) is not None:  # type: ignore[arg-type]
+        if test(head, ROW, ROW, None) is not None:
             return head.layer, test
     return None, test
 
@@ -216,7 +216,7 @@ def test_a_threshold_outside_of_its_range_is_refused(threshold: Any) -> None:
 def test_numbers_of_numpy_are_thresholds() -> None:
     import numpy as np
 
-    check_threshold(np.float32(0.5))  # type: ignore[arg-type]
+    check_threshold(np.float32(0.5))
 
 
 def test_unknown_rules_and_no_patience_are_refused() -> None:

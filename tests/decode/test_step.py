@@ -29,7 +29,7 @@ def prepared(family: str, dtype: torch.dtype) -> tuple[EarlyExitModel, FusedMode
     with torch.inference_mode(False):
         model = tiny_model(family, dtype, num_hidden_layers=LAYERS)
         kinds = ("block", "lens", "mlp", "block")
-        attach(model, [ExitConfig(layer=layer, kind=kind) for layer, kind in enumerate(kinds, 1)])  # type: ignore[arg-type]
+        attach(model, [ExitConfig(layer=layer, kind=kind) for layer, kind in enumerate(kinds, 1)])
         return model, FusedModel(model, "none")
 
 

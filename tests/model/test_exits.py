@@ -37,7 +37,7 @@ def test_a_copied_head_reads_its_layer_as_the_model_reads_its_last(family: str) 
     for layer in (1, 2, 4):
         expected = model.lm_head(model.final_features(model.taps(IDS, [layer])[layer].hidden))
         for kind, output in itertools.product(("norm", "mlp", "lens"), ("shared", "own", "exits")):
-            with_exits(model, ExitConfig(layer=layer, kind=kind, output=output))  # type: ignore[arg-type]
+            with_exits(model, ExitConfig(layer=layer, kind=kind, output=output))
             assert same(model.exit_logits(IDS)[layer], expected), (kind, output)
         if layer == 4:
             assert same(expected, model.logits(IDS))
@@ -98,7 +98,7 @@ def test_random_values_depend_on_the_seed_and_the_layer_alone(kind: str, output:
         model = tiny_model("gemma3_text")
         configs = [
             ExitConfig(layer=layer, kind=kind, output="own" if output == "exits" and layer != 2 else output,
-                       init="random", gate=True, rank=3)  # type: ignore[arg-type]
+                       init="random", gate=True, rank=3)
             for layer in layers
         ]  # fmt: skip
         with_exits(model, *configs, seed=seed)
@@ -153,7 +153,7 @@ def test_exits_share_one_matrix() -> None:
 def test_candidates_are_rows_of_the_matrix(output: str) -> None:
     model, ids = tiny_model("llama"), torch.tensor([90, 3, 41, 17, 5, 60])
     full = with_exits(model, ExitConfig(layer=2, kind="norm")).exit_logits(IDS)[2]
-    config = ExitConfig(layer=2, kind="norm", output=output, rank=32, candidates=4)  # type: ignore[arg-type]
+    config = ExitConfig(layer=2, kind="norm", output=output, rank=32, candidates=4)
     found = with_exits(model, config, candidate_ids=ids).exit_logits(IDS)[2]
     kept = [3, 17, 41, 90]
     assert model.exits["2"].candidate_ids.tolist() == kept
@@ -187,7 +187,7 @@ def test_heads_can_be_built_without_memory() -> None:
     check_candidates(torch.zeros(3, device="meta"), 1, 97)
     with torch.device("meta"):
         for kind in KINDS:
-            config = ExitConfig(layer=2, kind=kind, gate=True, candidates=7)  # type: ignore[arg-type]
+            config = ExitConfig(layer=2, kind=kind, gate=True, candidates=7)
             head = ExitHead(config, tiny_model("llama").config)
             assert all(parameter.device.type == "meta" for parameter in head.parameters())
 

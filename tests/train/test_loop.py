@@ -82,7 +82,7 @@ def test_a_step_is_the_plain_one(blocks: Blocks, tmp_path: Path) -> None:
         blocks, tmp_path, "objective.distill=0.3", "objective.weight=[1, 0.5, 0.25, 2]", "train.clip=0",
         "objective.weight_init=[1, 0.5, 0.25, 2]", "objective.gate=0.7", "objective.distill_temperature=1.5",
     )  # fmt: skip
-    t.optimizer.step = lambda *_: None  # type: ignore[assignment,method-assign]
+    t.optimizer.step = lambda *_: None
     result = t.step()
     found = {name: p.grad for name, p in t.parameters.items()}
 

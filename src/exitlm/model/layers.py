@@ -7,7 +7,7 @@ Shapes: B rows, T new positions, S positions seen (past and new), D hidden_size,
 Dh head_dim, R rotary dimensions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,6 +56,11 @@ class Tap:
     hidden: Tensor
     residual: Tensor | None = None
     normed: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Tap":
+        """The tap with ``change`` made to each tensor that is there."""
+        residual, normed = (None if tensor is None else change(tensor) for tensor in (self.residual, self.normed))
+        return Tap(change(self.hidden), residual, normed)
 
 
 class RMSNorm(nn.Module):

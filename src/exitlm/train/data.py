@@ -72,7 +72,9 @@ class ByteTokenizer:
     eos_id: int | None = 256
     size = 257
     digest = "bytes"
-    prefix: list[int] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.prefix: list[int] = []
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The bytes of each text."""

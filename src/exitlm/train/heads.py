@@ -144,11 +144,7 @@ class Heads:
 
     def _wide(self, tap: Tap, extra: int = 0) -> Tap:
         """The tap in the dtype of the parameters, with ``extra`` further positions."""
-
-        def wide(tensor_BTD: Tensor | None) -> Tensor | None:
-            return None if tensor_BTD is None else F.pad(tensor_BTD.to(self.master), (0, 0, 0, extra))
-
-        return Tap(wide(tap.hidden), wide(tap.residual), wide(tap.normed))  # type: ignore[arg-type]
+        return tap.map(lambda tensor_BTD: F.pad(tensor_BTD.to(self.master), (0, 0, 0, extra)))
 
     def solve_closed_form(self, rows: Iterator[Row], layers: Sequence[int]) -> int:
         """Set the lenses of ``layers`` to the ridge solution over ``rows``; returns the number of tokens used."""

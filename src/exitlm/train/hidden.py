@@ -184,14 +184,18 @@ def teacher_summary(
 
 
 def _cut(tap: Tap, first: int, stop: int) -> Tap:
-    return Tap(*(None if t is None else t[:, first:stop].clone() for t in (tap.hidden, tap.residual, tap.normed)))  # type: ignore[arg-type]
+    return tap.map(lambda tensor_BTD: tensor_BTD[:, first:stop].clone())
 
 
 def _join(taps: Sequence[Tap]) -> Tap:
     if len(taps) == 1:
         return taps[0]
-    hidden, residual, normed = zip(*((t.hidden, t.residual, t.normed) for t in taps), strict=True)
-    return Tap(*(None if many[0] is None else torch.cat(many, 1) for many in (hidden, residual, normed)))  # type: ignore[arg-type]
+    residual, normed = ([t for tap in taps if (t := getattr(tap, name)) is not None] for name in _TAP_FIELDS[1:])
+    return Tap(
+        torch.cat([tap.hidden for tap in taps], 1),
+        torch.cat(residual, 1) if residual else None,
+        torch.cat(normed, 1) if normed else None,
+    )
 
 
 def join_rows(rows: Sequence[Row], layer: int) -> Tap:
