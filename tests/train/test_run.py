@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from exitlm.errors import UserError
-from exitlm.train.run import RunConfig, differences
+from exitlm.train.run import TRAINING, RunConfig, differences
 
 TOML = """
 [model]
@@ -144,11 +144,25 @@ def test_differences_ignore_what_changes_no_result() -> None:
     assert differences(config, config.with_overrides(["train.lr=0.5"])) == ["train.lr: 0.002 -> 0.5"]
 
 
-def test_the_commented_run_file_names_every_key_with_its_default() -> None:
-    path = Path(__file__).parents[2] / "configs" / "tune-smollm2.toml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+TUNING = {"model", "exits", "objective", "data", "train", "checkpoint", "logging"}
+
+
+def test_the_commented_run_file_of_tuning_gives_every_default() -> None:
+    path = CONFIGS / "tune-smollm2.toml"
     tree = tomllib.loads(path.read_text())
-    named = {f"{section}.{key}" for section, table in tree.items() for key in table}
-    defaults = RunConfig()
-    assert named == set(defaults.flat())
+    assert set(tree) == TUNING
     own = {"model.base", "exits.layers", "checkpoint.dir"}
-    assert {d.split(":")[0] for d in differences(defaults, RunConfig.from_toml(path))} <= own
+    assert {d.split(":")[0] for d in differences(RunConfig(), RunConfig.from_toml(path))} <= own
+
+
+def test_a_tree_begins_with_the_given_defaults() -> None:
+    config = RunConfig.from_dict({"train": {"steps": 3}}, TRAINING)
+    assert (config.train.steps, config.train.parameters, config.exits.kind) == (3, "all", "norm")
+    assert RunConfig.from_text(config.to_toml()) == config
+
+
+def test_async_is_a_key_though_python_keeps_the_word() -> None:
+    config = RunConfig.from_text("[checkpoint]\nasync = false")
+    assert config.checkpoint.async_ is False
+    assert "async = false" in config.to_toml()

@@ -31,7 +31,8 @@ from exitlm.train.objective import (
     linear_losses,
     sampled_vocabulary,
 )
-from exitlm.train.run import ObjectiveSection, RunConfig, TrainSection
+from exitlm.train.run import RunConfig
+from exitlm.train.sections import ObjectiveSection, TrainSection
 
 FREQUENT = 8000
 

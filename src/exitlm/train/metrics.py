@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from exitlm.errors import UserError
-from exitlm.train.run import LoggingSection, RunConfig
+from exitlm.train.run import RunConfig
+from exitlm.train.sections import LoggingSection
 from exitlm.weights.publish import fresh_file
 
 PLAIN_SECONDS = 10.0

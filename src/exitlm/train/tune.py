@@ -87,6 +87,8 @@ def tune(
         raise UserError("model.base is not set: name a directory, hub id, .gguf file, or smollm2")
     if not config.checkpoint.dir:
         raise UserError("checkpoint.dir is not set: name a directory for the run (--out DIR)")
+    if config.train.dtype == "float16":
+        raise UserError("train.dtype = 'float16' is for exitlm train; tune exits in bfloat16 or float32")
     opened = open_checkpoint(config.model.base)
     config = resolve(config, opened)
     directory = Path(config.checkpoint.dir)
