@@ -139,8 +139,16 @@ def export(
     import exitlm
     from exitlm.train import RunConfig, model_of_run
     from exitlm.train.checkpoint import is_checkpoint
+    from exitlm.weights.megatron import import_megatron
+    from exitlm.weights.megatron_file import is_megatron
 
     place = Path(source)
+    if is_megatron(place):
+        if exits is not None:
+            raise UserError(f"{source} is a Megatron checkpoint: export it without --exits, then the result with them")
+        import_megatron(place, Path(directory), dtype=dtype)
+        print(directory)
+        return 0
     finished = (place / "exits.json").is_file()
     if exits is None and (is_checkpoint(place) or ((place / "run.toml").is_file() and not finished)):
         llm = exitlm.LLM(model_of_run(place))
@@ -201,6 +209,18 @@ def schedule(
     return 0
 
 
+def plot(directory: str, *, out: str | None = None) -> int:
+    """Draw the curves of a training or tuning run; prints where."""
+    from exitlm import show
+    from exitlm.evaluate.curves import heads_of, read_metrics, run_curves
+
+    run = Path(directory)
+    metrics = read_metrics(run)
+    title = f"{run.resolve().name}, step {int(metrics[-1]['step']):,}"
+    print(run_curves(Path(out or run / "curves.png"), metrics, show.palette(*heads_of(metrics)), title=title))
+    return 0
+
+
 def demo(*, out: str | None = None, quick: bool = False) -> int:
     """Tune exits on SmolLM2-135M, decode with them, and show where every token left."""
     from exitlm.demo import run
@@ -215,6 +235,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "inspect": inspect,
     "export": export,
     "schedule": schedule,
+    "plot": plot,
     "demo": demo,
 }
 
@@ -315,6 +336,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--fill-cooldown", type=int, metavar="N", help="extra microbatches in the cool-down (default: as many as fit)")
     add("--png", metavar="FILE", help="draw it there, too")
     add("--json", action="store_true", help="print one JSON object with makespan and utilisation of both")
+
+    add = parsers["plot"].add_argument
+    add("directory", metavar="RUN_DIR", help="the directory of a run, finished or not")
+    add("--out", metavar="FILE", help="the picture, .png or .svg (default: curves.png in RUN_DIR)")
 
     add = parsers["demo"].add_argument
     add("--out", metavar="DIR", help="where the adapter and the pictures go (default: runs/demo)")

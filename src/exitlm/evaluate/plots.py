@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _GREY, _BAND = "#22262b", "#8a8f98", "#eceff2"
+INK, GREY, BAND = "#22262b", "#8a8f98", "#eceff2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +46,21 @@ def depth_picture(
     inch = size / 72
     top, bottom = 3.2, 1.9
     span = (width * advance + 2, top + len(lines) * gap + bottom)
-    figure = _figure((span[0] * inch, span[1] * inch))
+    figure = new_figure((span[0] * inch, span[1] * inch))
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set(xlim=(-1, span[0] - 1), ylim=(-span[1], 0))
     axes.axis("off")
-    axes.text(span[0] - 2, 1 - span[1], note, fontsize=size * 0.9, color=_GREY, ha="right", va="center")
-    axes.text(0, -1.6, title, fontsize=size * 1.15, fontweight="bold", color=_INK, va="center")
+    axes.text(span[0] - 2, 1 - span[1], note, fontsize=size * 0.9, color=GREY, ha="right", va="center")
+    axes.text(0, -1.6, title, fontsize=size * 1.15, fontweight="bold", color=INK, va="center")
     for row, line in enumerate(lines):
         base = -(top + row * gap + bar)
         x = 0.0
         for text, layer in line:
             wide = len(text) * advance
             shade = colours[layer] if layer != final else "#c9ced6"
-            axes.add_patch(Rectangle((x + 0.04, base), wide - 0.08, bar, color=_BAND, linewidth=0))
+            axes.add_patch(Rectangle((x + 0.04, base), wide - 0.08, bar, color=BAND, linewidth=0))
             axes.add_patch(Rectangle((x + 0.04, base), wide - 0.08, bar * layer / final, color=shade, linewidth=0))
-            ink = _INK if layer == final else colours[layer]
+            ink = INK if layer == final else colours[layer]
             weight = "normal" if layer == final else "bold"
             axes.text(x, base - 0.75, text, fontsize=size, family="monospace", color=ink, weight=weight, va="center")
             x += wide
@@ -72,7 +72,7 @@ def depth_picture(
     axes.legend(
         handles=marks, loc="lower left", ncols=len(marks), frameon=False, fontsize=size * 0.9, borderaxespad=0.1
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _wrap(tokens: Sequence[tuple[str, int]], width: int) -> list[list[tuple[str, int]]]:
@@ -108,24 +108,24 @@ def speed_quality_picture(
     exits that tuning and costs chose, ``lossless``, ``full``) stand alone.
     ``exit_layers``: for each mode, the layer that every one of its tokens left at.
     """
-    figure = _figure((10.5, 4.2))
+    figure = new_figure((10.5, 4.2))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=_INK)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
     _curve(left, points)
     _histogram(right, exit_layers, colours)
     figure.tight_layout()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _curve(axes: "Axes", points: Sequence[Point]) -> None:
     curve = sorted((p for p in points if p.mode == "threshold"), key=lambda p: p.agreement)
-    axes.axhline(1, color=_GREY, linewidth=1, linestyle=":")
+    axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
     axes.plot([p.agreement for p in curve], [p.speed for p in curve], "o-", color="#2a8ff4", label="threshold")
     for point in curve:
         axes.annotate(
             point.label, (point.agreement, point.speed), (0, 7), textcoords="offset points", ha="center", fontsize=8
         )
-    for mode, mark, colour in (("as tuned", "D", "#00a878"), ("lossless", "*", "#a45ee5"), ("full", "s", _GREY)):
+    for mode, mark, colour in (("as tuned", "D", "#00a878"), ("lossless", "*", "#a45ee5"), ("full", "s", GREY)):
         others = [p for p in points if p.mode == mode]
         axes.plot(
             [p.agreement for p in others], [p.speed for p in others], mark, color=colour, label=mode, markersize=10
@@ -133,7 +133,7 @@ def _curve(axes: "Axes", points: Sequence[Point]) -> None:
     axes.set(xlabel="agreement with the full model (same prefix)", ylabel="speed, full = 1", title="speed and quality")
     axes.margins(0.1, 0.18)
     axes.legend(frameon=False, fontsize=9)
-    axes.grid(color=_BAND)
+    axes.grid(color=BAND)
     axes.set_axisbelow(True)
 
 
@@ -169,7 +169,7 @@ def _histogram(axes: "Axes", exit_layers: Mapping[str, Sequence[int]], colours: 
     axes.set_title("where tokens leave")
     axes.margins(y=0.15)
     handles = [
-        Patch(facecolor=_GREY, edgecolor="white", linewidth=0, label=mode, **look) for mode, look in looks.items()
+        Patch(facecolor=GREY, edgecolor="white", linewidth=0, label=mode, **look) for mode, look in looks.items()
     ]
     axes.legend(handles=handles, frameon=False, fontsize=9)
 
@@ -187,26 +187,26 @@ def timeline_picture(path: Path, timelines: Sequence[tuple[str, Sequence[Sequenc
 
     span = max(end for _, ranks in timelines for work in ranks for _, _, _, end in work)
     heights = [len(ranks) for _, ranks in timelines]
-    figure = _figure((min(16.0, 3 + span * 0.22), 0.8 + 0.34 * sum(heights) + 0.8 * len(heights)))
+    figure = new_figure((min(16.0, 3 + span * 0.22), 0.8 + 0.34 * sum(heights) + 0.8 * len(heights)))
     subplots = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)
     used: set[str] = set()
     for axes, (title, ranks) in zip(subplots[:, 0], timelines, strict=True):
-        axes.set_title(title, loc="left", fontsize=10, color=_INK)
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
         for rank, work in enumerate(ranks):
             for op, microbatch, start, end in work:
                 used.add(op)
                 axes.broken_barh([(start, end - start)], (rank - 0.42, 0.84), color=_WORK[op], edgecolor="white")
                 axes.text((start + end) / 2, rank, str(microbatch), ha="center", va="center", fontsize=7, color="white")
         axes.set(ylim=(len(ranks) - 0.5, -0.5), yticks=range(len(ranks)), xlim=(0, span), ylabel="rank")
-        axes.set_facecolor(_BAND)
+        axes.set_facecolor(BAND)
     subplots[-1, 0].set_xlabel("time, in forwards of a rank's layers")
     marks = [Patch(color=_WORK[op], label=_WORK_NAMES[op]) for op in "FBIW" if op in used]
     figure.legend(handles=marks, loc="upper right", ncols=len(marks), frameon=False, fontsize=8)
     figure.tight_layout()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _figure(size: tuple[float, float]) -> "Figure":
+def new_figure(size: tuple[float, float]) -> "Figure":
     """A figure of ``size`` inches that no window and no global state of pyplot knows."""
     try:
         from matplotlib.figure import Figure
@@ -215,7 +215,18 @@ def _figure(size: tuple[float, float]) -> "Figure":
     return Figure(figsize=size, dpi=144, facecolor="white")
 
 
-def _save(figure: "Figure", path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_figure(figure: "Figure", path: Path) -> Path:
+    """Write a figure in the format that the suffix of ``path`` names; returns ``path``.
+
+    Raises:
+        UserError: no such format, or a file stands where a directory must be.
+    """
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise UserError(f"no picture can be written to {path}; let its name end in .png, .svg or .pdf")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"no picture can be written to {path}; {path.parent} is a file, not a directory") from None
     figure.savefig(path)
     return path

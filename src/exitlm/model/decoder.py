@@ -145,13 +145,14 @@ class EarlyExitModel(nn.Module):
         past_length: int = 0,
         *,
         total_length: int | Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> AttentionContext:
         """Build what the layers share: rotary tables and masks.
 
         ``attention_mask_BS`` is 1 (or True) at real tokens and 0 at padding, for stored and new positions alike;
-        ``total_length`` is passed to :func:`rotary_tables` (longrope only).
+        ``total_length`` is passed to :func:`rotary_tables` (longrope only); ``dtype`` None is that of the weights.
         """
-        config, dtype = self.config, self.dtype
+        config, dtype = self.config, dtype or self.dtype
         if config.rope_in_float32 and dtype != torch.float64:
             dtype = torch.float32
         cos, sin = rotary_tables(config.rope, positions_BT, dtype, total_length)
@@ -190,10 +191,8 @@ class EarlyExitModel(nn.Module):
                 break
             number = index + 1
             if number in wanted and self._reads_mlp_input(number):
-                residual = layer.attend(hidden, context, past)
-                normed = layer.mlp_input(residual)
-                hidden = residual + layer.mlp_output(layer.mlp(normed))
-                taps[number] = Tap(hidden, residual, normed)
+                taps[number] = Tap(*layer.parts(hidden, context, past))
+                hidden = taps[number].hidden
             else:
                 hidden = layer(hidden, context, past)
                 if number in wanted:

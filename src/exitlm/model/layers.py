@@ -63,6 +63,10 @@ class Tap:
         return Tap(change(self.hidden), residual, normed)
 
 
+LayerParts = tuple[Tensor, Tensor, Tensor]
+"""Output, stream after attention, and what the MLP read."""
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * (offset + weight) over the last dimension, at least in float32.
 
@@ -268,3 +272,9 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         residual = self.attend(hidden, context, past, key=key)
         return residual + self.mlp_output(self.mlp(self.mlp_input(residual)))
+
+    def parts(self, hidden: Tensor, context: AttentionContext, past: PastProtocol | None = None) -> LayerParts:
+        """What :meth:`forward` gives, and what an exit may tap besides: [B, T, D] each."""
+        residual = self.attend(hidden, context, past)
+        normed = self.mlp_input(residual)
+        return residual + self.mlp_output(self.mlp(normed)), residual, normed

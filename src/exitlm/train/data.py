@@ -1,9 +1,10 @@
 """Training text: files to tokens, tokens to blocks, and the order in which blocks are visited.
 
-A file is tokenised once, in parallel, into a memory-mapped shard in the cache; packing cuts the documents into blocks
-of ``seq_len`` positions. A block holds pieces of one or several documents, and each piece is a sequence of its own to
-the model (no attention across documents). The order is a pure function of seed and step, so that a resumed run goes on
-where it stopped. Text that the model writes itself is :mod:`exitlm.train.selftext`.
+A file is tokenised once, several at a time, into a shard in the cache (:mod:`exitlm.train.shard`); packing cuts the
+documents into blocks of ``seq_len`` positions. A block holds pieces of one or several documents, and each piece is a
+sequence of its own to the model (no attention across documents). The order here is that of tuning, a pure function of
+seed and step; that of full training is :mod:`exitlm.train.stream`. Text that the model writes itself is
+:mod:`exitlm.train.selftext`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import glob
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,12 +28,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exitlm.errors import UserError
-from exitlm.weights.store import cannot_keep
+from exitlm.train.shard import META, OFFSETS, TOKENS, Shard, Tokenised, allow_open_files, publish
+from exitlm.weights.store import kept_digest
 
 FORMAT = 2
 PIECE_CHARS = 1 << 18
 BATCH_CHARS = 1 << 22
 LEAST_PIECE = 8
+MOST_THREADS = 8
+PROBE = "A probe: 12.5 words,\n\tdéjà vu  "
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,10 @@ class Tokens(Protocol):
         """The ids of each text, without ``prefix``, which begins every document."""
         ...
 
+    def arrays(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """The same as arrays of any unsigned type; several threads call it at once."""
+        ...
+
     def prompt(self, text: str) -> list[int]:
         """The ids of a question to the model, up to where its answer begins."""
         ...
@@ -80,6 +91,10 @@ class ByteTokenizer:
         """The bytes of each text."""
         return [list(text.encode("utf-8")) for text in texts]
 
+    def arrays(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """The bytes of each text, without a Python number for each."""
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
     def prompt(self, text: str) -> list[int]:
         """The text and a line end."""
         return list(f"{text}\n".encode())
@@ -101,11 +116,21 @@ class TextTokenizer:
         self.digest: str = hashlib.sha256(f"{text}{tokenizer.chat_template}".encode()).hexdigest()
         whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
         self.prefix: list[int] = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+        self._backend: Any = None  # which encodes in half the time, but not what a class does before it in Python
+        if backend is not None:
+            probed = backend.encode_batch_fast([PROBE], add_special_tokens=False)[0].ids
+            self._backend = backend if probed == self.encode_batch([PROBE])[0] else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without the special tokens that the tokenizer puts around it."""
+        if self._backend is not None:
+            return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def arrays(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """The same as arrays."""
+        return [np.array(ids, dtype=np.uint32) for ids in self.encode_batch(texts)]
 
     def prompt(self, text: str) -> list[int]:
         """The text as a user's message in the chat template, or as it is where there is none."""
@@ -128,7 +153,11 @@ class Blocks:
     cuts it into blocks; ``stop - start`` is one more than the positions."""
 
     def __init__(
-        self, shards: Sequence[NDArray[Any]], segments: NDArray[np.int64], bounds: NDArray[np.int64], digest: str
+        self,
+        shards: Sequence[NDArray[Any] | Shard],
+        segments: NDArray[np.int64],
+        bounds: NDArray[np.int64],
+        digest: str,
     ) -> None:
         self.shards, self.segments, self.bounds, self.digest = list(shards), segments, bounds, digest
 
@@ -151,6 +180,11 @@ class Blocks:
         """How many positions count in all."""
         rows = self.segments
         return int((rows[:, 2] - rows[:, 1] - 1 - rows[:, 3]).sum())
+
+    def longest(self) -> int:
+        """How many positions the longest block has."""
+        ends = np.concatenate([[0], np.cumsum(self.segments[:, 2] - self.segments[:, 1] - 1)])[self.bounds]
+        return int(np.diff(ends).max(initial=0))
 
     def subset(self, indices: Sequence[int]) -> Blocks:
         """The blocks at ``indices``, in that order."""
@@ -196,13 +230,12 @@ def load_blocks(files: Sequence[str], tokens: Tokens, *, vocab_size: int, seq_le
     Raises:
         UserError: a file that is missing, empty, binary or malformed; a tokenizer with ids beyond ``vocab_size``.
     """
-    shards: list[NDArray[Any]] = []
+    shards: list[Shard] = []
     pieces: list[NDArray[np.int64]] = []
     bounds: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
     digest = hashlib.sha256(f"{FORMAT} {seq_len}".encode())
     count = 0
-    for path in expand(files):
-        shard, offsets, name = tokenise(path, tokens, vocab_size=vocab_size, cache=cache)
+    for shard, offsets, name in tokenise_all(expand(files), tokens, vocab_size=vocab_size, cache=cache):
         digest.update(name.encode())
         segments, cuts = pack(offsets, seq_len)
         pieces.append(np.insert(segments, 0, len(shards), axis=1))
@@ -239,60 +272,77 @@ def pack(offsets: NDArray[np.int64], seq_len: int) -> tuple[NDArray[np.int64], N
     return np.array(segments, dtype=np.int64).reshape(-1, 3), np.array(bounds, dtype=np.int64)
 
 
-def tokenise(
-    path: Path, tokens: Tokens, *, vocab_size: int, cache: Path
-) -> tuple[NDArray[Any], NDArray[np.int64], str]:
-    """The memory-mapped tokens of one file, the offsets of its documents, and the digest of both."""
-    key = hashlib.sha256(f"{FORMAT} {tokens.digest} {vocab_size} {_file_digest(path)}".encode()).hexdigest()[:32]
-    home = cache / "tokens" / key
-    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    if not (home / "meta.json").is_file():
-        staging = home.with_name(f".{key}-{os.getpid()}")
+def tokenise_all(paths: Sequence[Path], tokens: Tokens, *, vocab_size: int, cache: Path) -> list[Tokenised]:
+    """:func:`tokenise` of each, several at once in threads: tokenizers of ``transformers``, hashing and writing leave
+    Python to the others. The first error ends all."""
+    allow_open_files(len(paths))
+    workers = min(len(paths), os.cpu_count() or 1, MOST_THREADS)
+    if workers < 2:
+        return [tokenise(path, tokens, vocab_size=vocab_size, cache=cache) for path in paths]
+    halt = threading.Event()
+    with ThreadPoolExecutor(workers) as pool:
+        one = partial(tokenise, tokens=tokens, vocab_size=vocab_size, cache=cache, stopped=halt.is_set)
+        jobs = [pool.submit(one, path) for path in paths]
         try:
-            staging.mkdir(parents=True, exist_ok=True)
-            _write_shard(path, tokens, vocab_size, staging, dtype)
-            if home.exists():
-                shutil.rmtree(home)
-            staging.rename(home)
-        except OSError as error:
-            if not (home / "meta.json").is_file():  # else another run has published the same shard first
-                raise cannot_keep(home, error) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    meta = json.loads((home / "meta.json").read_text())
-    offsets = np.load(home / "offsets.npy")
-    return np.memmap(home / "tokens.bin", dtype=dtype, mode="r"), offsets, str(meta["digest"])
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            halt.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [job.result() for job in jobs]
 
 
-def _write_shard(path: Path, tokens: Tokens, vocab_size: int, home: Path, dtype: np.dtype[Any]) -> None:
+def tokenise(
+    path: Path, tokens: Tokens, *, vocab_size: int, cache: Path, stopped: Callable[[], bool] = lambda: False
+) -> Tokenised:
+    """The shard of one file, the offsets of its documents, and the digest of both: from the cache, or written there by
+    one process while the others wait."""
+    key = hashlib.sha256(f"{FORMAT} {tokens.digest} {vocab_size} {_file_digest(path)}".encode()).hexdigest()[:32]
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+    def write(home: Path) -> None:
+        _write_shard(path, tokens, vocab_size, home, dtype, stopped)
+
+    return publish(cache / "tokens" / key, dtype, write, stopped)
+
+
+def _write_shard(
+    path: Path, tokens: Tokens, vocab_size: int, home: Path, dtype: np.dtype[Any], stopped: Callable[[], bool]
+) -> None:
     digest, offsets, length = hashlib.sha256(), [0], 0
     last: int | None = None
-    with (home / "tokens.bin").open("wb") as out:
+    with (home / TOKENS).open("wb") as out:
         for texts, ends in _batches(documents(path, tokens)):
-            for ids, end in zip(tokens.encode_batch(texts), ends, strict=True):
-                if ids and length == offsets[-1] and ids[: len(tokens.prefix)] != tokens.prefix:
-                    ids = tokens.prefix + ids
-                last = ids[-1] if ids else last
-                if end and tokens.eos_id not in (None, last) and length + len(ids) > offsets[-1]:
-                    ids = [*ids, tokens.eos_id]
-                if ids and max(ids) >= vocab_size:
-                    raise UserError(
-                        f"the tokenizer gives token id {max(ids)}, but the model's vocabulary has {vocab_size} tokens; "
-                        "use the tokenizer that belongs to the model"
-                    )
-                data = np.asarray(ids, dtype=dtype).tobytes()
-                out.write(data)
-                digest.update(data)
-                length += len(ids)
+            if stopped():
+                raise CancelledError
+            parts: list[NDArray[Any] | list[int]] = [[]]
+            for ids, end in zip(tokens.arrays(texts), ends, strict=True):
+                if len(ids):
+                    if length == offsets[-1] and ids[: len(tokens.prefix)].tolist() != tokens.prefix:
+                        parts.append(tokens.prefix)
+                        length += len(tokens.prefix)
+                    parts.append(ids)
+                    length, last = length + len(ids), int(ids[-1])
+                if end and tokens.eos_id is not None and tokens.eos_id != last and length > offsets[-1]:
+                    parts.append([tokens.eos_id])
+                    length += 1
                 if end:
                     offsets.append(length)
-        out.flush()
-        os.fsync(out.fileno())
+            flat = np.concatenate(parts, dtype=np.uint32, casting="unsafe")
+            if (highest := int(flat.max(initial=0))) >= vocab_size:
+                raise UserError(
+                    f"the tokenizer gives token id {highest}, but the model's vocabulary has {vocab_size} tokens; "
+                    "use the tokenizer that belongs to the model"
+                )
+            data = flat.astype(dtype).tobytes()
+            out.write(data)
+            digest.update(data)
     if length == 0:
         raise UserError(f"{path} is empty: it holds no text to train on")
-    np.save(home / "offsets.npy", np.array(offsets, dtype=np.int64))
+    np.save(home / OFFSETS, np.array(offsets, dtype=np.int64))
     digest.update(np.array(offsets, dtype=np.int64).tobytes())
-    (home / "meta.json").write_text(json.dumps({"digest": digest.hexdigest(), "tokens": length, "source": str(path)}))
+    (home / META).write_text(json.dumps({"digest": digest.hexdigest(), "tokens": length, "source": str(path)}))
 
 
 def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[tuple[list[str], list[bool]]]:
@@ -314,16 +364,26 @@ def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[tuple[list[str], li
 
 
 def expand(files: Sequence[str]) -> list[Path]:
-    """The paths that names and globs stand for, in the given order."""
+    """The paths that names and globs stand for, in the given order; those of one glob sorted by name."""
     out: list[Path] = []
     for name in files:
-        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not Path(name).exists() else [name]
-        if not found or not Path(found[0]).exists():
-            raise UserError(
-                f"the data file {name} does not exist; check the path (self:100000 lets the model write text)"
-            )
-        out += [Path(f) for f in found]
+        found = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        out += [_present(path) for path in found or [name]]
     return out
+
+
+def _present(name: str) -> Path:
+    try:
+        mode = os.stat(name).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"the data file {name} does not exist; check the path (self:100000 lets the model write text)"
+        ) from error
+    except OSError as error:
+        raise UserError(f"the data file {name} cannot be read: {error.strerror}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"the data file {name} is a pipe or a device, which can't be read twice; save its text first")
+    return Path(name)
 
 
 def documents(path: Path, tokens: Tokens) -> Iterator[tuple[str, bool]]:
@@ -418,15 +478,20 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _file_digest(path: Path) -> str:
-    """sha256 of a file, or of a dataset directory's files with their names."""
-    digest = hashlib.sha256()
-    for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if part.is_file():
-            if path.is_dir():
+    """sha256 of a file, or of a dataset directory's files with their names; kept while they stay as they are."""
+    folder = path.is_dir()
+    parts = [part for part in sorted(path.rglob("*")) if part.is_file()] if folder else [path]
+
+    def compute() -> str:
+        digest = hashlib.sha256()
+        for part in parts:
+            if folder:
                 digest.update(str(part.relative_to(path)).encode())
             try:
                 with part.open("rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
             except OSError as error:
                 raise UserError(f"{part} cannot be read: {error.strerror}") from error
-    return digest.hexdigest() + path.suffix
+        return digest.hexdigest()
+
+    return kept_digest(parts, f"text {path}", compute) + path.suffix

@@ -3,8 +3,11 @@
 Follows EE-LLM (arXiv 2312.04916, section 3) for the weighted losses and the confidence weights, EE-Tuning (arXiv
 2402.00518) for the frozen backbone. This file knows neither modules nor data, and draws no random number of its own.
 
-Shapes: N tokens, D width of the features, V vocab_size, K rows of a head's matrix (V, or the ids it is restricted to),
-E heads.
+Under tensor parallelism every rank has some rows of each matrix (:class:`VocabularyPart`); sums over the vocabulary are
+then sums over the ranks, and what is returned by token is the same on all of them.
+
+Shapes: N tokens, D width of the features, V vocab_size, K rows of a head's matrix on this rank (V, or the ids it is
+restricted to), E heads.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,7 +57,29 @@ class LossSettings:
     distill: float = 0.0
     temperature: float = 1.0
     confidence_weighted: bool = False
+    confidence_temperature: float = 1.0
     renormalise: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyPart:
+    """The rows of the output matrices that this rank has: from ``first`` on. The ranks of ``group`` have the whole
+    vocabulary between them."""
+
+    group: dist.ProcessGroup
+    first: int
+
+    def total(self, *sums_N: Tensor) -> tuple[Tensor, ...]:
+        """Each of the tensors, summed over the ranks."""
+        joined = torch.stack(sums_N)
+        dist.all_reduce(joined, group=self.group)
+        return tuple(joined.unbind(0))
+
+    def largest(self, value_N: Tensor) -> Tensor:
+        """The largest value of the ranks."""
+        out = value_N.clone()
+        dist.all_reduce(out, dist.ReduceOp.MAX, group=self.group)
+        return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +111,14 @@ def linear_losses(
     assert settings.distill == 0.0 or teacher is not None, "distillation needs a teacher"
     assert settings.distill == 1.0 or labels_N is not None, "cross-entropy needs labels"
     widest = max(len(h.weight_KD) for h in heads)
-    job = _Job(tuple(h.ids_K for h in heads), weight_N, labels_N, teacher, settings, chunk or chunk_tokens(widest))
+    job = LossJob(
+        ids=tuple(h.ids_K for h in heads),
+        weight_N=weight_N,
+        labels_N=labels_N,
+        teacher=teacher,
+        settings=settings,
+        chunk=chunk or chunk_tokens(widest),
+    )
     flat = [t for h in heads for t in (h.features_ND, h.weight_KD)]
     loss_E, correct_EN, confidence_EN = _ChunkedLosses.apply(job, *flat)  # type: ignore[no-untyped-call]
     return LossResult(loss_E=loss_E, correct_EN=correct_EN, confidence_EN=confidence_EN)
@@ -96,14 +129,18 @@ def chunk_tokens(vocab_size: int) -> int:
     return 1 << max(4, int(math.log2(max(16, CHUNK_BYTES // (4 * vocab_size)))))
 
 
-@dataclass(frozen=True)
-class _Job:
+@dataclass(frozen=True, kw_only=True)
+class LossJob:
+    """What the losses of several heads on one list of tokens share; ``ids`` as in :class:`HeadInput`, those of this
+    rank's rows where there is a ``part``."""
+
     ids: tuple[Tensor | None, ...]
     weight_N: Tensor
     labels_N: Tensor | None
     teacher: Teacher | None
     settings: LossSettings
     chunk: int
+    part: VocabularyPart | None = None
 
 
 class Scratch:
@@ -128,48 +165,84 @@ class Scratch:
         return narrow if narrow.dtype == wide else self.get(name, n, width, wide).copy_(narrow)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chunked:
+    """Values as in :class:`LossResult`, and the gradients of each loss for features and matrix (None where not asked
+    for); under tensor parallelism those for the features are this rank's part of a sum."""
+
+    loss_E: Tensor
+    correct_EN: Tensor
+    confidence_EN: Tensor
+    grad_features: list[Tensor | None]
+    grad_weights: list[Tensor | None]
+
+
+@torch.no_grad()
+def chunked_losses(
+    job: LossJob, features: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]
+) -> Chunked:
+    """Losses and gradients, ``job.chunk`` tokens at a time. ``needs`` says for features and matrix of each head in turn
+    whether its gradient is wanted."""
+    N, E, device = len(job.weight_N), len(features), features[0].device
+    wide = torch.promote_types(features[0].dtype, torch.float32)
+    buffers = Scratch(min(job.chunk, N), device)
+    loss_E = torch.zeros(E, dtype=wide, device=device)
+    correct_EN = torch.zeros(E, N, dtype=torch.bool, device=device)
+    confidence_EN = torch.zeros(E, N, dtype=wide, device=device)
+    grad_features = [torch.empty_like(f) if needs[2 * e] else None for e, f in enumerate(features)]
+    grad_weights = [torch.zeros_like(w, dtype=wide) if needs[2 * e + 1] else None for e, w in enumerate(weights)]
+    for start in range(0, N, job.chunk):
+        span = slice(start, start + job.chunk)
+        teacher = _TeacherChunk(job, span, wide, buffers)
+        for e in range(E):
+            x, W = features[e][span], weights[e]
+            logits = buffers.product("logits", x, W, wide)
+            wants = needs[2 * e] or needs[2 * e + 1]
+            loss, correct, confidence, weight_n = chunk_loss(job, span, logits, job.ids[e], teacher, buffers, wants)
+            loss_E[e] += loss
+            correct_EN[e, span] = correct
+            confidence_EN[e, span] = confidence
+            if not wants:
+                continue
+            grad = logits  # overwritten by the gradient of the logits, still without the tokens' weights
+            if x.dtype != wide:
+                grad = buffers.get("logits", len(x), len(W), x.dtype).copy_(logits)
+            weight_n1 = weight_n[:, None].to(x.dtype)
+            if (into := grad_features[e]) is not None:
+                into[span] = (grad @ W) * weight_n1
+            if (sums := grad_weights[e]) is not None:
+                sums += grad.T @ (x * weight_n1)
+    return Chunked(
+        loss_E=loss_E,
+        correct_EN=correct_EN,
+        confidence_EN=confidence_EN,
+        grad_features=grad_features,
+        grad_weights=grad_weights,
+    )
+
+
+@torch.no_grad()
+def whole_loss(job: LossJob, features_ND: Tensor, weight_KD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of one head on all tokens at once: the loss, correct and confidence by token as in :class:`LossResult`, and the
+    gradient of the loss with respect to the logits ``[N, K]``."""
+    wide = torch.promote_types(features_ND.dtype, torch.float32)
+    span, buffers = slice(0, len(features_ND)), Scratch(len(features_ND), features_ND.device)
+    logits = buffers.product("logits", features_ND, weight_KD, wide)
+    teacher = _TeacherChunk(job, span, wide, buffers)
+    loss, correct_N, confidence_N, weight_N = chunk_loss(job, span, logits, job.ids[0], teacher, buffers, True)
+    return loss, correct_N, confidence_N, logits.mul_(weight_N[:, None])
+
+
 class _ChunkedLosses(torch.autograd.Function):
     """Gradients are made in the forward, chunk by chunk, and only scaled in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, *flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features, weights = flat[0::2], flat[1::2]
-        N, E, device = len(job.weight_N), len(features), features[0].device
-        wide = torch.promote_types(features[0].dtype, torch.float32)
-        buffers = Scratch(min(job.chunk, N), device)
-        loss_E = torch.zeros(E, dtype=wide, device=device)
-        correct_EN = torch.zeros(E, N, dtype=torch.bool, device=device)
-        confidence_EN = torch.zeros(E, N, dtype=wide, device=device)
-        needs = ctx.needs_input_grad[1:]
-        grad_features = [torch.empty_like(f) if needs[2 * e] else None for e, f in enumerate(features)]
-        grad_weights = [torch.zeros_like(w, dtype=wide) if needs[2 * e + 1] else None for e, w in enumerate(weights)]
-        for start in range(0, N, job.chunk):
-            part = slice(start, start + job.chunk)
-            teacher = _TeacherChunk(job, part, wide, buffers)
-            for e in range(E):
-                x, W = features[e][part], weights[e]
-                logits = buffers.product("logits", x, W, wide)
-                wants = needs[2 * e] or needs[2 * e + 1]
-                loss, correct, confidence, weight_n = _chunk_loss(
-                    job, part, logits, job.ids[e], teacher, buffers, wants
-                )
-                loss_E[e] += loss
-                correct_EN[e, part] = correct
-                confidence_EN[e, part] = confidence
-                if not wants:
-                    continue
-                grad = logits  # overwritten by the gradient of the logits, still without the tokens' weights
-                if x.dtype != wide:
-                    grad = buffers.get("logits", len(x), len(W), x.dtype).copy_(logits)
-                weight_n1 = weight_n[:, None].to(x.dtype)
-                if (into := grad_features[e]) is not None:
-                    into[part] = (grad @ W) * weight_n1
-                if (sums := grad_weights[e]) is not None:
-                    sums += grad.T @ (x * weight_n1)
-        ctx.grads = [g for pair in zip(grad_features, grad_weights, strict=True) for g in pair]
+    def forward(ctx: Any, job: LossJob, *flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = chunked_losses(job, flat[0::2], flat[1::2], ctx.needs_input_grad[1:])
+        ctx.grads = [g for pair in zip(found.grad_features, found.grad_weights, strict=True) for g in pair]
         ctx.dtypes = [t.dtype for t in flat]
-        ctx.mark_non_differentiable(correct_EN, confidence_EN)
-        return loss_E, correct_EN, confidence_EN
+        ctx.mark_non_differentiable(found.correct_EN, found.confidence_EN)
+        return found.loss_E, found.correct_EN, found.confidence_EN
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -180,12 +253,40 @@ class _ChunkedLosses(torch.autograd.Function):
         return (None, *grads)
 
 
+@dataclass(frozen=True)
+class _Softmax:
+    """Probabilities [n, K] and, by token: the largest one, log-sum-exp, and the id of the largest."""
+
+    q: Tensor
+    peak: Tensor
+    lse: Tensor
+    best: Tensor
+
+
+def _softmax(logits: Tensor, ids: Tensor | None, part: VocabularyPart | None, out: Tensor) -> _Softmax:
+    if part is None:
+        q = torch.softmax(logits, -1, out=out)
+        peak, at = q.max(-1)
+        lse = logits.gather(1, at[:, None])[:, 0] - peak.log()
+        return _Softmax(q, peak, lse, at if ids is None else ids[at])
+    nothing = logits.new_full((len(logits), 1), -torch.inf)  # a rank may have no row of a restricted head
+    mine, at = torch.cat([logits, nothing], -1).max(-1)
+    top = part.largest(mine)
+    q = torch.sub(logits, top[:, None], out=out).exp_()
+    (mass,) = part.total(q.sum(-1))
+    q /= mass[:, None]
+    names = torch.arange(logits.shape[1], device=at.device) + part.first if ids is None else ids
+    best = torch.cat([names, names.new_full((1,), -1)])[at]
+    best = -part.largest(torch.where(mine == top, -best, -(1 << 40)))  # of equal ones the first, as without ranks
+    return _Softmax(q, 1.0 / mass, top + mass.log(), best)
+
+
 class _TeacherChunk:
     """The teacher's logits of one chunk, computed once for every set of ids that a head asks for."""
 
-    def __init__(self, job: _Job, part: slice, wide: torch.dtype, buffers: Scratch) -> None:
-        self.job, self.part, self.wide, self.teacher, self.buffers = job, part, wide, job.teacher, buffers
-        self.cache: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, job: LossJob, span: slice, wide: torch.dtype, buffers: Scratch) -> None:
+        self.job, self.span, self.wide, self.teacher, self.buffers = job, span, wide, job.teacher, buffers
+        self.cache: dict[int, tuple[Tensor, Tensor, Tensor | float]] = {}
         self.full: Tensor | None = None
         self.argmax: Tensor | None = None
         if self.teacher is None:
@@ -193,86 +294,103 @@ class _TeacherChunk:
         restricted = all(ids is not None for ids in job.ids)
         spared = job.settings.distill == 0.0 or job.settings.renormalise or self.teacher.lse_N is not None
         if self.teacher.argmax_N is None or not (restricted and spared):
-            self.full = buffers.product("teacher", self.teacher.features_ND[part], self.teacher.weight_VD, wide)
+            self.full = buffers.product("teacher", self.teacher.features_ND[span], self.teacher.weight_VD, wide)
         if self.teacher.argmax_N is not None:
-            self.argmax = self.teacher.argmax_N[part]
-        elif self.full is not None:
+            self.argmax = self.teacher.argmax_N[span]
+        elif self.full is not None and job.part is None:
             self.argmax = self.full.max(-1).indices
+        elif self.full is not None:
+            q = buffers.get("q", len(self.full), self.full.shape[1], wide)
+            self.argmax = _softmax(self.full, None, job.part, q).best
 
-    def distribution(self, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``(p [n, K], sum of p log(p / mass) [n])`` at the distillation temperature; mass is the sum of p."""
+    def distribution(self, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | float]:
+        """``(p [n, K], sum of p log(p / mass) [n], mass [n])`` at the distillation temperature; mass is the sum of p, a
+        number where it is 1. Sums over this rank's rows only."""
         key = 0 if ids is None else id(ids)
         if key not in self.cache:
             self.cache[key] = self._distribution(ids, key)
         return self.cache[key]
 
-    def _distribution(self, ids: Tensor | None, key: int) -> tuple[Tensor, Tensor]:
+    def _distribution(self, ids: Tensor | None, key: int) -> tuple[Tensor, Tensor, Tensor | float]:
         assert self.teacher is not None
-        tau = self.job.settings.temperature
-        if ids is None:
+        tau, part = self.job.settings.temperature, self.job.part
+        rows = ids if ids is None or part is None else ids - part.first
+        if rows is None:
             assert self.full is not None
             scaled = self.full
         elif self.full is not None:
-            scaled = self.full[:, ids]
+            scaled = self.full[:, rows]
         else:
-            x, W = self.teacher.features_ND[self.part], self.teacher.weight_VD[ids]
+            x, W = self.teacher.features_ND[self.span], self.teacher.weight_VD[rows]
             scaled = self.buffers.product(f"teacher{key}", x, W, self.wide)
         if tau != 1.0:
             scaled = scaled / tau
         p = self.buffers.get(f"p{key}", len(scaled), scaled.shape[1], self.wide)
         if ids is None or self.job.settings.renormalise:
-            torch.softmax(scaled, -1, out=p)
-            peak, at = p.max(-1)
-            lse = scaled.gather(1, at[:, None])[:, 0] - peak.log()
-            return p, torch.linalg.vecdot(p, scaled) - lse
+            lse = _softmax(scaled, ids, part, p).lse
+            return p, _summed(part, torch.linalg.vecdot(p, scaled)) - lse, 1.0
         if self.teacher.lse_N is not None:
-            lse = self.teacher.lse_N[self.part].to(self.wide)
+            lse = self.teacher.lse_N[self.span].to(self.wide)
         else:
             assert self.full is not None
-            lse = (self.full / tau).logsumexp(-1)
+            if part is None:
+                lse = (self.full / tau).logsumexp(-1)
+            else:
+                lse = _softmax(self.full / tau, None, part, torch.empty_like(self.full)).lse
         torch.sub(scaled, lse[:, None], out=p).exp_()
-        mass = p.sum(-1)
-        return p, torch.linalg.vecdot(p, scaled) - mass * lse - torch.xlogy(mass, mass)
+        mass = _summed(part, p.sum(-1))
+        return p, _summed(part, torch.linalg.vecdot(p, scaled)) - mass * lse - torch.xlogy(mass, mass), mass
 
 
-def _chunk_loss(
-    job: _Job, part: slice, logits: Tensor, ids: Tensor | None, teacher: _TeacherChunk, buffers: Scratch, wants: bool
+def _summed(part: VocabularyPart | None, value_n: Tensor) -> Tensor:
+    """``value_n`` over the whole vocabulary."""
+    return value_n if part is None else part.total(value_n)[0]
+
+
+def chunk_loss(
+    job: LossJob, span: slice, logits: Tensor, ids: Tensor | None, teacher: _TeacherChunk, buffers: Scratch, wants: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(loss, correct [n], confidence [n], weight [n])`` of one head in one chunk. If ``wants``, ``logits`` are
     replaced by the gradient of the unweighted loss with respect to them: (1 - distill) (q - onehot) for the
     cross-entropy, distill * tau (mass * q_tau - p) for the distillation."""
-    s, tau = job.settings, job.settings.temperature
-    labels = None if job.labels_N is None else job.labels_N[part]
-    q = torch.softmax(logits, -1, out=buffers.get("q", len(logits), logits.shape[1], logits.dtype))
-    confidence, argmax = q.max(-1)
-    lse = logits.gather(1, argmax[:, None])[:, 0] - confidence.log()
+    s, tau, part = job.settings, job.settings.temperature, job.part
+    labels = None if job.labels_N is None else job.labels_N[span]
+    own = _softmax(logits, ids, part, buffers.get("q", len(logits), logits.shape[1], logits.dtype))
+    q, confidence, lse = own.q, own.peak, own.lse
     reference = teacher.argmax if teacher.argmax is not None else labels
     assert reference is not None
-    correct = (argmax if ids is None else ids[argmax]) == reference
-    weight_n = job.weight_N[part].to(logits.dtype)
+    correct = own.best == reference
+    weight_n = job.weight_N[span].to(logits.dtype)
     if s.confidence_weighted:
-        weight_n = weight_n * confidence
+        sure = confidence
+        if s.confidence_temperature != 1.0:
+            warm = logits / s.confidence_temperature
+            sure = _softmax(warm, ids, part, torch.empty_like(warm)).peak
+        weight_n = weight_n * sure
 
     loss_n = torch.zeros_like(lse)
     keep_n: Tensor | float = 0.0  # the factor of q in the gradient, by token
-    column = known = p = None
+    column = mine = p = None
     if s.distill < 1.0:
         assert labels is not None
-        column = labels if ids is None else torch.searchsorted(ids, labels).clamp_(max=len(ids) - 1)
-        known = (labels >= 0 if ids is None else ids[column] == labels).to(logits.dtype) * (1.0 - s.distill)
-        column = column.clamp(min=0)[:, None]
-        loss_n = known * (lse - logits.gather(1, column)[:, 0])
+        column, has = _columns(labels, ids, logits.shape[1], part)
+        column = column[:, None]
+        known = mine = has.to(logits.dtype) * (1.0 - s.distill)
+        at_label = logits.gather(1, column)[:, 0] if logits.shape[1] else torch.zeros_like(lse)
+        if part is not None:
+            known, at_label = part.total(mine, torch.where(has, at_label, 0.0))
+        loss_n = known * (lse - at_label)
         keep_n = known
     if s.distill > 0.0:
-        p, negative_entropy = teacher.distribution(ids)
-        mass = 1.0 if ids is None or s.renormalise else p.sum(-1)
-        cross = torch.linalg.vecdot(p, logits) / tau
+        p, negative_entropy, mass = teacher.distribution(ids)
+        cross = _summed(part, torch.linalg.vecdot(p, logits)) / tau
         if tau == 1.0:
             keep_n = keep_n + s.distill * mass
             lse_tau, soft = lse, None
         else:
-            soft = logits / tau
-            lse_tau = soft.logsumexp(-1)
+            warm = logits / tau
+            soft = _softmax(warm, ids, part, torch.empty_like(warm))
+            lse_tau = soft.lse
         loss_n = loss_n + s.distill * tau**2 * (negative_entropy - cross + mass * lse_tau)
     loss = (loss_n * weight_n).sum()
     if not wants:
@@ -287,10 +405,21 @@ def _chunk_loss(
         logits.sub_(p, alpha=s.distill * tau)
         if soft is not None:
             factor = s.distill * tau * (mass[:, None] if isinstance(mass, Tensor) else mass)
-            logits.add_(torch.softmax(soft, -1).mul_(factor))
-    if column is not None and known is not None:
-        logits.scatter_add_(1, column, -known[:, None])
+            logits.add_(soft.q.mul_(factor))
+    if column is not None and mine is not None and logits.shape[1]:
+        logits.scatter_add_(1, column, -mine[:, None])
     return loss, correct, confidence, weight_n
+
+
+def _columns(labels: Tensor, ids: Tensor | None, width: int, part: VocabularyPart | None) -> tuple[Tensor, Tensor]:
+    """The column of each label among this rank's ``width`` ones (any where it has none), and whether it has one."""
+    if ids is not None:
+        if not width:
+            return torch.zeros_like(labels), torch.zeros_like(labels, dtype=torch.bool)
+        column = torch.searchsorted(ids, labels).clamp_(max=width - 1)
+        return column, ids[column] == labels
+    column = labels if part is None else labels - part.first
+    return column.clamp(0, width - 1), (column >= 0) & (column < width) & (labels >= 0)
 
 
 def gate_loss(gate_logit_N: Tensor, correct_N: Tensor, weight_N: Tensor) -> Tensor:

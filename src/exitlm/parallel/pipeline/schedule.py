@@ -20,7 +20,7 @@ from typing import Any, Literal
 from exitlm.errors import UserError, nearest
 
 Op = Literal["F", "B", "I", "W"]
-NAMES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "filled")
+NAMES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "filled", "tuning")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Action:
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """``ranks[r]`` are the actions of rank r in order. ``spans[m] = (lo, hi)``: microbatch m goes forward on the stages
-    0..hi and back on hi..lo. ``filled_warmup`` and ``filled_cooldown`` count the partial microbatches among them."""
+    0..hi and back on hi..lo. ``filled_warmup`` and ``filled_cooldown`` count the partial microbatches among them.
+    ``independent``: a backward waits for nothing from later stages."""
 
     name: str
     stages: int
@@ -46,6 +47,42 @@ class Schedule:
     spans: Mapping[int, tuple[int, int]]
     filled_warmup: int = 0
     filled_cooldown: int = 0
+    independent: bool = False
+
+    def messages(self) -> tuple[tuple[Action | Message, ...], ...]:
+        """The actions of each rank with the messages between them. Whichever rank sends appends the receipt to the
+        other one's list, so that both ends of a pair see their messages in one order. One stage per rank.
+
+        Raises:
+            ValueError: the ranks wait for each other.
+        """
+        events = [event for events in simulate(self).ranks for event in events]
+        lists: list[list[Action | Message]] = [[] for _ in self.ranks]
+        waiting = [list(actions) for actions in self.ranks]
+        for event in sorted(events, key=lambda event: (event.start, event.action.stage)):
+            action = event.action
+            stage, m = action.stage, action.microbatch
+            lists[stage].append(waiting[stage].pop(0))
+            lo, hi = self.spans[m]
+            to = None
+            if action.op == "F" and stage < hi:
+                to = stage + 1
+            elif action.op == "B" and stage > lo and not self.independent:
+                to = stage - 1
+            if to is not None:
+                lists[stage].append(Message("send", to, m))
+                lists[to].append(Message("receive", stage, m))
+        return tuple(map(tuple, lists))
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a rank sends to or receives from the stage ``peer``: hidden states of a microbatch from an earlier one,
+    their gradient from a later one."""
+
+    kind: Literal["send", "receive"]
+    peer: int
+    microbatch: int
 
 
 @dataclass(frozen=True)
@@ -100,6 +137,8 @@ def make(
     if name != "filled":
         if fill_warmup or fill_cooldown:
             raise UserError(f"schedule '{name}' fills no bubbles; use schedule 'filled'")
+        if name == "tuning":
+            return tuning(pipeline, microbatches)
         if name in ("gpipe", "1f1b"):
             return gpipe(pipeline, microbatches) if name == "gpipe" else filled(pipeline, microbatches, 0, 0, name=name)
         return of_torch(name, pipeline, microbatches)
@@ -124,6 +163,13 @@ def gpipe(pipeline: int, microbatches: int) -> Schedule:
     ranks = [[Action(op, r, m) for op in ("F", "B") for m in range(microbatches)] for r in range(pipeline)]
     spans = dict.fromkeys(range(microbatches), (0, pipeline - 1))
     return Schedule(name="gpipe", stages=pipeline, ranks=tuple(map(tuple, ranks)), spans=spans)
+
+
+def tuning(pipeline: int, microbatches: int) -> Schedule:
+    """Exits on a frozen model: a stage sends its hidden states on, then does the forward and backward of its exits."""
+    ranks = [[Action(op, r, m) for m in range(microbatches) for op in ("F", "B")] for r in range(pipeline)]
+    spans = dict.fromkeys(range(microbatches), (0, pipeline - 1))
+    return Schedule(name="tuning", stages=pipeline, ranks=tuple(map(tuple, ranks)), spans=spans, independent=True)
 
 
 def filled(pipeline: int, microbatches: int, warmup: int, cooldown: int, *, name: str = "filled") -> Schedule:
@@ -280,7 +326,7 @@ def _needs(action: Action, schedule: Schedule, ended: Mapping[Action, float]) ->
     if action.op == "W":
         return ended.get(Action("I", s, m))
     own = ended.get(Action("F", s, m))
-    if s == schedule.spans[m][1] or own is None:
+    if s == schedule.spans[m][1] or own is None or schedule.independent:
         return own
     behind = ended.get(Action("B", s + 1, m), ended.get(Action("I", s + 1, m)))
     return None if behind is None else max(own, behind)

@@ -1,0 +1,35 @@
+"""Sharding a stage over the data ranks (FSDP2, or whole copies), and the dtype that it computes in.
+
+Gradients are sums over the ranks: losses are divided by the global number of tokens beforehand. Not here: tensor
+parallelism, which is applied before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from exitlm.parallel.mesh import Mesh
+from exitlm.parallel.pipeline.stage import Stage
+
+
+def shard(stage: Stage, mesh: Mesh, *, compute: torch.dtype, master: torch.dtype) -> None:
+    """Shard the parameters of a stage in place: a unit for each layer, and one for all the rest (embedding and heads,
+    as they may share a matrix). Nothing is done for one data rank that computes in its master dtype.
+
+    Parameters and gradient sums are ``master``, the work is done in ``compute``. In a pipeline, parameters stay
+    gathered between a step's microbatches: schedules that split the backward would lose all gradients otherwise.
+    """
+    if mesh.layout.data == 1 and compute == master:
+        return
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master)
+    options: dict[str, Any] = {"mesh": mesh.data_mesh, "mp_policy": precision}
+    for layer in stage.model.model.layers.values():
+        fully_shard(layer, **options, reshard_after_forward=mesh.layout.pipeline == 1)
+        register_fsdp_forward_method(layer, "parts")
+    fully_shard(stage, **options, reshard_after_forward=False)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)

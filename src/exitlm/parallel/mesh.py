@@ -1,0 +1,170 @@
+"""The processes of a run: how many, laid out how, and which groups of them talk to each other.
+
+``data * tensor * pipeline`` processes form a mesh of the dimensions (pipeline, replicate, shard, tensor); tensor ranks
+are neighbours. ``replicate`` and ``shard`` are the data ranks: one of the two has size 1, as parameters are either
+sharded over the data ranks (FSDP2) or whole on each. A single process is a mesh of one. Not here: what is done with it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from exitlm.errors import UserError
+
+DIMENSIONS = ("pipeline", "replicate", "shard", "tensor")
+LOOPED = ("interleaved", "zero_bubble")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How many ranks there are of each kind, and how the pipeline runs."""
+
+    data: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = True
+    shard: bool = True
+    schedule: str = "1f1b"
+    stages_per_rank: int = 1
+
+    @property
+    def world(self) -> int:
+        """The number of processes."""
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def stages(self) -> int:
+        """The number of pipeline stages."""
+        return self.pipeline * self.stages_per_rank
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages on a pipeline rank: every P-th one, or for ``zbv`` the rank's own and its mirror image."""
+        if self.schedule == "zbv" and self.stages_per_rank == 2:
+            return rank, self.stages - 1 - rank
+        return tuple(range(rank, self.stages, self.pipeline))
+
+    def rank_of(self, stage: int) -> int:
+        """The pipeline rank that has a stage."""
+        return next(rank for rank in range(self.pipeline) if stage in self.stages_of(rank))
+
+
+def stages_per_rank(schedule: str, pipeline: int, asked: int) -> int:
+    """How many stages each pipeline rank has; ``asked`` 0 is what the schedule needs.
+
+    Raises:
+        UserError: a number that the schedule does not know.
+    """
+    natural = 2 if schedule in (*LOOPED, "zbv") and pipeline > 1 else 1
+    chosen = asked or natural
+    if schedule in LOOPED and pipeline > 1:
+        if chosen < 2:
+            raise UserError(f"schedule '{schedule}' needs at least 2 stages per rank; set parallel.stages_per_rank = 2")
+    elif chosen != natural:
+        raise UserError(
+            f"schedule '{schedule}' on {pipeline} pipeline ranks has {natural} stages per rank, not {chosen}; leave "
+            "parallel.stages_per_rank at 0, or use schedule 'interleaved' for more"
+        )
+    return chosen
+
+
+class Mesh:
+    """The process groups of a layout, and this process's place in it."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        replicate, shard = (1, layout.data) if layout.shard else (layout.data, 1)
+        sizes = (layout.pipeline, replicate, shard, layout.tensor)
+        self.all: DeviceMesh = init_device_mesh(device.type, sizes, mesh_dim_names=DIMENSIONS)
+        self.pipeline_rank = self.all.get_local_rank("pipeline")
+        self.data_rank = self.all.get_local_rank("replicate") + self.all.get_local_rank("shard")
+        self.tensor_rank = self.all.get_local_rank("tensor")
+        self.pipeline = self.all.get_group("pipeline")
+        self.upstream = self._second_pipeline_group(sizes)
+        self.tensor = self.all.get_group("tensor")
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The pipeline stages of this process."""
+        return self.layout.stages_of(self.pipeline_rank)
+
+    @property
+    def tensor_mesh(self) -> DeviceMesh:
+        """The tensor ranks that share this process's layers."""
+        return self.all["tensor"]
+
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """The data ranks: sharded ones, or replicas around groups of one."""
+        return self.all["shard"] if self.layout.shard else self.all["replicate", "shard"]
+
+    def _second_pipeline_group(self, sizes: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """A group of its own for messages to earlier stages: on a GPU sends and receives of one group wait for each
+        other, and two neighbours that send to each other at once would never end."""
+        if self.layout.pipeline == 1:
+            return None
+        ranks = torch.arange(self.layout.world).reshape(sizes).flatten(1)
+        groups: list[dist.ProcessGroup] = [dist.new_group(column) for column in ranks.T.tolist()]
+        return groups[int((ranks[self.pipeline_rank] == dist.get_rank()).nonzero()[0, 0])]
+
+    def named(self, rank: int) -> str:
+        """A rank in words."""
+        place = torch.tensor(0)
+        sizes = (self.layout.pipeline, self.layout.data, self.layout.tensor)
+        pipeline, data, tensor = (int(x) for x in torch.unravel_index(place + rank, sizes))
+        return f"rank {rank} (pipeline {pipeline}, data {data}, tensor {tensor})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What the launcher says of this process; one alone where there is none."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """What torchrun put into the environment."""
+        found = {name: os.environ.get(key) for name, key in _VARIABLES.items()}
+        return cls(**{name: int(value) for name, value in found.items() if value is not None})
+
+
+_VARIABLES = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world": "WORLD_SIZE"}
+
+
+@contextmanager
+def processes(launch: Launch, device: torch.device, timeout: float) -> Iterator[None]:
+    """Join the other processes while the block runs. ``timeout`` in seconds: the longest wait for another rank.
+
+    Raises:
+        UserError: the rendezvous failed (a port in use, a host that does not answer).
+    """
+    if dist.is_initialized():  # by the program that called us
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    wait = timedelta(seconds=timeout)
+    try:
+        if launch.world == 1:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=wait)
+        else:
+            dist.init_process_group(backend, rank=launch.rank, world_size=launch.world, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"the processes can't find each other ({reason}); choose a free port (torchrun --master-port), and check "
+            "that every node reaches it"
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,399 @@
+"""What a run needs, before it runs: parameters, memory and work of each pipeline rank, and the time its schedule loses.
+
+Everything is counted from the settings, by formula; no weight is allocated and nothing is measured. Work is the FLOPs
+of matrix products (``exitlm.parallel.pipeline.split``), time the simulation of the schedule with each stage's own work
+(``schedule.py``), without communication; seconds need a speed that the caller assumes. The formulas for memory are in
+``memory.py``. Not here: anything that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from exitlm.errors import UserError
+from exitlm.model.config import ModelConfig
+from exitlm.parallel.mesh import Layout, stages_per_rank
+from exitlm.parallel.pipeline.schedule import Schedule, make, simulate
+from exitlm.parallel.pipeline.split import Split, StageCost, make_split, stage_costs
+from exitlm.parallel.tensor import check_tensor
+from exitlm.train.data import ByteTokenizer
+from exitlm.train.memory import Memory, MemoryModel
+from exitlm.train.run import RunConfig
+from exitlm.train.tune import CANDIDATES, LARGE_VOCABULARY, default_layers, exit_configs, needs_final
+from exitlm.weights.checkpoint import load_tokenizer, open_checkpoint, read_json
+from exitlm.weights.source import PACKAGED
+
+_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEstimate:
+    """One pipeline rank; all its tensor and data ranks are alike. ``layers`` (0-based, a range per stage) and ``exits``
+    (1-based) are those it runs, ``parameters`` those of one process before they are sharded over data ranks, and
+    ``flops`` the work of one process in a step."""
+
+    layers: tuple[range, ...]
+    exits: tuple[int, ...]
+    has_embedding: bool
+    has_final_head: bool
+    head_matrices: int
+    parameters: int
+    memory: Memory
+    flops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run needs.
+
+    ``parameters`` are those of the model with its exits, each once; the optimizer has ``trained`` of them. A step has
+    ``microbatches`` on each data rank, and ``extra`` partial ones in the bubbles of a filled schedule; ``tokens`` and
+    ``extra_tokens`` are those of a step, on all ranks. ``makespan`` is a step's time in FLOPs that one process could
+    do meanwhile, ``baseline`` the same without filled bubbles, ``utilisation`` the share that is work. ``tflops``: the
+    assumed speed of a process, or None.
+    """
+
+    layout: Layout
+    split: Split
+    parameters: int
+    trained: int
+    steps: int
+    microbatch: int
+    microbatches: int
+    extra: int
+    tokens: int
+    extra_tokens: int
+    makespan: float
+    baseline: float
+    utilisation: float
+    ranks: tuple[RankEstimate, ...]
+    tflops: float | None = None
+
+    @property
+    def flops(self) -> float:
+        """The work of a step, of all processes together."""
+        return sum(rank.flops for rank in self.ranks) * self.layout.tensor * self.layout.data
+
+    @property
+    def seconds(self) -> float | None:
+        """The time of a step at the assumed speed."""
+        return None if self.tflops is None else self.makespan / (self.tflops * 1e12)
+
+
+def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
+    """What the run of ``config`` needs. ``tflops``: the speed of one process to assume, in 1e12 FLOPs per second; None
+    leaves seconds out. ``auto`` dtypes count as bfloat16.
+
+    Raises:
+        UserError: settings that can't work together, or a base whose shape can't be known here.
+    """
+    config.check()
+    if tflops is not None and not tflops > 0:
+        raise UserError(f"the assumed speed is {tflops} TFLOP/s, but must be a positive number")
+    model = _model(config)
+    config = _with_exits(config, model)
+    exits, p, t, seq_len = exit_configs(config), config.parallel, config.train, config.data.seq_len
+    frozen, recompute, teacher = t.parameters == "exits", t.recompute == "layers", needs_final(config)
+    check_tensor(model, exits, p.tensor, p.sequence, seq_len)
+    layout = _layout(config, frozen)
+    split = make_split(
+        model,
+        exits,
+        layout.stages,
+        place=config.exits.place,
+        layers_per_stage=p.layers_per_stage,
+        depth=max(e.layer for e in exits) if frozen and not teacher else None,
+        seq_len=seq_len,
+        frozen=frozen,
+        recompute=recompute,
+        teacher=teacher,
+    )
+    costs = stage_costs(model, exits, split, seq_len, frozen=frozen, recompute=recompute, teacher=teacher)
+    microbatch, microbatches = _microbatches(config)
+    work = _Work.of(config, costs, microbatch * seq_len)
+    plan = _forward_only(work, microbatches) if frozen else _scheduled(config, layout, work, microbatches)
+    memory = MemoryModel(
+        model=model,
+        exits=exits,
+        split=split,
+        costs=costs,
+        layout=layout,
+        tokens=microbatch * seq_len,
+        compute=_BYTES[t.dtype],
+        master=max(4, _BYTES[t.dtype]),
+        backbone=_BYTES[config.model.dtype],
+        exit_forward=config.objective.exit_forward,
+        frozen=frozen,
+        recompute=recompute,
+        teacher=teacher,
+        accumulates=microbatches + plan.extra > 1,
+    )
+    (whole,) = stage_costs(model, exits, make_split(model, exits, 1, place="end"), frozen=frozen)
+    ranks = []
+    for rank in range(layout.pipeline):
+        mine = layout.stages_of(rank)
+        ranks.append(
+            RankEstimate(
+                layers=tuple(split.layers(stage) for stage in mine),
+                exits=tuple(sorted(e for stage in mine for e in split.exits(stage))),
+                has_embedding=any(costs[stage].has_embedding for stage in mine),
+                has_final_head=any(costs[stage].has_final_head for stage in mine),
+                head_matrices=sum(costs[stage].head_matrices for stage in mine),
+                parameters=round(sum(memory.per_process(costs[s].parameters, costs[s].whole) for s in mine)),
+                memory=memory.of_rank(rank, plan.schedule),
+                flops=plan.busy[rank],
+            )
+        )
+    return Estimate(
+        layout=layout,
+        split=split,
+        parameters=whole.parameters,
+        trained=whole.trained,
+        steps=t.steps,
+        microbatch=microbatch,
+        microbatches=microbatches,
+        extra=plan.extra,
+        tokens=t.global_batch * seq_len,
+        extra_tokens=plan.extra * microbatch * seq_len * layout.data,
+        makespan=plan.makespan,
+        baseline=plan.baseline,
+        utilisation=sum(plan.busy) / (plan.makespan * layout.pipeline),
+        ranks=tuple(ranks),
+        tflops=tflops,
+    )
+
+
+# ---- time
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """FLOPs of one process for one microbatch, by stage."""
+
+    layers: Sequence[float]
+    heads: Sequence[float]
+    backward: Sequence[float]
+
+    @classmethod
+    def of(cls, config: RunConfig, costs: Sequence[StageCost], tokens: int) -> _Work:
+        share = tokens / config.parallel.tensor
+        twice = config.objective.exit_forward == "checkpoint" and config.train.parameters == "all"
+        return cls(
+            layers=[cost.layer_flops * share for cost in costs],
+            heads=[cost.head_flops * share for cost in costs],
+            backward=[(cost.backward_flops + twice * cost.head_flops) * share for cost in costs],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The time of a step and each rank's work in it, in FLOPs; no ``schedule`` where nothing waits for a backward."""
+
+    makespan: float
+    baseline: float
+    busy: Sequence[float]
+    schedule: Schedule | None = None
+    extra: int = 0
+
+
+def _scheduled(config: RunConfig, layout: Layout, work: _Work, microbatches: int) -> _Plan:
+    """A step of forwards and backwards; deferred heads run in the backward."""
+    p = config.parallel
+    deferred = config.objective.exit_forward == "deferred"
+    forward = [f + h * (not deferred) for f, h in zip(work.layers, work.heads, strict=True)]
+    backward = [b + h * deferred for b, h in zip(work.backward, work.heads, strict=True)]
+    fills = [None if n == "auto" else n for n in (p.fill_warmup, p.fill_cooldown)]
+    if layout.schedule != "filled":
+        fills = [None, None]
+    made = make(
+        layout.schedule,
+        layout.pipeline,
+        microbatches,
+        ratio=p.backward_forward_ratio,
+        fill_warmup=fills[0],
+        fill_cooldown=fills[1],
+    )
+    if made.stages != layout.stages:
+        raise UserError(
+            f"a dry run knows schedule '{made.name}' with {made.stages // layout.pipeline} stages per rank only; leave "
+            "parallel.stages_per_rank at 0"
+        )
+    timeline = simulate(made, forward, backward)
+    extra = made.filled_warmup + made.filled_cooldown
+    plain = simulate(make("1f1b", layout.pipeline, microbatches), forward, backward) if extra else timeline
+    return _Plan(
+        makespan=timeline.makespan,
+        baseline=plain.makespan,
+        busy=[sum(event.end - event.start for event in events) for events in timeline.ranks],
+        schedule=made,
+        extra=extra,
+    )
+
+
+def _forward_only(work: _Work, microbatches: int) -> _Plan:
+    """A step on a frozen model: a stage sends its output on before its exits go forward and back (EE-Tuning, arXiv
+    2402.00518, section 2.2)."""
+    own = [heads + backward for heads, backward in zip(work.heads, work.backward, strict=True)]
+    free = [0.0] * len(own)
+    for _ in range(microbatches):
+        sent = 0.0
+        for stage, layers in enumerate(work.layers):
+            sent = max(sent, free[stage]) + layers
+            free[stage] = sent + own[stage]
+    busy = [microbatches * (layers + rest) for layers, rest in zip(work.layers, own, strict=True)]
+    return _Plan(makespan=max(free), baseline=max(free), busy=busy)
+
+
+# ---- settings
+
+
+def _layout(config: RunConfig, frozen: bool) -> Layout:
+    p = config.parallel
+    schedule = "1f1b" if frozen or p.pipeline == 1 else p.schedule
+    return Layout(
+        data=p.data,
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        sequence=p.sequence,
+        shard=p.shard,
+        schedule=schedule,
+        stages_per_rank=stages_per_rank(schedule, p.pipeline, 0 if frozen else p.stages_per_rank),
+    )
+
+
+def _microbatches(config: RunConfig) -> tuple[int, int]:
+    """Sequences of a microbatch, and microbatches of a step on each data rank."""
+    t, data = config.train, config.parallel.data
+    mine = t.global_batch // data
+    size = min(t.microbatch, mine)
+    if t.global_batch % data or mine % size:
+        raise UserError(
+            f"train.global_batch ({t.global_batch}) must be a multiple of parallel.data * train.microbatch "
+            f"({data} * {t.microbatch})"
+        )
+    return size, mine // size
+
+
+def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
+    """The settings with what the exits leave to the model."""
+    e, automatic = config.exits, CANDIDATES if model.vocab_size > LARGE_VOCABULARY else 0
+    given = e.candidates if isinstance(e.candidates, tuple) else (e.candidates,)
+    counts = tuple(automatic if n == -1 else n for n in given)
+    candidates = counts if isinstance(e.candidates, tuple) else counts[0]
+    return replace(
+        config, exits=replace(e, layers=e.layers or default_layers(model.num_hidden_layers), candidates=candidates)
+    )
+
+
+def _model(config: RunConfig) -> ModelConfig:
+    """The shape of the model: that of the base where it is on this machine, else what the shape keys say."""
+    m = config.model
+    found = _base(m.base) if m.base else None
+    if found is None and m.base and not m.hidden_size:
+        raise UserError(
+            f"model.base '{m.base}' is not on this machine; download it, or give its shape beside it (model.family, "
+            "model.hidden_size, ...) for a dry run"
+        )
+    return found or _new_model(config)
+
+
+def _base(name: str) -> ModelConfig | None:
+    """The configuration of a directory, a .gguf file, a packaged model, or a hub id that was downloaded before."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ModelConfig.from_hf(read_json(path / "config.json"))
+    if name in PACKAGED or path.exists():
+        return open_checkpoint(name).model_config
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return ModelConfig.from_hf(read_json(Path(cached))) if isinstance(cached, str) else None
+
+
+def _new_model(config: RunConfig) -> ModelConfig:
+    """The configuration that the shape keys describe."""
+    m, d = config.model, config.data
+    vocab = m.vocab_size
+    if not vocab:
+        vocab = ByteTokenizer.size if d.tokenizer in ("", "bytes") else len(load_tokenizer(Path(d.tokenizer)))
+    return ModelConfig.from_hf(
+        {
+            "model_type": m.family or None,
+            "vocab_size": vocab,
+            "hidden_size": m.hidden_size or None,
+            "intermediate_size": m.intermediate_size or None,
+            "num_hidden_layers": m.num_hidden_layers or None,
+            "num_attention_heads": m.num_attention_heads or None,
+            "num_key_value_heads": m.num_key_value_heads or m.num_attention_heads or None,
+            "head_dim": m.head_dim or None,
+            "max_position_embeddings": m.max_position_embeddings or d.seq_len,
+            "rope_theta": m.rope_theta,
+            "rms_norm_eps": m.rms_norm_eps,
+            "tie_word_embeddings": m.tie_word_embeddings,
+            "initializer_range": m.init_std,
+        }
+    )
+
+
+# ---- in words
+
+
+def show(estimate: Estimate) -> None:
+    """Print it: what the run is, and a line for each pipeline rank."""
+    e, layout = estimate, estimate.layout
+    exits = ", ".join(map(str, e.split.owners)) or "no layer"
+    ranks = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
+    length = e.tokens // (e.microbatches * e.microbatch * layout.data)
+    print(f"model  {_short(e.parameters)} parameters, {_short(e.trained)} of them trained; exits after {exits}")
+    batch = f"{e.microbatches} x {e.microbatch} x {length} tokens a step"
+    print(f"ranks  {layout.world} = {ranks}; each data rank has {batch}")
+    print(f"step   {_short(e.tokens)} tokens, {_short(e.flops)}FLOP")
+    if e.extra:
+        more = f"{_short(e.extra_tokens)} tokens, {e.extra_tokens / e.tokens:.1%} of the batch"
+        print(f"       and {e.extra} partial microbatches on each data rank ({more}) in the bubbles")
+    print(f"run    {e.steps} steps, {_short(e.steps * e.tokens)} tokens, {_short(e.steps * e.flops)}FLOP")
+    longer = f"; filling makes it {e.makespan / e.baseline - 1:.1%} longer" if e.extra else ""
+    print(f"time   {_short(e.makespan)}FLOP per process and step, {1 - e.utilisation:.1%} of it bubbles{longer}")
+    if e.tflops is not None and e.seconds is not None:
+        speed = f"{e.seconds:.3g} s per step, {_short(e.tokens / e.seconds)} tokens/s"
+        print(f"       assuming {e.tflops:g} TFLOP/s per process: {speed}, {e.seconds * e.steps / 3600:.3g} hours")
+    rows = [["rank", "layers", "exits", "V x D", "parameters", "FLOP", "waiting", *_KINDS, "GiB"]]
+    rows += [[str(index), *_row(rank)] for index, rank in enumerate(e.ranks)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print(
+        "V x D: matrices of embedding (in) and heads (out); parameters: of one process, before sharding; waiting: the"
+    )
+    print("most microbatches that wait for their backward; weights to GiB: memory of one process, by formula")
+
+
+_KINDS = ("weights", "gradients", "AdamW", "activations", "heads")
+
+
+def _row(rank: RankEstimate) -> list[str]:
+    m = rank.memory
+    sizes = (m.weights, m.gradients, m.optimizer, m.activations, m.heads, m.total)
+    return [
+        " ".join(f"{layers.start + 1}-{layers.stop}" for layers in rank.layers),
+        " ".join(map(str, rank.exits)) or "-",
+        " + ".join(["in"] * rank.has_embedding + [f"{rank.head_matrices} out"] * (rank.head_matrices > 0)),
+        _short(rank.parameters),
+        _short(rank.flops),
+        str(m.waiting),
+        *(f"{size / 2**30:.2f}" for size in sizes),
+    ]
+
+
+def _short(number: float) -> str:
+    """Three digits and the unit's prefix."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"]
+    while abs(number) >= 999.5 and len(prefixes) > 1:
+        number, prefixes = number / 1000, prefixes[1:]
+    return f"{number:.3g} {prefixes[0]}"
