@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from exitlm.train.data import (
     TextTokenizer,
     batch_indices,
     documents,
+    expand,
     hold_out,
     load_blocks,
     pack,
     tokenise,
+    tokenise_all,
 )
 from exitlm.weights.checkpoint import open_checkpoint
 
@@ -119,12 +122,123 @@ def test_shards_are_cached_by_content(tmp_path: Path, cache: Path, monkeypatch: 
     path = tmp_path / "a.txt"
     path.write_text("some text to be tokenised")
     first = blocks_of([str(path)], cache)
-    monkeypatch.setattr(ByteTokenizer, "encode_batch", lambda self, texts: pytest.fail("tokenised again"))
+    monkeypatch.setattr(ByteTokenizer, "arrays", lambda self, texts: pytest.fail("tokenised again"))
     assert blocks_of([str(path)], cache).digest == first.digest
     monkeypatch.undo()
     path.write_text("some other text")
     assert blocks_of([str(path)], cache).digest != first.digest
     assert not list((cache / "tokens").glob(".*"))
+
+
+@given(rows=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("prefix", [[], [200, 201]])
+def test_shard_is_all_documents_one_after_the_other(
+    rows: list[str], prefix: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tokens = ByteTokenizer()
+    tokens.prefix = prefix
+    home = tmp_path_factory.mktemp("rows")
+    (home / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    wanted = [[*prefix, *row.encode(), 256] if row else [] for row in rows]
+    if not any(wanted):
+        return
+    ids, offsets, _ = tokenise(home / "a.jsonl", tokens, vocab_size=257, cache=home)
+    assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets.tolist())] == wanted
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_encoding_is_that_of_transformers(base: Path, text: str) -> None:
+    tokenizer = open_checkpoint(base).tokenizer()
+    texts = [text, f"<s>{text}</s>"]
+    wanted = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokens = TextTokenizer(tokenizer)
+    assert tokens.encode_batch(texts) == wanted
+    assert [ids.tolist() for ids in tokens.arrays(texts)] == wanted
+
+
+def test_a_tokenizer_that_works_in_python_is_asked_itself(base: Path) -> None:
+    tokenizer = open_checkpoint(base).tokenizer()
+    encode = type(tokenizer)._encode_plus
+
+    class Shouting(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, text: Any, **rest: Any) -> Any:
+            return encode(self, text.upper() if isinstance(text, str) else [t.upper() for t in text], **rest)
+
+    plain = TextTokenizer(tokenizer).encode_batch(["ABC"])
+    tokenizer.__class__ = Shouting
+    assert TextTokenizer(tokenizer).encode_batch(["abc"]) == plain
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_many_files_at_once_give_the_same_shards(
+    tmp_path: Path, cache: Path, base: Path, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    paths = [tmp_path / f"{i}.txt" for i in range(12)]
+    for i, path in enumerate(paths):
+        path.write_text(f"file {i % 11} counts words\n" * (i % 11 + 1) * 20)
+    for tokens in (BYTES, TextTokenizer(open_checkpoint(base).tokenizer())):
+        alone = [tokenise(path, tokens, vocab_size=300, cache=tmp_path / "alone") for path in paths]
+        found = tokenise_all(paths, tokens, vocab_size=300, cache=cache)
+        assert [digest for _, _, digest in found] == [digest for _, _, digest in alone]
+        assert [shard[:].tolist() for shard, _, _ in found] == [shard[:].tolist() for shard, _, _ in alone]
+
+
+def test_the_first_error_ends_all_and_leaves_nothing_half(tmp_path: Path, cache: Path) -> None:
+    paths = [tmp_path / f"{i}.txt" for i in range(9)]
+    for i, path in enumerate(paths):
+        path.write_bytes(b"binary\0" if i == 4 else b"text" * 1000)
+    with pytest.raises(UserError, match=r"4\.txt is a binary file"):
+        tokenise_all(paths, BYTES, vocab_size=257, cache=cache)
+    assert not list((cache / "tokens").glob(".*"))
+
+
+def test_files_that_stay_as_they_are_are_read_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exitlm.weights.store._SETTLED_SECONDS", -1.0)
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    first = blocks_of([str(path)], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+        assert blocks_of([str(path)], cache).digest == first.digest
+    path.write_text("same size")
+    assert blocks_of([str(path)], cache).digest != first.digest
+
+
+def test_globs_are_sorted_and_names_keep_their_order(tmp_path: Path) -> None:
+    names = ["b", "a", "c", "a10", "a9", "[x]"]
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "z.txt").write_text("z")
+    paths = [str(tmp_path / f"{name}.txt") for name in names]
+    assert [str(p) for p in expand(paths)] == paths
+    assert [str(p) for p in expand([str(tmp_path / "*.txt")])] == sorted(paths)
+    assert [p.name for p in expand([str(tmp_path / "**" / "[a-z].txt")])] == ["a.txt", "b.txt", "c.txt", "z.txt"]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match=r"pipe\.txt is a pipe or a device"):
+        expand([str(tmp_path / "*.txt")])
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        expand(["x" * 300])
+    (tmp_path / "gone.md").symlink_to(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"gone\.md does not exist"):
+        expand([str(tmp_path / "*.md")])
+    secret = tmp_path / "secret.log"
+    secret.write_text("text")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"secret\.log cannot be read: Permission denied"):
+        blocks_of([str(secret)], cache)
 
 
 def test_a_globbed_list_keeps_its_order(tmp_path: Path, cache: Path) -> None:

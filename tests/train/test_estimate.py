@@ -12,8 +12,7 @@ from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead
 from exitlm.parallel.pipeline.stage import Stage
-from exitlm.train.estimate import Estimate, estimate, show
-from exitlm.train.estimate import _model as model_of
+from exitlm.train.estimate import Estimate, estimate, model_shape, show
 from exitlm.train.run import TRAINING, RunConfig
 from exitlm.train.tune import exit_configs
 
@@ -48,7 +47,7 @@ def published(name: str, *overrides: str) -> RunConfig:
 def real(config: RunConfig) -> EarlyExitModel:
     """The model of a run, without weights."""
     with torch.device("meta"):
-        model = EarlyExitModel(model_of(config))
+        model = EarlyExitModel(model_shape(config))
         for e in exit_configs(config):
             head = ExitHead(e, model.config)
             model._share_output(head, [*model.exit_heads().values()])
@@ -94,7 +93,7 @@ def test_the_counts_are_those_of_the_modules(config: RunConfig) -> None:
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_a_layer_keeps_what_autograd_keeps(kv_heads: int) -> None:
     config = run(model={"num_key_value_heads": kv_heads, "num_hidden_layers": 1}, exits={"layers": [1]})
-    model = EarlyExitModel(model_of(config))
+    model = EarlyExitModel(model_shape(config))
     weights = {p.data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -112,13 +111,14 @@ def test_a_layer_keeps_what_autograd_keeps(kv_heads: int) -> None:
 
 def test_how_many_microbatches_wait() -> None:
     def waiting(schedule: str, **more: Any) -> list[int]:
-        found = estimate(run(parallel={"pipeline": 4, "schedule": schedule, **more}))
+        found = estimate(run(parallel={"pipeline": 4, "schedule": schedule} | more))
         return [rank.memory.waiting for rank in found.ranks]
 
     assert waiting("1f1b") == [4, 3, 2, 1]
     assert waiting("gpipe") == [8, 8, 8, 8]
     assert waiting("filled") == [6, 4, 2, 1]  # one top microbatch reaches stage 1, and both are on stage 0
     assert waiting("filled", fill_warmup=0) == [4, 3, 2, 1]
+    assert len(waiting("interleaved", pipeline=2, stages_per_rank=4)) == 2
 
 
 def test_memory_follows_the_layout() -> None:
@@ -179,11 +179,11 @@ def test_filled_bubbles_enlarge_the_batch() -> None:
 
 
 def test_tuning_runs_what_it_must() -> None:
-    """A frozen model: no microbatch waits, optimizer and backward for exits alone, no layer above the last exit."""
+    """A frozen model: only taps wait, optimizer and backward for exits alone, no layer above the last exit."""
     tuned = {"train": {"parameters": "exits"}, "exits": {"output": "own"}, "parallel": {"pipeline": 2}}
     found = estimate(run(**tuned))
     assert found.split.bounds[-1] == 4
-    assert [rank.memory.waiting for rank in found.ranks] == [0, 0]
+    assert [rank.memory.waiting for rank in found.ranks] == [1, 1]
     assert not any(rank.has_final_head for rank in found.ranks)
     head = 64 + 64 * 500
     assert found.trained == 2 * head
@@ -191,6 +191,7 @@ def test_tuning_runs_what_it_must() -> None:
     taught = estimate(run(**tuned, objective={"distill": 1.0}))
     assert taught.split.bounds[-1] == 8
     assert taught.ranks[-1].has_final_head
+    assert [rank.memory.waiting for rank in taught.ranks] == [2, 1]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -234,20 +235,20 @@ def test_the_shape_of_a_base(tmp_path: Path) -> None:
     assert estimate(run(model={"base": str(tmp_path)})).split.bounds == (0, 6)
     assert estimate(run(model={"base": "someone/not-here"})).split.bounds == (0, 8)
     with pytest.raises(UserError, match="is not on this machine; download it, or give its shape"):
-        estimate(run(model={"base": "someone/not-here", "hidden_size": 0}))
-    assert model_of(run(model={"vocab_size": 0})).vocab_size == 257
+        estimate(RunConfig.from_dict({**SMALL, "model": {"base": "someone/not-here"}}, TRAINING))
+    assert model_shape(run(model={"vocab_size": 0})).vocab_size == 257
 
 
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"parallel": {"data": 3}}, "must be a multiple of parallel.data"),
+        ({"parallel": {"data": 3}}, "must be a multiple of train.microbatch x parallel.data"),
+        ({"parallel": {"pipeline": 4, "data": 4}}, "fewer than its 4 pipeline ranks"),
         ({"parallel": {"pipeline": 9}}, "use 1 to 8 stages"),
         ({"parallel": {"tensor": 4}}, "must divide num_key_value_heads"),
-        ({"parallel": {"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 4}}, "2 stages per rank only"),
         ({"exits": {"layers": [9]}}, "exit layer 9 does not exist"),
         ({"model": {"family": "lama"}}, "did you mean 'llama'"),
-        ({"model": {"intermediate_size": 0}}, "'intermediate_size' is missing"),
+        ({"model": {"intermediate_size": 0}}, "model.intermediate_size is not set"),
     ],
 )
 def test_what_cannot_be_is_refused(sections: dict[str, dict[str, Any]], says: str) -> None:

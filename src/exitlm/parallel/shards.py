@@ -8,7 +8,7 @@ counts per mesh). Not here: the optimizer and the schedules.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -41,9 +41,9 @@ class Shards:
             whole.grad = local.grad = None
 
     @torch.no_grad()
-    def collect(self, divisors: Mapping[int, float], scale: float = 1.0) -> float:
+    def collect(self, divisors: Mapping[int, float], scale: float = 1.0) -> None:
         """Give every local part its part of the gradient, divided by the divisor of its stage (1 where there is none)
-        and by ``scale``; returns the norm of the whole gradient, the same on all processes."""
+        and by ``scale``."""
         by_name: dict[str, list[Tensor]] = {}
         for i, (whole, local) in enumerate(zip(self.whole, self.local, strict=True)):
             grad = whole.grad
@@ -58,26 +58,33 @@ class Shards:
                 local.grad /= divisor
             by_name.setdefault(self.names[i], []).append(local.grad)
         self.tied.sum(by_name)
-        return self._norm()
 
-    def _norm(self) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+    @torch.no_grad()
+    def norms(self, groups: Sequence[int], group_of: Callable[[str], int]) -> dict[int, float]:
+        """The norm of the whole gradient of each of ``groups``, the same on all processes; ``group_of`` maps a
+        parameter's name to its group."""
+        place = {group: i for i, group in enumerate(groups)}
+        total = torch.zeros(len(groups), dtype=torch.float64, device=self.mesh.device)
         seen: set[str] = set()
         for name, whole, local in zip(self.names, self.whole, self.local, strict=True):
             if name in seen or name not in self.tied.leads:
                 continue
             seen.add(name)
             assert local.grad is not None
-            square = torch.linalg.vector_norm(local.grad, dtype=_norm_dtype(local)).double() ** 2
-            total += square / copies(whole, self.mesh)
+            wide = torch.promote_types(local.dtype, torch.float32)
+            square = torch.linalg.vector_norm(local.grad, dtype=wide).double() ** 2
+            total[place[group_of(name)]] += square / copies(whole, self.mesh)
         if self.mesh.layout.world > 1:
             dist.all_reduce(total)
-        return math.sqrt(total) if math.isfinite(total) else math.inf if not torch.isnan(total) else math.nan
+        return dict(zip(groups, total.sqrt().tolist(), strict=True))
 
     @torch.no_grad()
-    def multiply(self, factor: float) -> None:
-        """Multiply every gradient."""
-        torch._foreach_mul_([local.grad for local in self.local if local.grad is not None], factor)
+    def multiply(self, factors: Mapping[int, float], group_of: Callable[[str], int]) -> None:
+        """Multiply every gradient by the factor of its group."""
+        for name, local in zip(self.names, self.local, strict=True):
+            factor = factors[group_of(name)]
+            if local.grad is not None and factor != 1.0:
+                local.grad *= factor
 
 
 def copies(parameter: Tensor, mesh: Mesh) -> int:
@@ -92,10 +99,6 @@ def copies(parameter: Tensor, mesh: Mesh) -> int:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _norm_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def part_of(full: Tensor, parameter: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def claim(out: Path, config: RunConfig) -> None:
         UserError: the directory belongs to a run with other settings (named), or to an adapter that no run made.
     """
     saved = out / "run.toml"
-    begun = (out / "exits.json").exists() or bool(_list(out))
+    begun = (out / "exits.json").exists() or bool(list_checkpoints(out))
     if not saved.exists() or not begun:  # nothing depends yet on what was set before
         if (out / "exits.json").exists():
             raise UserError(f"{out} holds an exit adapter already; choose another directory")
@@ -107,14 +107,14 @@ def save(out: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep
     """
     place = out / "checkpoints" / f"step-{int(meta['step']):08d}"
     if place.exists():  # left by an earlier life of the run and found damaged, else it would have been resumed from
-        _remove(place)
+        remove(place)
     with fresh_directory(place) as home:
         write_tensors(home / _TENSORS, [_written(name, tensor.detach()) for name, tensor in tensors.items()], {})
         with (home / _TENSORS).open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         (home / _META).write_text(json.dumps({**meta, "format": FORMAT, "sha256": digest}, indent=1))
-    for old in _list(out)[:-keep]:
-        _remove(old)
+    for old in list_checkpoints(out)[:-keep]:
+        remove(old)
     return place
 
 
@@ -124,7 +124,7 @@ def _written(name: str, tensor: Tensor) -> Written:
 
 def newest(out: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; a damaged one is skipped with a warning."""
-    for place in reversed(_list(out)):
+    for place in reversed(list_checkpoints(out)):
         try:
             return read(place)
         except UserError as error:
@@ -161,11 +161,12 @@ def clean(out: Path) -> None:
             place.unlink(missing_ok=True)
 
 
-def _list(out: Path) -> list[Path]:
+def list_checkpoints(out: Path) -> list[Path]:
+    """The places of a run's checkpoints, the oldest first."""
     return sorted(p for p in (out / "checkpoints").glob("step-*") if p.is_dir())
 
 
-def _remove(place: Path) -> None:
+def remove(place: Path) -> None:
     """Out of the way at once, so that no half-deleted directory looks like a checkpoint."""
     doomed = place.with_name(f".old-{place.name}-{os.getpid()}")
     place.rename(doomed)

@@ -15,11 +15,13 @@ from pathlib import Path
 from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
 from exitlm.parallel.mesh import Layout, stages_per_rank
-from exitlm.parallel.pipeline.schedule import Schedule, make, simulate
+from exitlm.parallel.pipeline.schedule import make, simulate
 from exitlm.parallel.pipeline.split import Split, StageCost, make_split, stage_costs
 from exitlm.parallel.tensor import check_tensor
 from exitlm.train.data import ByteTokenizer
+from exitlm.train.initial import has_shape, model_config
 from exitlm.train.memory import Memory, MemoryModel
+from exitlm.train.plan import geometry
 from exitlm.train.run import RunConfig
 from exitlm.train.tune import CANDIDATES, LARGE_VOCABULARY, default_layers, exit_configs, needs_final
 from exitlm.weights.checkpoint import load_tokenizer, open_checkpoint, read_json
@@ -92,7 +94,7 @@ def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
     config.check()
     if tflops is not None and not tflops > 0:
         raise UserError(f"the assumed speed is {tflops} TFLOP/s, but must be a positive number")
-    model = _model(config)
+    model = model_shape(config)
     config = _with_exits(config, model)
     exits, p, t, seq_len = exit_configs(config), config.parallel, config.train, config.data.seq_len
     frozen, recompute, teacher = t.parameters == "exits", t.recompute == "layers", needs_final(config)
@@ -111,16 +113,19 @@ def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
         teacher=teacher,
     )
     costs = stage_costs(model, exits, split, seq_len, frozen=frozen, recompute=recompute, teacher=teacher)
-    microbatch, microbatches = _microbatches(config)
-    work = _Work.of(config, costs, microbatch * seq_len)
-    plan = _forward_only(work, microbatches) if frozen else _scheduled(config, layout, work, microbatches)
+    made = geometry(config, layout, frozen=frozen, teacher=teacher).schedule
+    extra = made.filled_warmup + made.filled_cooldown
+    microbatches, tokens = len(made.spans) - extra, t.microbatch * seq_len
+    forward, backward = _times(config, costs, tokens / p.tensor)
+    timeline = simulate(made, forward, backward)
+    plain = simulate(make("1f1b", layout.pipeline, microbatches), forward, backward) if extra else timeline
     memory = MemoryModel(
         model=model,
         exits=exits,
         split=split,
         costs=costs,
         layout=layout,
-        tokens=microbatch * seq_len,
+        tokens=tokens,
         compute=_BYTES[t.dtype],
         master=max(4, _BYTES[t.dtype]),
         backbone=_BYTES[config.model.dtype],
@@ -128,7 +133,7 @@ def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
         frozen=frozen,
         recompute=recompute,
         teacher=teacher,
-        accumulates=microbatches + plan.extra > 1,
+        accumulates=len(made.spans) > 1,
     )
     (whole,) = stage_costs(model, exits, make_split(model, exits, 1, place="end"), frozen=frozen)
     ranks = []
@@ -142,8 +147,8 @@ def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
                 has_final_head=any(costs[stage].has_final_head for stage in mine),
                 head_matrices=sum(costs[stage].head_matrices for stage in mine),
                 parameters=round(sum(memory.per_process(costs[s].parameters, costs[s].whole) for s in mine)),
-                memory=memory.of_rank(rank, plan.schedule),
-                flops=plan.busy[rank],
+                memory=memory.of_rank(rank, made),
+                flops=sum(event.end - event.start for event in timeline.ranks[rank]),
             )
         )
     return Estimate(
@@ -152,101 +157,28 @@ def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
         parameters=whole.parameters,
         trained=whole.trained,
         steps=t.steps,
-        microbatch=microbatch,
+        microbatch=t.microbatch,
         microbatches=microbatches,
-        extra=plan.extra,
+        extra=extra,
         tokens=t.global_batch * seq_len,
-        extra_tokens=plan.extra * microbatch * seq_len * layout.data,
-        makespan=plan.makespan,
-        baseline=plan.baseline,
-        utilisation=sum(plan.busy) / (plan.makespan * layout.pipeline),
+        extra_tokens=extra * tokens * layout.data,
+        makespan=timeline.makespan,
+        baseline=plain.makespan,
+        utilisation=timeline.utilisation,
         ranks=tuple(ranks),
         tflops=tflops,
     )
 
 
-# ---- time
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Work:
-    """FLOPs of one process for one microbatch, by stage."""
-
-    layers: Sequence[float]
-    heads: Sequence[float]
-    backward: Sequence[float]
-
-    @classmethod
-    def of(cls, config: RunConfig, costs: Sequence[StageCost], tokens: int) -> _Work:
-        share = tokens / config.parallel.tensor
-        twice = config.objective.exit_forward == "checkpoint" and config.train.parameters == "all"
-        return cls(
-            layers=[cost.layer_flops * share for cost in costs],
-            heads=[cost.head_flops * share for cost in costs],
-            backward=[(cost.backward_flops + twice * cost.head_flops) * share for cost in costs],
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """The time of a step and each rank's work in it, in FLOPs; no ``schedule`` where nothing waits for a backward."""
-
-    makespan: float
-    baseline: float
-    busy: Sequence[float]
-    schedule: Schedule | None = None
-    extra: int = 0
-
-
-def _scheduled(config: RunConfig, layout: Layout, work: _Work, microbatches: int) -> _Plan:
-    """A step of forwards and backwards; deferred heads run in the backward."""
-    p = config.parallel
-    deferred = config.objective.exit_forward == "deferred"
-    forward = [f + h * (not deferred) for f, h in zip(work.layers, work.heads, strict=True)]
-    backward = [b + h * deferred for b, h in zip(work.backward, work.heads, strict=True)]
-    fills = [None if n == "auto" else n for n in (p.fill_warmup, p.fill_cooldown)]
-    if layout.schedule != "filled":
-        fills = [None, None]
-    made = make(
-        layout.schedule,
-        layout.pipeline,
-        microbatches,
-        ratio=p.backward_forward_ratio,
-        fill_warmup=fills[0],
-        fill_cooldown=fills[1],
+def _times(config: RunConfig, costs: Sequence[StageCost], tokens: float) -> tuple[list[float], list[float]]:
+    """FLOPs of a forward and of a backward by stage. Deferred heads run in the backward, as do all of a frozen model,
+    which sends its hidden states on before."""
+    how, frozen = config.objective.exit_forward, config.train.parameters == "exits"
+    late, twice = how == "deferred" or frozen, how == "checkpoint"
+    return (
+        [(cost.layer_flops + (not late) * cost.head_flops) * tokens for cost in costs],
+        [(cost.backward_flops + (late + twice) * cost.head_flops) * tokens for cost in costs],
     )
-    if made.stages != layout.stages:
-        raise UserError(
-            f"a dry run knows schedule '{made.name}' with {made.stages // layout.pipeline} stages per rank only; leave "
-            "parallel.stages_per_rank at 0"
-        )
-    timeline = simulate(made, forward, backward)
-    extra = made.filled_warmup + made.filled_cooldown
-    plain = simulate(make("1f1b", layout.pipeline, microbatches), forward, backward) if extra else timeline
-    return _Plan(
-        makespan=timeline.makespan,
-        baseline=plain.makespan,
-        busy=[sum(event.end - event.start for event in events) for events in timeline.ranks],
-        schedule=made,
-        extra=extra,
-    )
-
-
-def _forward_only(work: _Work, microbatches: int) -> _Plan:
-    """A step on a frozen model: a stage sends its output on before its exits go forward and back (EE-Tuning, arXiv
-    2402.00518, section 2.2)."""
-    own = [heads + backward for heads, backward in zip(work.heads, work.backward, strict=True)]
-    free = [0.0] * len(own)
-    for _ in range(microbatches):
-        sent = 0.0
-        for stage, layers in enumerate(work.layers):
-            sent = max(sent, free[stage]) + layers
-            free[stage] = sent + own[stage]
-    busy = [microbatches * (layers + rest) for layers, rest in zip(work.layers, own, strict=True)]
-    return _Plan(makespan=max(free), baseline=max(free), busy=busy)
-
-
-# ---- settings
 
 
 def _layout(config: RunConfig, frozen: bool) -> Layout:
@@ -263,19 +195,6 @@ def _layout(config: RunConfig, frozen: bool) -> Layout:
     )
 
 
-def _microbatches(config: RunConfig) -> tuple[int, int]:
-    """Sequences of a microbatch, and microbatches of a step on each data rank."""
-    t, data = config.train, config.parallel.data
-    mine = t.global_batch // data
-    size = min(t.microbatch, mine)
-    if t.global_batch % data or mine % size:
-        raise UserError(
-            f"train.global_batch ({t.global_batch}) must be a multiple of parallel.data * train.microbatch "
-            f"({data} * {t.microbatch})"
-        )
-    return size, mine // size
-
-
 def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
     """The settings with what the exits leave to the model."""
     e, automatic = config.exits, CANDIDATES if model.vocab_size > LARGE_VOCABULARY else 0
@@ -287,16 +206,20 @@ def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
     )
 
 
-def _model(config: RunConfig) -> ModelConfig:
-    """The shape of the model: that of the base where it is on this machine, else what the shape keys say."""
+def model_shape(config: RunConfig) -> ModelConfig:
+    """The shape of the model of a run: that of the base where it is on this machine, else what the shape keys say.
+
+    Raises:
+        UserError: neither is there, or a key is wrong.
+    """
     m = config.model
     found = _base(m.base) if m.base else None
-    if found is None and m.base and not m.hidden_size:
+    if found is None and m.base and not has_shape(m):
         raise UserError(
             f"model.base '{m.base}' is not on this machine; download it, or give its shape beside it (model.family, "
             "model.hidden_size, ...) for a dry run"
         )
-    return found or _new_model(config)
+    return found or model_config(config, _vocab_size(config))
 
 
 def _base(name: str) -> ModelConfig | None:
@@ -316,29 +239,12 @@ def _base(name: str) -> ModelConfig | None:
     return ModelConfig.from_hf(read_json(Path(cached))) if isinstance(cached, str) else None
 
 
-def _new_model(config: RunConfig) -> ModelConfig:
-    """The configuration that the shape keys describe."""
-    m, d = config.model, config.data
-    vocab = m.vocab_size
-    if not vocab:
-        vocab = ByteTokenizer.size if d.tokenizer in ("", "bytes") else len(load_tokenizer(Path(d.tokenizer)))
-    return ModelConfig.from_hf(
-        {
-            "model_type": m.family or None,
-            "vocab_size": vocab,
-            "hidden_size": m.hidden_size or None,
-            "intermediate_size": m.intermediate_size or None,
-            "num_hidden_layers": m.num_hidden_layers or None,
-            "num_attention_heads": m.num_attention_heads or None,
-            "num_key_value_heads": m.num_key_value_heads or m.num_attention_heads or None,
-            "head_dim": m.head_dim or None,
-            "max_position_embeddings": m.max_position_embeddings or d.seq_len,
-            "rope_theta": m.rope_theta,
-            "rms_norm_eps": m.rms_norm_eps,
-            "tie_word_embeddings": m.tie_word_embeddings,
-            "initializer_range": m.init_std,
-        }
-    )
+def _vocab_size(config: RunConfig) -> int:
+    """That of the tokenizer, which is opened only where the settings don't say."""
+    name = config.data.tokenizer
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    return ByteTokenizer.size if name in ("", "bytes") else len(load_tokenizer(Path(name)))
 
 
 # ---- in words

@@ -61,6 +61,9 @@ class HeadLosses:
         """See ``exitlm.parallel.pipeline.stage.Losses``."""
         share = plan.share(position.layer, microbatch)
         job = HeadJob(self, position, labels_BT, share, plan.weights[position.layer] * plan.scale)
+        if plan.measure:
+            job.measure(tap)
+            return tap.hidden, carried
         if self.how != "deferred":
             loss = job.eager(tap)
             hidden: Tensor = _Attach.apply(tap.hidden, loss)  # type: ignore[no-untyped-call]
@@ -246,6 +249,13 @@ class HeadJob:
             dist.all_reduce(value, group=self.losses.group)
         return value
 
+    def measure(self, tap: Tap) -> None:
+        """Count cross-entropy, accuracy and confidence."""
+        full, matrix = self.gather(self.features(tap)), self.matrix()
+        job = self.loss_job(full, None, self.losses.chunk or chunk_tokens(max(1, len(matrix))))
+        found = chunked_losses(replace(job, settings=LossSettings()), [full], [matrix], [False, False])
+        self.losses.record(self, Recorded(found.loss_E[0], found.correct_EN[0], found.confidence_EN[0]))
+
     def eager(self, tap: Tap) -> Tensor:
         """The loss with its logits' gradient kept, or computed again in the backward (``how`` "checkpoint")."""
 
@@ -259,7 +269,8 @@ class HeadJob:
         else:
             loss, correct, confidence = run(*taps)
         self.losses.record(self, Recorded(loss.detach(), correct, confidence))
-        return loss
+        attached: Tensor = loss
+        return attached
 
 
 @dataclass(frozen=True, kw_only=True)

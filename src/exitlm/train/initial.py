@@ -49,8 +49,8 @@ def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
     heads = m.num_attention_heads
     if not m.head_dim and m.hidden_size % heads:
         raise UserError(
-            f"model.hidden_size ({m.hidden_size}) is no multiple of model.num_attention_heads ({heads}); change one, or "
-            "set model.head_dim"
+            f"model.hidden_size ({m.hidden_size}) is no multiple of model.num_attention_heads ({heads}); change one, "
+            "or set model.head_dim"
         )
     hf = {
         "model_type": m.family or "llama",

@@ -276,6 +276,7 @@ def loss_settings(objective: ObjectiveSection, *, renormalise: bool = False) -> 
         distill=objective.distill,
         temperature=objective.distill_temperature,
         confidence_weighted=objective.confidence_weighted,
+        confidence_temperature=objective.temperature,
         renormalise=renormalise,
     )
 

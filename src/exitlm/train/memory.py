@@ -12,6 +12,8 @@
 * *heads*: the largest head at work. Deferred, a head holds its features and one chunk of logits, for one microbatch at
   a time; eager ones also keep their features and the gradient of all logits for each microbatch that waits.
 
+On a frozen model nothing of a layer waits, only what its exits read.
+
 Left out: what allocator, communication buffers and libraries take.
 """
 
@@ -78,17 +80,15 @@ class MemoryModel:
     teacher: bool = False
     accumulates: bool = True
 
-    def of_rank(self, rank: int, schedule: Schedule | None) -> Memory:
-        """The memory of a pipeline rank under a schedule; None where no microbatch waits (a frozen model)."""
+    def of_rank(self, rank: int, schedule: Schedule) -> Memory:
+        """The memory of a pipeline rank under a schedule."""
         mine = self.layout.stages_of(rank)
         heads = {stage: self._heads_of(stage) for stage in mine}
-        one_layer = self.layer_elements() * self.tokens * (self.backbone if self.frozen else self.compute)
-        waiting, activations = 0, one_layer
-        if schedule is not None:
-            held = {s: self._layers_of(s) + sum(head.waiting for head in heads[s]) for s in mine}
-            halves = {s: sum(head.between for head in heads[s]) for s in mine}
-            waiting, activations = waiting_most(schedule, rank, held, halves)
-            activations += one_layer * self.recompute
+        held = {s: self._layers_of(s) + sum(head.waiting for head in heads[s]) for s in mine}
+        halves = {s: sum(head.between for head in heads[s]) for s in mine}
+        waiting, activations = waiting_most(schedule, rank, held, halves)
+        if self.frozen or self.recompute:  # one layer at work
+            activations += self.layer_elements() * self.tokens * (self.backbone if self.frozen else self.compute)
         trained = sum(self.per_process(self.costs[s].trained, self.costs[s].trained_whole) for s in mine)
         return Memory(
             weights=round(sum(self._weights(self.costs[s]) for s in mine)),
@@ -126,6 +126,9 @@ class MemoryModel:
 
     def _layers_of(self, stage: int) -> float:
         """Bytes that the layers of a stage keep of a microbatch for its backward."""
+        if self.frozen:
+            read = sum(3 if e.kind == "mlp" else 1 for e in self.exits if self.split.owners[e.layer] == stage)
+            return read * self.model.hidden_size / self._sequence * self.tokens * self.backbone
         kept = self.model.hidden_size / self._sequence if self.recompute else self.layer_elements()
         return len(self.split.layers(stage)) * kept * self.tokens * self.compute
 
@@ -165,14 +168,15 @@ class MemoryModel:
         matrix = 0 if self.frozen and (e is None or e.output == "shared") else rows * width
         features = self._feature_elements(e) * self.tokens * self.compute
         logits = self.tokens * rows
-        if self.exit_forward == "deferred" or self.frozen:
+        if self.exit_forward == "deferred":
             chunk = min(self.tokens, chunk_tokens(rows)) * rows * (2 if self.teacher and e is not None else 1)
             gradients = self.tokens * self.model.hidden_size + matrix
             return _Head(work=features + (chunk + gradients) * self.master, between=float(matrix * self.compute))
         work = logits * self.master + matrix * self.compute
         if self.exit_forward == "checkpoint":
             return _Head(work=work + features + logits * self.compute)
-        return _Head(work=float(work), waiting=features + logits * self.compute)
+        kept = features + logits * self.compute
+        return _Head(work=work + kept) if self.frozen else _Head(work=float(work), waiting=kept)
 
 
 def waiting_most(

@@ -213,10 +213,19 @@ TRAINING = RunConfig(
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """What differs between two runs in one directory, as ``key: old -> new``; logging, retention and the place of the
-    cache never change a result and may differ, and whether the base is the same is seen by its digest."""
+    """What differs between two runs in one directory, as ``key: old -> new``. What never changes a result (but for the
+    order of sums) may differ: logging, retention, the layout of processes, how exits are run. Whether the base is the
+    same is seen by its digest."""
     free = {
         "model.base",
+        "model.device",
+        "objective.exit_forward",
+        "train.recompute",
+        "train.compile",
+        "train.spike",
+        "train.patience",
+        "train.microbatch",
+        "checkpoint.async",
         "checkpoint.every",
         "checkpoint.keep",
         "checkpoint.dir",
@@ -227,7 +236,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     return [
         f"{key}: {_toml_value(before[key])} -> {_toml_value(value)}"
         for key, value in after.items()
-        if before[key] != value and key not in free and not key.startswith("logging.")
+        if before[key] != value and key not in free and not key.startswith(("logging.", "parallel."))
     ]
 
 

@@ -127,6 +127,8 @@ class DataSection:
     """How many sequences are held out (or held-out prompts answered), and the most that a validation reads."""
     tokenizer: str = ""
     """Empty: the base's own ("bytes" for a new model); "bytes"; or a directory with a tokenizer."""
+    across_documents: bool = False
+    """Let attention and positions run on from one document to the next in a row: faster on GPUs, and less exact."""
     weights: tuple[float, ...] = ()
     """How often each entry of files is drawn, relative to the others; empty: every text once per epoch."""
     seq_len: int = 256

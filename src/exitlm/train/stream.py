@@ -32,6 +32,7 @@ from exitlm.train.data import Blocks
 FORMAT = 1
 IGNORED = -100
 ROUNDS = 8
+LEAST_BITS = 6
 # A multiple of 1000, of 9 and of 64: weights such as 0.125, 1/3 or 5% are met exactly.
 PERIOD = 72_000
 
@@ -147,9 +148,11 @@ def permuted(places: Ints, counts: Ints, keys: Bits) -> Ints:
     """Where the permutation of ``range(count)`` that a key chooses takes a place; all ``[N]``, each element by itself.
 
     The halves of an unbalanced Feistel network swap their widths with each round, and ``ROUNDS`` is even. It permutes
-    fewer than ``2 * count`` numbers, so that a walk takes less than two steps on average.
+    fewer than ``2 * count`` numbers, so that a walk takes less than two steps on average; but ``2 ** LEAST_BITS`` at
+    least, since a narrower one prefers some orders.
     """
-    bits = np.frexp((counts - 1).astype(np.float64))[1].astype(np.uint64)  # the bit length of count - 1
+    bits = np.frexp((counts - 1).astype(np.float64))[1]  # the bit length of count - 1
+    bits = np.maximum(bits, LEAST_BITS).astype(np.uint64)
     widths = bits - bits // 2, bits // 2
     masks = [(np.uint64(1) << width) - np.uint64(1) for width in widths]
     round_keys = [_mixed(keys + np.uint64(r)) for r in range(ROUNDS)]

@@ -65,6 +65,8 @@ class Hidden:
 class Step(Protocol):
     """A runner: back-propagates the losses of all ``rows`` as ``plan`` says."""
 
+    hidden: Hidden
+
     def __call__(self, rows: Rows, plan: StepPlan) -> None: ...
 
 
@@ -74,7 +76,7 @@ class TorchRunner:
     def __init__(
         self, name: str, stages: Sequence[Stage], mesh: Mesh, hidden: Hidden, microbatches: int, ids: Tensor
     ) -> None:
-        self.stages, self.size = stages, hidden.shape[0]
+        self.stages, self.hidden, self.size = stages, hidden, hidden.shape[0]
         count = mesh.layout.stages
         built = [PipelineStage(
             stage, stage.index, count, mesh.device, group=mesh.pipeline, **_shapes(stage, hidden, ids)

@@ -121,9 +121,11 @@ def make(
     ratio: float = 2.0,
     fill_warmup: int | None = None,
     fill_cooldown: int | None = None,
+    stages_per_rank: int = 2,
 ) -> Schedule:
     """The schedule ``name`` for ``pipeline`` ranks. ``ratio`` is the time of a backward over that of a forward;
-    ``fill_warmup`` and ``fill_cooldown`` (``filled`` only) None are as many as fit.
+    ``fill_warmup`` and ``fill_cooldown`` (``filled`` only) None are as many as fit; ``stages_per_rank`` is for
+    ``interleaved`` and ``zero_bubble``.
 
     Raises:
         UserError: an unknown name, numbers out of range, or a combination that the schedule does not know.
@@ -141,7 +143,7 @@ def make(
             return tuning(pipeline, microbatches)
         if name in ("gpipe", "1f1b"):
             return gpipe(pipeline, microbatches) if name == "gpipe" else filled(pipeline, microbatches, 0, 0, name=name)
-        return of_torch(name, pipeline, microbatches)
+        return of_torch(name, pipeline, microbatches, stages_per_rank)
     room = fill_room(pipeline, ratio)
     counts = [room if count is None else count for count in (fill_warmup, fill_cooldown)]
     for what, count in zip(("warm-up", "cool-down"), counts, strict=True):
@@ -211,8 +213,8 @@ class _Stage:
         self.stage_index_to_group_rank: Any = None
 
 
-def of_torch(name: str, pipeline: int, microbatches: int) -> Schedule:
-    """A schedule of torch.distributed.pipelining with two stages per rank."""
+def of_torch(name: str, pipeline: int, microbatches: int, stages_per_rank: int = 2) -> Schedule:
+    """A schedule of torch.distributed.pipelining with several stages per rank."""
     from torch.distributed.pipelining import schedules
 
     kinds: dict[str, Callable[..., Any]] = {
@@ -220,8 +222,8 @@ def of_torch(name: str, pipeline: int, microbatches: int) -> Schedule:
         "zero_bubble": schedules.ScheduleInterleavedZeroBubble,
         "zbv": schedules.ScheduleZBVZeroBubble,
     }
-    stages = 2 * pipeline
-    mine = (0, stages - 1) if name == "zbv" else (0, pipeline)
+    stages = pipeline * (2 if name == "zbv" else stages_per_rank)
+    mine = (0, stages - 1) if name == "zbv" else range(0, stages, pipeline)
     try:
         order = kinds[name](
             [_Stage(index, stages, pipeline) for index in mine],

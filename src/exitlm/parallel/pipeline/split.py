@@ -51,10 +51,10 @@ class StageCost:
     """What a stage computes per token and what it holds.
 
     ``layer_flops`` and ``head_flops`` (exits and final head) are those of a forward; ``forward_flops`` is their sum.
-    Of the ``parameters``, ``layer_parameters`` belong to decoder layers, the optimizer has ``trained``, and every tensor
-    rank has ``whole``, among them ``trained_whole`` (norms, lenses, gates; all others are cut). ``head_matrices`` counts
-    the different output matrices over the vocabulary or the candidates, a tied embedding included where a head of this
-    stage uses it.
+    Of the ``parameters``, ``layer_parameters`` belong to decoder layers, the optimizer has ``trained``, and each tensor
+    rank has ``whole``, among them ``trained_whole`` (norms, lenses, gates; others are cut). ``head_matrices`` counts
+    output matrices over the vocabulary or the candidates, one that is shared only once, and a tied embedding where a
+    head of this stage uses it.
     """
 
     layer_flops: int
@@ -138,8 +138,9 @@ def stage_costs(
 
     ``seq_len``: the length of the sequences, for the part of attention that grows with it (causal; 0 leaves it out).
     A backward takes twice its forward; with ``recompute`` that of a layer three times, and on a ``frozen`` model that
-    of layers and final head nothing. ``teacher``: exits learn from the final head, whose matrix every stage with exits
-    then has, and whose logits each exit computes. Matrices that several heads share are counted once per stage.
+    of a layer nothing. The final head of a frozen model is there but has no loss. ``teacher``: exits learn from the
+    final head, whose matrix every stage with exits then has, and whose logits each exit computes. Matrices that several
+    heads share are counted once per stage.
     """
     costs = _Costs(model, exits, split.bounds[-1], "end", split.final, seq_len, frozen, recompute, teacher)
     by_layer = {e.layer: e for e in exits}
@@ -200,11 +201,10 @@ class _Costs:
         layer_flops, final_flops = self.flops_below[b] - self.flops_below[a], 2 * V * D
         taught_flops = len(exits) * final_flops if self.teacher else 0
         trained_flops = exit_flops + (0 if self.frozen else last * final_flops)
-        head_flops = exit_flops + last * final_flops + taught_flops
         return StageCost(
             layer_flops=layer_flops,
-            head_flops=head_flops,
-            forward_flops=layer_flops + head_flops,
+            head_flops=trained_flops + taught_flops,
+            forward_flops=layer_flops + trained_flops + taught_flops,
             backward_flops=self.layer_backward * layer_flops + 2 * trained_flops,
             parameters=parameters,
             layer_parameters=(b - a) * layer_size,

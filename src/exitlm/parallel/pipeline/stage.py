@@ -36,7 +36,7 @@ class StepPlan:
     ``weights``: the weight of each exit's loss by layer, the final head's under ``FINAL``; one that is not named rests.
     ``shares``: what a token counts in the mean of each loss. ``scale`` multiplies every loss (fp16). ``dropped``:
     layers (0-based) that a microbatch skips. ``bottom``: microbatches that go back through the last stages only, from
-    stage ``bottom[m]`` on; there a token counts ``bottom_share``.
+    stage ``bottom[m]`` on; there a token counts ``bottom_share``. ``measure``: losses are counted, nothing is trained.
     """
 
     weights: Mapping[int, float]
@@ -45,6 +45,7 @@ class StepPlan:
     dropped: Mapping[int, frozenset[int]] = field(default_factory=dict)
     bottom: Mapping[int, int] = field(default_factory=dict)
     bottom_share: float = 0.0
+    measure: bool = False
 
     def share(self, layer: int, microbatch: int) -> float:
         """What a token of a microbatch counts in the loss of the exit after ``layer``."""
@@ -155,7 +156,7 @@ class Stage(nn.Module):
         if taps is not None:
             return self._exits(taps, x if self.carries else None, context, labels, plan, number)
         hidden = self.model.embed(x) if self.first else x
-        if self.frozen:
+        if self.frozen and not plan.measure:
             return self._layers(hidden, context)
         return self._whole(hidden, carried, context, labels, plan, number)
 
@@ -170,7 +171,7 @@ class Stage(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states, and ``carried`` beside them where the model carries; the last stage gives a tensor [1] whose
         back-propagation is that of all losses."""
-        if self.carries and carried is None:
+        if self.carries and carried is None and not plan.measure:
             carried = torch.zeros_like(hidden).requires_grad_()
         heads = {layer: self.model.exits[str(layer)] for layer in self.split.exits(self.index) if layer in plan.weights}
         dropped = plan.dropped.get(number, frozenset())
@@ -182,7 +183,7 @@ class Stage(nn.Module):
                 position = Position(done, heads[done], self.model, context)
                 hidden, carried = self.losses(position, tap, carried, labels, plan, number)
                 tap = replace(tap, hidden=hidden)
-        if self.final:
+        if self.final and FINAL in plan.weights:
             position = Position(FINAL, None, self.model, context)
             hidden, carried = self.losses(position, tap, carried, labels, plan, number)
             tap = Tap(hidden)
