@@ -46,6 +46,21 @@ def tune(
     return 0
 
 
+def train(run: str, *, set: Sequence[str] = (), dry_run: bool = False, tflops: float | None = None) -> int:
+    """Train a model with its exits from a run file, over as many processes as torchrun starts."""
+    from exitlm.train.run import TRAINING, RunConfig
+
+    if dry_run:
+        from exitlm.train.estimate import estimate, show
+
+        show(estimate(RunConfig.from_toml(run, TRAINING).with_overrides(set), tflops=tflops))
+        return 0
+    from exitlm.train.full import train
+
+    train(run, overrides=set)
+    return 0
+
+
 def generate(
     model: str,
     *,
@@ -231,6 +246,7 @@ def demo(*, out: str | None = None, quick: bool = False) -> int:
 
 VERBS: dict[str, Callable[..., int]] = {
     "tune": tune,
+    "train": train,
     "generate": generate,
     "inspect": inspect,
     "export": export,
@@ -282,14 +298,20 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--steps", type=int, metavar="N", help="optimizer steps")
     add("--save-every", type=int, metavar="N", help="steps between checkpoints")
     add("--seed", type=int, metavar="S")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any setting of the run file, such as train.global_batch=8",
-    )
+
+    add = parsers["train"].add_argument
+    add("run", metavar="RUN.toml", help="a run file")
+    add("--dry-run", action="store_true", help="say what the run needs on every process, and load nothing")
+    add("--tflops", type=float, metavar="F", help="the speed of a process to assume in a dry run, in 1e12 FLOP/s")
+    for name in ("tune", "train"):
+        parsers[name].add_argument(
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY=VALUE",
+            help="any setting of the run file, such as train.global_batch=8",
+        )
 
     add = parsers["generate"].add_argument
     add("model", metavar="MODEL", help=_MODEL)

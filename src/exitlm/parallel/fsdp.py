@@ -17,12 +17,13 @@ from exitlm.parallel.pipeline.stage import Stage
 
 def shard(stage: Stage, mesh: Mesh, *, compute: torch.dtype, master: torch.dtype) -> None:
     """Shard the parameters of a stage in place: a unit for each layer, and one for all the rest (embedding and heads,
-    as they may share a matrix). Nothing is done for one data rank that computes in its master dtype.
+    as they may share a matrix). Nothing is done for one data rank that computes in its master dtype, or whose model is
+    frozen: only exits have a master dtype then.
 
     Parameters and gradient sums are ``master``, the work is done in ``compute``. In a pipeline, parameters stay
     gathered between a step's microbatches: schedules that split the backward would lose all gradients otherwise.
     """
-    if mesh.layout.data == 1 and compute == master:
+    if mesh.layout.data == 1 and (compute == master or stage.frozen):
         return
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master)
     options: dict[str, Any] = {"mesh": mesh.data_mesh, "mp_policy": precision}

@@ -8,6 +8,7 @@ sharded over the data ranks (FSDP2) or whole on each. A single process is a mesh
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from exitlm.errors import UserError
 
@@ -51,6 +53,12 @@ class Layout:
         if self.schedule == "zbv" and self.stages_per_rank == 2:
             return rank, self.stages - 1 - rank
         return tuple(range(rank, self.stages, self.pipeline))
+
+    def named(self, rank: int) -> str:
+        """A process in words."""
+        rest, tensor = divmod(rank, self.tensor)
+        pipeline, data = divmod(rest, self.data)
+        return f"rank {rank} (pipeline {pipeline}, data {data}, tensor {tensor})"
 
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that has a stage."""
@@ -115,13 +123,6 @@ class Mesh:
         groups: list[dist.ProcessGroup] = [dist.new_group(column) for column in ranks.T.tolist()]
         return groups[int((ranks[self.pipeline_rank] == dist.get_rank()).nonzero()[0, 0])]
 
-    def named(self, rank: int) -> str:
-        """A rank in words."""
-        place = torch.tensor(0)
-        sizes = (self.layout.pipeline, self.layout.data, self.layout.tensor)
-        pipeline, data, tensor = (int(x) for x in torch.unravel_index(place + rank, sizes))
-        return f"rank {rank} (pipeline {pipeline}, data {data}, tensor {tensor})"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -141,30 +142,50 @@ class Launch:
 _VARIABLES = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world": "WORLD_SIZE"}
 
 
+class Roll:
+    """Who still answers: after a failure every process that lives signs here, and reads who did not."""
+
+    def __init__(self, launch: Launch, store: Store, timeout: float) -> None:
+        self.launch, self.store, self.wait = launch, store, min(10.0, timeout / 2)
+
+    def missing(self) -> list[int]:
+        """The ranks that did not sign within a few seconds of this one; empty where nobody can tell."""
+        try:
+            self.store.set(f"exitlm/alive/{self.launch.rank}", "1")
+            deadline = time.monotonic() + self.wait
+            left = set(range(self.launch.world))
+            while left and time.monotonic() < deadline:
+                left = {rank for rank in left if not self.store.check([f"exitlm/alive/{rank}"])}
+                time.sleep(0.1)
+        except RuntimeError:  # the store went down with its process
+            return []
+        return sorted(left)
+
+
 @contextmanager
-def processes(launch: Launch, device: torch.device, timeout: float) -> Iterator[None]:
+def processes(launch: Launch, device: torch.device, timeout: float) -> Iterator[Roll]:
     """Join the other processes while the block runs. ``timeout`` in seconds: the longest wait for another rank.
 
     Raises:
         UserError: the rendezvous failed (a port in use, a host that does not answer).
     """
-    if dist.is_initialized():  # by the program that called us
-        yield
-        return
     backend = "nccl" if device.type == "cuda" else "gloo"
     wait = timedelta(seconds=timeout)
     try:
         if launch.world == 1:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=wait)
+            store: Store = HashStore()
         else:
-            dist.init_process_group(backend, rank=launch.rank, world_size=launch.world, timeout=wait)
+            store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=wait))
+            store.set_timeout(wait)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=wait)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(
             f"the processes can't find each other ({reason}); choose a free port (torchrun --master-port), and check "
             "that every node reaches it"
         ) from error
     try:
-        yield
+        yield Roll(launch, store, timeout)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

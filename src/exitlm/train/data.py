@@ -29,6 +29,7 @@ from torch import Tensor
 
 from exitlm.errors import UserError
 from exitlm.train.shard import META, OFFSETS, TOKENS, Shard, Tokenised, allow_open_files, publish
+from exitlm.train.texts import packaged
 from exitlm.weights.store import kept_digest
 
 FORMAT = 2
@@ -364,9 +365,12 @@ def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[tuple[list[str], li
 
 
 def expand(files: Sequence[str]) -> list[Path]:
-    """The paths that names and globs stand for, in the given order; those of one glob sorted by name."""
+    """The paths that names and globs stand for, in the given order; those of one glob sorted by name. packaged:NAME is
+    a text that comes with exitlm."""
     out: list[Path] = []
     for name in files:
+        if name.startswith("packaged:"):
+            name = str(packaged(name.removeprefix("packaged:")))
         found = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         out += [_present(path) for path in found or [name]]
     return out

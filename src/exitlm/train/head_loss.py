@@ -15,6 +15,7 @@ The losses themselves are in ``objective.py``. N tokens, D hidden_size, K rows o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -37,14 +38,15 @@ from exitlm.train.objective import (
     whole_loss,
 )
 
-COUNTED = ("tokens", "loss", "correct", "confidence", "gate_loss")
+COUNTED = ("tokens", "loss", "accuracy", "confidence", "gate_loss")
 
 
 @dataclass(kw_only=True)
 class HeadLosses:
     """The losses of all heads of a process. ``settings`` holds for exits, the final head has plain cross-entropy.
     ``group`` are the tensor ranks (None for one), ``sequence`` whether hidden states are split over them. ``splits``:
-    the schedule runs the two halves of a backward apart (zero bubble). ``chunk`` tokens at a time; 0 is automatic."""
+    the schedule runs the two halves of a backward apart (zero bubble). ``autocast``: what heads with parameters in
+    another dtype compute in. ``chunk`` tokens at a time; 0 is automatic."""
 
     settings: LossSettings = field(default_factory=LossSettings)
     gate_weight: float = 0.0
@@ -52,6 +54,7 @@ class HeadLosses:
     group: dist.ProcessGroup | None = None
     sequence: bool = False
     splits: bool = False
+    autocast: torch.dtype | None = None
     chunk: int = 0
     sums: dict[int, Tensor] = field(default_factory=dict)
 
@@ -87,7 +90,7 @@ class HeadLosses:
         self.sums[layer] = self.sums[layer] + added if layer in self.sums else added
 
     def take(self) -> dict[int, Tensor]:
-        """The sums since the last call by head: tokens, loss, correct, confidence, gate loss (``COUNTED``)."""
+        """The sums since the last call by head: tokens, loss, accuracy, confidence, gate loss (``COUNTED``)."""
         sums, self.sums = self.sums, {}
         return sums
 
@@ -124,7 +127,8 @@ class HeadJob:
             weight = local_part(self.position.model.lm_head.weight)
             ids = self.ids()
             return weight if ids is None else weight[ids - self._first()]
-        return local_part(head.output_up.weight if head.config.output == "low_rank" else head.output.weight)
+        weight = local_part(head.output_up.weight if head.config.output == "low_rank" else head.output.weight)
+        return weight if self.losses.autocast is None else weight.to(self.losses.autocast)
 
     def _first(self) -> int:
         """The first token id whose row this rank has: matrices are cut as by :func:`torch.chunk`."""
@@ -143,16 +147,19 @@ class HeadJob:
         """What the output matrix reads, ``[B, T, D]`` (low rank: ``[B, T, rank]``)."""
         if self.head is None:
             return self.position.model.final_features(tap.hidden)
-        features: Tensor = self.head.features(tap, self.position.context)
-        if self.head.config.output == "low_rank":
-            features = self.head.output_down(features)
-        return features
+        low = self.losses.autocast
+        with nullcontext() if low is None else torch.autocast(tap.hidden.device.type, low):
+            features: Tensor = self.head.features(tap, self.position.context)
+            if self.head.config.output == "low_rank":
+                features = self.head.output_down(features)
+        return features if low is None else features.to(low)
 
     def gate(self, tap: Tap) -> Tensor | None:
         """The gate's log-odds of this rank's positions ``[B, T]``, where it is trained."""
         if self.head is None or not self.head.config.gate or self.losses.gate_weight == 0.0:
             return None
-        return self.head.gate_logit(tap.hidden)
+        wide = tap.hidden.to(self.head.gate.weight.dtype)
+        return self.head.gate_logit(wide)
 
     def loss_job(self, full_ND: Tensor, teacher_ND: Tensor | None, chunk: int) -> LossJob:
         """The loss as ``objective.py`` wants it, of features ``[N, D]``."""

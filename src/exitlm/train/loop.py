@@ -38,7 +38,8 @@ FREQUENT = 8000
 
 
 class StopSignal:
-    """Whether SIGTERM or SIGINT (Ctrl-C) arrived. A second Ctrl-C interrupts at once."""
+    """Whether SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) arrived. A second Ctrl-C interrupts at once; the others may well come
+    twice, from a cluster's scheduler and from the launcher that it told."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -47,19 +48,21 @@ class StopSignal:
         return bool(self.name)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.name:
+        if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 
 
 @contextmanager
 def stop_signal() -> Iterator[StopSignal]:
-    """Turn SIGTERM and SIGINT into a flag while the block runs; outside of the main thread nothing is changed."""
+    """Turn these signals into a flag while the block runs; outside of the main thread nothing is changed."""
     stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, stop._receive) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
     try:
         yield stop
     finally:

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from exitlm.errors import UserError
 from exitlm.train.checkpoint import list_checkpoints, remove
@@ -41,8 +42,8 @@ class _Pending:
 
 
 class Writer:
-    """Saves checkpoints of a run; all processes call the same methods in the same order. ``group`` is a process group of
-    its own for the writing, which goes on beside the training."""
+    """Saves checkpoints of a run; all processes call the same methods in the same order. ``group`` is a process group
+    of its own for the writing, which goes on beside the training."""
 
     def __init__(self, out: Path, keep: int, asynchronous: bool, device: torch.device) -> None:
         self.out, self.keep, self.asynchronous, self.device = out, keep, asynchronous, device
@@ -64,16 +65,16 @@ class Writer:
         if self._everywhere(problem):
             _warn(place, problem or "another process could not write")
             return
-        storage = dcp.FileSystemWriter(staging, single_file_per_rank=True, sync_files=True)
+        storage = FileSystemWriter(staging, single_file_per_rank=True, sync_files=True)
         state = dict(tensors)
         future: Future[Any] = Future()
         try:
             if self.asynchronous:
-                begun = dcp.async_save(state, storage_writer=storage, process_group=self.group)
+                begun = state_dict_saver.async_save(state, storage_writer=storage, process_group=self.group)
                 assert isinstance(begun, Future)
                 future = begun
             else:
-                dcp.save(state, storage_writer=storage, process_group=self.group)
+                state_dict_saver.save(state, storage_writer=storage, process_group=self.group)
                 future.set_result(None)
         except (CheckpointException, OSError, RuntimeError) as error:
             future.set_exception(error)
@@ -208,12 +209,12 @@ def newest(out: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load(place: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Read a checkpoint into ``tensors``, by name, whatever layout wrote it. Needs no process group where there is none.
+    """Read a checkpoint into ``tensors``, by name, whatever layout wrote it; with all processes, or one without group.
 
     Raises:
         UserError: a tensor that it lacks, or that has another shape there.
     """
     try:
-        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(place), no_dist=not dist.is_initialized())
+        state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(place), no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{place} can't be read as a checkpoint of this model ({_reason(error)})") from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,18 @@ from exitlm.model.config import ModelConfig
 from exitlm.model.exits import ExitConfig
 from exitlm.parallel.fsdp import shard
 from exitlm.parallel.mesh import Mesh
-from exitlm.parallel.pipeline.runner import SPLIT, Hidden, Rows, Runner, Step, TorchRunner
+from exitlm.parallel.pipeline.runner import (
+    SPLIT,
+    Hidden,
+    Rows,
+    Runner,
+    Step,
+    TorchRunner,
+    Transfer,
+    receive,
+    send,
+    wait_for,
+)
 from exitlm.parallel.pipeline.split import Split
 from exitlm.parallel.pipeline.stage import FINAL, Stage, StepPlan
 from exitlm.parallel.shards import Shards, part_of
@@ -122,6 +132,7 @@ class Trainer:
             group=self.mesh.tensor if layout.tensor > 1 else None,
             sequence=layout.sequence,
             splits=layout.schedule in SPLIT and layout.pipeline > 1,
+            autocast=job.compute if job.frozen and job.compute != job.master else None,
         )
         self.stages = [self._stage(index) for index in self.mesh.stages]
         self.shards = Shards(self.stages, self.mesh, job.model, job.exits)
@@ -155,7 +166,8 @@ class Trainer:
                 dtype=job.compute,
                 candidate_ids=job.candidate_ids,
             )
-        stage.to(job.master)
+        stage.to(job.compute if job.frozen else job.master)
+        stage.model.exits.to(job.master)
         if layout.tensor > 1:
             cut(stage.model, self.mesh.tensor_mesh, sequence=layout.sequence)
             stage.tie()
@@ -282,7 +294,7 @@ class Trainer:
         plan = StepPlan(weights=dict.fromkeys(job.heads, 0.0), shares=dict.fromkeys(job.heads, 1.0), measure=True)
         slabs = range(0, rows, size * layout.data)
         arriving: dict[int, Tensor] = {}
-        sent: list[tuple[Any, Tensor]] = []
+        sent: list[Transfer] = []
         for stage in self.stages:
             for number, first in enumerate(slabs):
                 mine = range(first + self.mesh.data_rank * size, first + (self.mesh.data_rank + 1) * size)
@@ -293,25 +305,25 @@ class Trainer:
                 out = stage(x, labels=labels, documents=batch.documents_BT, microbatch=number, plan=plan)
                 if not stage.last:
                     sent += self._give(stage, number, out, arriving)
-        for work, _ in sent:
-            work.wait()
-        return self._means(self.losses.take(), plan)
+        wait_for(sent)
+        measured = self._means(self.losses.take(), plan)
+        return {head: {name: v for name, v in means.items() if name != "gate_loss"} for head, means in measured.items()}
 
     def _take(self, stage: Stage, number: int, arriving: dict[int, Tensor]) -> Tensor:
         rank = self.mesh.layout.rank_of(stage.index - 1)
         if rank == self.mesh.pipeline_rank:
             return arriving.pop(number)
         x = self.runner.hidden.empty()
-        dist.irecv(x, group=self.mesh.pipeline, group_src=rank).wait()
+        wait_for([receive(x, self.mesh.pipeline, rank)])
         return x
 
-    def _give(self, stage: Stage, number: int, out: Tensor, arriving: dict[int, Tensor]) -> list[tuple[Any, Tensor]]:
+    def _give(self, stage: Stage, number: int, out: Tensor, arriving: dict[int, Tensor]) -> list[Transfer]:
         rank = self.mesh.layout.rank_of(stage.index + 1)
         if rank == self.mesh.pipeline_rank:
             arriving[number] = out
             return []
         out = out.contiguous()
-        return [(dist.isend(out, group=self.mesh.pipeline, group_dst=rank), out)]
+        return [send(out, self.mesh.pipeline, rank)]
 
     # ---- state
 

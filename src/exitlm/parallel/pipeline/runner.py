@@ -62,6 +62,27 @@ class Hidden:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
+Transfer = tuple[Any, Tensor]
+"""A message under way, and the tensor that must live until it has ended."""
+
+
+def send(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> Transfer:
+    """Begin to send to a rank of the group."""
+    tensor = tensor.contiguous()
+    return dist.isend(tensor, group=group, group_dst=peer), tensor
+
+
+def receive(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> Transfer:
+    """Begin to receive into ``tensor`` from a rank of the group."""
+    return dist.irecv(tensor, group=group, group_src=peer), tensor
+
+
+def wait_for(transfers: Sequence[Transfer]) -> None:
+    """Wait until all have ended."""
+    for work, _ in transfers:
+        work.wait()
+
+
 class Step(Protocol):
     """A runner: back-propagates the losses of all ``rows`` as ``plan`` says."""
 
@@ -136,9 +157,9 @@ class Runner:
     def __call__(self, rows: Rows, plan: StepPlan) -> None:
         """See :class:`Step`."""
         self.rows, self.plan, self.left = rows, plan, self.backwards
-        self.arriving: dict[tuple[str, int], tuple[list[Tensor], list[Any]]] = {}
+        self.arriving: dict[tuple[str, int], list[Transfer]] = {}
         self.leaving: dict[tuple[str, int], list[Tensor]] = {}
-        self.sent: list[tuple[Any, Tensor]] = []
+        self.sent: list[Transfer] = []
         self.held: dict[int, _Held] = {}
         self._synchronise(False)
         for op in self.program:
@@ -151,8 +172,7 @@ class Runner:
                 if self.left == 0:
                     self._synchronise(True)
                 self._backward(op.microbatch)
-        for work, _ in self.sent:
-            work.wait()
+        wait_for(self.sent)
 
     # ---- messages
 
@@ -165,21 +185,17 @@ class Runner:
 
     def _send(self, message: Message) -> None:
         group, what = self._group(message.peer, True)
-        for tensor in self.leaving.pop((what, message.microbatch)):
-            tensor = tensor.contiguous()
-            self.sent.append((dist.isend(tensor, group=group, group_dst=message.peer), tensor))
+        self.sent += [send(tensor, group, message.peer) for tensor in self.leaving.pop((what, message.microbatch))]
 
     def _receive(self, message: Message) -> None:
         group, what = self._group(message.peer, False)
-        tensors = [self.hidden.empty() for _ in range(self.width)]
-        works = [dist.irecv(tensor, group=group, group_src=message.peer) for tensor in tensors]
-        self.arriving[what, message.microbatch] = (tensors, works)
+        empty = [self.hidden.empty() for _ in range(self.width)]
+        self.arriving[what, message.microbatch] = [receive(tensor, group, message.peer) for tensor in empty]
 
     def _arrived(self, what: str, number: int) -> tuple[Tensor, ...]:
-        tensors, works = self.arriving.pop((what, number))
-        for work in works:
-            work.wait()
-        return tuple(tensors)
+        arrived = self.arriving.pop((what, number))
+        wait_for(arrived)
+        return tuple(tensor for _, tensor in arrived)
 
     # ---- work
 
