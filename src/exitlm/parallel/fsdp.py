@@ -34,3 +34,4 @@ def shard(stage: Stage, mesh: Mesh, *, compute: torch.dtype, master: torch.dtype
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
