@@ -153,7 +153,7 @@ def export(
     """Write a model, with its exits beside it, to a directory that transformers loads as it is."""
     import exitlm
     from exitlm.train import RunConfig, model_of_run
-    from exitlm.train.checkpoint import is_checkpoint
+    from exitlm.train.trained import is_checkpoint, write_tokenizer
     from exitlm.weights.megatron import import_megatron
     from exitlm.weights.megatron_file import is_megatron
 
@@ -166,11 +166,13 @@ def export(
         return 0
     finished = (place / "exits.json").is_file()
     if exits is None and (is_checkpoint(place) or ((place / "run.toml").is_file() and not finished)):
-        llm = exitlm.LLM(model_of_run(place))
-    else:
-        if exits is None and (place / "run.toml").is_file():
-            source, exits = RunConfig.from_toml(place / "run.toml").model.base, [source]
-        llm = exitlm.load(source, exits=exits, allow_other_base=allow_other_base)
+        written = exitlm.LLM(model_of_run(place)).export(directory, dtype=dtype)
+        write_tokenizer(place, written)
+        print(written)
+        return 0
+    if exits is None and (place / "run.toml").is_file():
+        source, exits = RunConfig.from_toml(place / "run.toml").model.base, [source]
+    llm = exitlm.load(source, exits=exits, allow_other_base=allow_other_base)
     print(llm.export(directory, dtype=dtype))
     return 0
 

@@ -13,8 +13,8 @@ from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead
 from exitlm.parallel.pipeline.stage import Stage
 from exitlm.train.estimate import Estimate, estimate, model_shape, show
+from exitlm.train.exits import exit_configs
 from exitlm.train.run import TRAINING, RunConfig
-from exitlm.train.tune import exit_configs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PUBLISHED = sorted(path.name for path in [*CONFIGS.glob("pretrain-*.toml"), *CONFIGS.glob("tune-*b.toml")])

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from exitlm.errors import UserError
 from exitlm.train import Interrupted, RunConfig, model_of_run, tune
-from exitlm.train.tune import default_layers, needs_final, resolve
+from exitlm.train.exits import default_layers, needs_final
+from exitlm.train.tune import resolve
 from exitlm.weights.checkpoint import open_checkpoint
 from exitlm.weights.load import load_model
 from tests.checkpoints import write_checkpoint

@@ -1,6 +1,9 @@
-"""Training: tuning of exits on a frozen model, its settings, data, objective and checkpoints."""
+"""Training: of exits on a frozen model or of all parameters, its settings, data, objective and checkpoints."""
 
-from exitlm.train.run import RunConfig
-from exitlm.train.tune import Interrupted, model_of_run, tune
+from exitlm.train.full import train
+from exitlm.train.loop import Interrupted
+from exitlm.train.run import TRAINING, RunConfig
+from exitlm.train.trained import model_of_run
+from exitlm.train.tune import tune
 
-__all__ = ["Interrupted", "RunConfig", "model_of_run", "tune"]
+__all__ = ["TRAINING", "Interrupted", "RunConfig", "model_of_run", "train", "tune"]

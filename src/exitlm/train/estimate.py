@@ -19,11 +19,12 @@ from exitlm.parallel.pipeline.schedule import make, simulate
 from exitlm.parallel.pipeline.split import Split, StageCost, make_split, stage_costs
 from exitlm.parallel.tensor import check_tensor
 from exitlm.train.data import ByteTokenizer
+from exitlm.train.exits import default_layers, exit_configs, needs_final
 from exitlm.train.initial import has_shape, model_config
 from exitlm.train.memory import Memory, MemoryModel
 from exitlm.train.plan import geometry
 from exitlm.train.run import RunConfig
-from exitlm.train.tune import CANDIDATES, LARGE_VOCABULARY, default_layers, exit_configs, needs_final
+from exitlm.train.tune import CANDIDATES, LARGE_VOCABULARY
 from exitlm.weights.checkpoint import load_tokenizer, open_checkpoint, read_json
 from exitlm.weights.source import PACKAGED
 

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,23 @@ import torch
 import torch.distributed as dist
 
 from exitlm.errors import UserError
-from exitlm.model.config import ModelConfig
-from exitlm.model.exits import check_layers
-from exitlm.parallel.mesh import Launch, Layout, Mesh, Roll, processes, stages_per_rank
+from exitlm.parallel.mesh import Launch, Layout, Mesh, Roll, processes
 from exitlm.parallel.pipeline.schedule import simulate
-from exitlm.parallel.pipeline.split import Split, make_split, stage_costs
-from exitlm.parallel.tensor import check_tensor
+from exitlm.parallel.pipeline.split import stage_costs
 from exitlm.train import checkpoint as run_files
 from exitlm.train import sharded
-from exitlm.train.corpus import check_context, self_tokens
-from exitlm.train.data import ByteTokenizer, TextTokenizer, Tokens, expand, hold_out, load_blocks, tokenise_all
-from exitlm.train.initial import InitialValues, has_shape, model_config
-from exitlm.train.loop import Clock, StopSignal, stop_signal
-from exitlm.train.metrics import Tracker, check_trackers, open_trackers, progress
+from exitlm.train.data import expand, hold_out, load_blocks, tokenise_all
+from exitlm.train.exits import exit_configs, needs_final
+from exitlm.train.initial import InitialValues
+from exitlm.train.loop import Clock, Interrupted, StopSignal, stop_signal
+from exitlm.train.metrics import Tracker, open_trackers, progress
 from exitlm.train.objective import candidate_vocabulary
-from exitlm.train.plan import Geometry, geometry
 from exitlm.train.run import TRAINING, RunConfig
+from exitlm.train.setup import Setup, resolve
 from exitlm.train.stream import Stream
+from exitlm.train.trained import model_of_run, recorded, versions
 from exitlm.train.trainer import Job, Report, Trainer, head_name
-from exitlm.train.tune import Interrupted, default_layers, exit_configs, needs_final
-from exitlm.weights.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
-from exitlm.weights.load import device_of
+from exitlm.weights.adapter import save_adapter
 from exitlm.weights.store import cache_directory
 
 # The largest rate of dense bfloat16 products, in FLOP/s, as the makers state it.
@@ -60,182 +55,16 @@ def train(config: RunConfig | str | os.PathLike[str], *, overrides: Sequence[str
     config = config.with_overrides(overrides)
     config.check()
     launch = Launch.from_environment()
-    plan = resolve(config, launch)
+    setup = resolve(config, launch)
     timeout = config.parallel.timeout
-    with stop_signal() as stop, processes(launch, plan.device, timeout) as roll:
-        _agree(plan.config)
-        with run_files.exclusive(plan.out) if launch.rank == 0 else nullcontext():
+    with stop_signal() as stop, processes(launch, setup.device, timeout) as roll:
+        _agree(setup.config)
+        with run_files.exclusive(setup.out) if launch.rank == 0 else nullcontext():
             try:
-                _Run(plan, launch, stop).run()
+                _Run(setup, launch, stop).run()
             except (RuntimeError, dist.DistError) as error:
-                raise _lost(error, roll, plan.layout) from error
-    return plan.out
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A run whose settings fit together, before anything is loaded. ``opened`` is the base, None for a new model."""
-
-    config: RunConfig
-    opened: Checkpoint | None
-    tokens: Tokens
-    model: ModelConfig
-    layout: Layout
-    split: Split
-    geometry: Geometry
-    device: torch.device
-    compute: torch.dtype
-    master: torch.dtype
-
-    @property
-    def out(self) -> Path:
-        """The run's directory."""
-        return Path(self.config.checkpoint.dir)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether only exits are trained."""
-        return self.config.train.parameters == "exits"
-
-
-def resolve(config: RunConfig, launch: Launch) -> Plan:
-    """Check a run's settings against each other, and against the number of processes.
-
-    Raises:
-        UserError: the first thing that can't work, and what would.
-    """
-    config.check()
-    p, t, o = config.parallel, config.train, config.objective
-    if not config.checkpoint.dir:
-        raise UserError("checkpoint.dir is not set: name a directory for the run")
-    if self_tokens(config) is not None:
-        raise UserError("text that the model writes itself is for exitlm tune on one process; name files in data.files")
-    world = p.data * p.tensor * p.pipeline
-    if world != launch.world:
-        raise UserError(
-            f"parallel.data x tensor x pipeline is {p.data} x {p.tensor} x {p.pipeline} = {world}, but there "
-            f"{'is 1 process' if launch.world == 1 else f'are {launch.world} processes'}; start "
-            f"{world} (torchrun --nproc-per-node {world} -m exitlm train ...), or change [parallel]"
-        )
-    opened, tokens = _opened(config)
-    model = opened.model_config if opened is not None else model_config(config, tokens.size)
-    check_context(config.data.seq_len, model)
-    config = _with_exits(config, model)
-    exits, frozen, teacher = exit_configs(config), t.parameters == "exits", needs_final(config)
-    if frozen and not exits:
-        raise UserError("train.parameters is 'exits', but exits.layers is empty; name at least one layer")
-    if teacher and o.exit_forward != "deferred":
-        raise UserError(
-            f"objective.exit_forward is '{o.exit_forward}', but exits that learn from the final head (distill, gate) "
-            "need 'deferred', where its features come back with the gradient"
-        )
-    for e in exits:
-        if e.candidates and e.output != "shared" and p.tensor > 1:
-            raise UserError(
-                f"exit {e.layer}: candidates with an output matrix of its own need parallel.tensor = 1; use output "
-                "'shared', or candidates = 0"
-            )
-    check_tensor(model, exits, p.tensor, p.sequence, config.data.seq_len)
-    layout = Layout(
-        data=p.data,
-        tensor=p.tensor,
-        pipeline=p.pipeline,
-        sequence=p.sequence and p.tensor > 1,
-        shard=p.shard,
-        schedule="1f1b" if frozen or p.pipeline == 1 else p.schedule,
-        stages_per_rank=1 if frozen else stages_per_rank(p.schedule, p.pipeline, p.stages_per_rank),
-    )
-    split = make_split(
-        model,
-        exits,
-        layout.stages,
-        place=config.exits.place,
-        layers_per_stage=p.layers_per_stage,
-        depth=max(e.layer for e in exits) if frozen and not teacher else None,
-        seq_len=config.data.seq_len,
-        frozen=frozen,
-        recompute=t.recompute == "layers",
-        teacher=teacher,
-    )
-    if t.warmup > t.steps:
-        warnings.warn(f"train.warmup is cut to the {t.steps} steps of the run", stacklevel=2)
-    check_trackers(config.logging)
-    compute = getattr(torch, t.dtype)
-    return Plan(
-        config=config,
-        opened=opened,
-        tokens=tokens,
-        model=model,
-        layout=layout,
-        split=split,
-        geometry=geometry(config, layout, frozen=frozen, teacher=teacher),
-        device=_device(config.model.device, launch),
-        compute=compute,
-        master=torch.promote_types(compute, torch.float32),
-    )
-
-
-def _opened(config: RunConfig) -> tuple[Checkpoint | None, Tokens]:
-    """The base and the tokenizer."""
-    base, name = config.model.base, config.data.tokenizer
-    if base and has_shape(config.model) and not Path(base).exists():
-        warnings.warn("model.base is used, and the shape in [model] is not", stacklevel=2)
-    if not base and not has_shape(config.model):
-        raise UserError("there is no model: set model.base, or the shape of a new one (model.hidden_size, ...)")
-    opened = open_checkpoint(base) if base else None
-    if name == "bytes" or (not name and opened is None):
-        return opened, ByteTokenizer()
-    found = load_tokenizer(Path(name)) if name else opened.tokenizer() if opened is not None else None
-    if found is None:
-        raise UserError(
-            f"{name or base} came without a tokenizer; give one with data.tokenizer (a directory, or 'bytes')"
-        )
-    return opened, TextTokenizer(found)
-
-
-def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
-    """The settings with what the model decides: the exits' places, and what ``auto`` means."""
-    depth, t = model.num_hidden_layers, config.train
-    layers = config.exits.layers
-    if not layers and t.parameters == "exits":
-        layers = default_layers(depth)
-    check_layers(layers, depth)
-    if list(layers) != sorted(layers):
-        raise UserError(f"exits {list(layers)} are not in ascending order; write {sorted(layers)}")
-    inits = config.exits.init if isinstance(config.exits.init, tuple) else (config.exits.init,)
-    if "closed_form" in inits:
-        raise UserError("exits.init 'closed_form' is for exitlm tune on one process; use 'identity' or 'copy'")
-    chosen: Any = tuple("copy" if init == "auto" else init for init in inits)
-    given = config.exits.candidates
-    candidates: Any = tuple(0 if n == -1 else n for n in (given if isinstance(given, tuple) else (given,)))
-    dtype = "float32" if t.dtype == "auto" else t.dtype
-    resolved = replace(
-        config,
-        exits=replace(
-            config.exits,
-            layers=tuple(layers),
-            init=chosen if isinstance(config.exits.init, tuple) else chosen[0],
-            candidates=candidates if isinstance(given, tuple) else candidates[0],
-        ),
-        train=replace(t, dtype=dtype),
-    )
-    resolved.check()
-    return resolved
-
-
-def _device(name: str, launch: Launch) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = device_of(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", launch.local_rank)
-        if launch.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"this is process {launch.local_rank} of a node with {torch.cuda.device_count()} GPUs; start one "
-                "process per GPU"
-            )
-        torch.cuda.set_device(device)
-    return device
+                raise _lost(error, roll, setup.layout) from error
+    return setup.out
 
 
 def _agree(config: RunConfig) -> None:
@@ -271,28 +100,29 @@ def _lost(error: Exception, roll: Roll, layout: Layout) -> Exception:
 class _Run:
     """The part of one process in a run."""
 
-    def __init__(self, plan: Plan, launch: Launch, stop: StopSignal) -> None:
-        self.plan, self.config, self.out, self.stop = plan, plan.config, plan.out, stop
+    def __init__(self, setup: Setup, launch: Launch, stop: StopSignal) -> None:
+        self.setup, self.config, self.out, self.stop = setup, setup.config, setup.out, stop
         self.speaks = launch.rank == 0
-        self.exits = exit_configs(plan.config)
+        self.exits = exit_configs(setup.config)
         self.started = time.perf_counter()
+        self.measured: Mapping[int, Mapping[str, float]] = {}
 
     def run(self) -> None:
         """From the data to the last checkpoint."""
-        plan, config = self.plan, self.config
+        setup, config = self.setup, self.config
         self._claim()
         self.train_stream, self.held, self.held_rows = self._data()
-        self.mesh = Mesh(plan.layout, plan.device)
+        self.mesh = Mesh(setup.layout, setup.device)
         found = sharded.newest(self.out)
         self.same = {
-            "base_digest": plan.opened.digest() if plan.opened is not None else "none",
+            "base_digest": setup.opened.digest() if setup.opened is not None else "none",
             "data_digest": self.train_stream.digest,
-            "rows": str(plan.geometry.rows),
+            "rows": str(setup.geometry.rows),
         }
         if found is not None:
             run_files.check_same(self.out, found[1], self.same)
         self.trainer = self._trainer(values=found is None)
-        self.writer = sharded.Writer(self.out, config.checkpoint.keep, config.checkpoint.async_, plan.device)
+        self.writer = sharded.Writer(self.out, config.checkpoint.keep, config.checkpoint.async_, setup.device)
         self.before = 0.0
         if found is not None:
             self._restore(*found)
@@ -319,13 +149,13 @@ class _Run:
             raise UserError(words[0])
 
     def _data(self) -> tuple[Stream, Stream, int]:
-        d, vocab, cache = self.config.data, self.plan.model.vocab_size, cache_directory()
+        d, vocab, cache = self.config.data, self.setup.model.vocab_size, cache_directory()
         options: dict[str, Any] = {"vocab_size": vocab, "seq_len": d.seq_len, "cache": cache}
         groups = [[name] for name in d.files] if d.weights else [list(d.files)]
-        tokenise_all(expand([*d.files, *d.validation_files]), self.plan.tokens, vocab_size=vocab, cache=cache)
-        sources = [load_blocks(names, self.plan.tokens, **options) for names in groups]
+        tokenise_all(expand([*d.files, *d.validation_files]), self.setup.tokens, vocab_size=vocab, cache=cache)
+        sources = [load_blocks(names, self.setup.tokens, **options) for names in groups]
         if d.validation_files:
-            held = [load_blocks(d.validation_files, self.plan.tokens, **options)]
+            held = [load_blocks(d.validation_files, self.setup.tokens, **options)]
         else:
             share = -(-d.validation_sequences // len(sources))
             both = [hold_out(blocks, share, self.config.train.seed) for blocks in sources]
@@ -337,34 +167,34 @@ class _Run:
         return stream, validation, min(len(validation), d.validation_sequences)
 
     def _trainer(self, *, values: bool) -> Trainer:
-        plan, config = self.plan, self.config
+        setup, config = self.setup, self.config
         largest = max((e.candidates for e in self.exits), default=0)
         ids = None
         if largest:
-            counts = torch.stack([blocks.counts(plan.model.vocab_size) for blocks in self.text]).sum(0)
-            ids = candidate_vocabulary(counts, plan.model.eos_token_ids, largest)
+            counts = torch.stack([blocks.counts(setup.model.vocab_size) for blocks in self.text]).sum(0)
+            ids = candidate_vocabulary(counts, setup.model.eos_token_ids, largest)
         job = Job(
             config=config,
-            model=plan.model,
+            model=setup.model,
             exits=self.exits,
-            split=plan.split,
-            geometry=plan.geometry,
-            compute=plan.compute,
-            master=plan.master,
-            frozen=plan.frozen,
+            split=setup.split,
+            geometry=setup.geometry,
+            compute=setup.compute,
+            master=setup.master,
+            frozen=setup.frozen,
             teacher=needs_final(config),
             candidate_ids=ids,
         )
         first = InitialValues(
-            plan.model,
+            setup.model,
             self.exits,
             seed=config.train.seed,
-            dtype=plan.master,
-            checkpoint=plan.opened,
+            dtype=setup.master,
+            checkpoint=setup.opened,
             depth_scaled=config.model.depth_scaled_init,
             candidate_ids=ids,
         )
-        return Trainer(job, self.mesh, self.train_stream, first if values or plan.frozen else None)
+        return Trainer(job, self.mesh, self.train_stream, first if values or setup.frozen else None)
 
     def _restore(self, place: Path, meta: Mapping[str, Any]) -> None:
         sharded.load(place, self.trainer.state())
@@ -389,7 +219,28 @@ class _Run:
         finally:
             for tracker in trackers:
                 tracker.close()
+        if self.setup.frozen:
+            self._publish()
         self._say(f"{self.out} holds the run; 'exitlm export {self.out} DIR' writes the model and its exits")
+
+    def _publish(self) -> None:
+        """Rank 0 writes the adapter of a frozen model's exits."""
+        if not self.speaks:
+            return
+        model = model_of_run(self.out)
+        for layer, head in model.exit_heads().items():
+            measured = self.measured.get(layer, {})
+            head.record = {name: measured[name] for name in ("accuracy", "loss") if name in measured}
+        opened = self.setup.opened
+        assert opened is not None
+        training = {
+            "config": recorded(self.config, opened.name),
+            "steps": self.config.train.steps,
+            "seconds": round(self.before + time.perf_counter() - self.started, 1),
+            **self.same,
+            "versions": versions(),
+        }
+        save_adapter(self.out, model, training=training)
 
     def _steps(self, trackers: list[Tracker], bar: Any) -> None:
         config, t, trainer = self.config, self.config.train, self.trainer
@@ -400,7 +251,8 @@ class _Run:
             rate = clock.tick(report.tokens)
             values = {**report.values(), "loss": total_loss(report), "skipped": float(trainer.progress.skipped)}
             if t.validate_every and (done % t.validate_every == 0 or done == t.steps):
-                for head, means in trainer.validate(self.held, self.held_rows).items():
+                self.measured = trainer.validate(self.held, self.held_rows)
+                for head, means in self.measured.items():
                     values.update({f"validation/{name}/{head_name(head)}": value for name, value in means.items()})
                 clock.tick(0)
             values.update(self._speed(rate, report, constant))
@@ -428,7 +280,7 @@ class _Run:
     def _vote(self) -> tuple[str, bool]:
         """Whether any process was told to stop, and whether all have written what is pending: one answer for all."""
         names = ("", "SIGTERM", "SIGUSR1", "SIGINT")
-        votes = torch.tensor([names.index(self.stop.name), int(not self.writer.done)], device=self.plan.device)
+        votes = torch.tensor([names.index(self.stop.name), int(not self.writer.done)], device=self.setup.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(votes, dist.ReduceOp.MAX)
         stop, waiting = votes.tolist()
@@ -452,6 +304,8 @@ class _Run:
         trainer = self.trainer
         meta = {
             **self.same,
+            "model": dict(self.setup.model.hf),
+            "candidate_ids": [] if self.trainer.job.candidate_ids is None else self.trainer.job.candidate_ids.tolist(),
             "step": trainer.progress.done,
             "progress": trainer.progress.numbers(),
             "updates": trainer.updates,
@@ -466,39 +320,39 @@ class _Run:
             print(sentence, flush=True)
 
     def _tell_layout(self) -> None:
-        g, layout = self.plan.geometry.schedule, self.plan.layout
+        g, layout = self.setup.geometry.schedule, self.setup.layout
         extra = g.filled_warmup + g.filled_cooldown
         if extra:
             full = len(g.spans) - extra
             self._say(
-                f"bubble filling adds {extra} partial microbatches to {full}: a step reads {self.plan.geometry.rows} "
-                f"sequences instead of {full * self.plan.geometry.size * layout.data}"
+                f"bubble filling adds {extra} partial microbatches to {full}: a step reads {self.setup.geometry.rows} "
+                f"sequences instead of {full * self.setup.geometry.size * layout.data}"
             )
 
     def _constants(self) -> dict[str, float]:
         """What is the same in every step: its FLOPs, and the pipeline's share of waiting as simulated."""
-        plan, config = self.plan, self.config
-        teacher, frozen, recompute = needs_final(config), plan.frozen, config.train.recompute == "layers"
+        setup, config = self.setup, self.config
+        teacher, frozen, recompute = needs_final(config), setup.frozen, config.train.recompute == "layers"
         seq_len = config.data.seq_len
         costs = stage_costs(
-            plan.model, self.exits, plan.split, seq_len, frozen=frozen, recompute=recompute, teacher=teacher
+            setup.model, self.exits, setup.split, seq_len, frozen=frozen, recompute=recompute, teacher=teacher
         )
-        useful = stage_costs(plan.model, self.exits, plan.split, seq_len, frozen=frozen, teacher=teacher)
-        schedule = plan.geometry.schedule
+        useful = stage_costs(setup.model, self.exits, setup.split, seq_len, frozen=frozen, teacher=teacher)
+        schedule = setup.geometry.schedule
         line = simulate(schedule, [c.forward_flops for c in costs], [c.backward_flops for c in costs])
         per_token = sum(c.forward_flops + c.backward_flops for c in useful)
-        return {"flops": per_token * plan.geometry.rows * seq_len, "bubble": 1.0 - line.utilisation}
+        return {"flops": per_token * setup.geometry.rows * seq_len, "bubble": 1.0 - line.utilisation}
 
     def _speed(self, rate: float, report: Report, constant: Mapping[str, float]) -> dict[str, float]:
         """Tokens and FLOPs per second, and the memory of every process."""
-        flops = constant["flops"] * rate / max(1, report.tokens) / self.plan.layout.world
+        flops = constant["flops"] * rate / max(1, report.tokens) / self.setup.layout.world
         values = {"tokens_per_second": rate, "tflops": flops / 1e12, "bubble": constant["bubble"]}
-        name = torch.cuda.get_device_name(self.plan.device) if self.plan.device.type == "cuda" else ""
+        name = torch.cuda.get_device_name(self.setup.device) if self.setup.device.type == "cuda" else ""
         peak = next((peak for part, peak in PEAKS.items() if part in name), None)
         if peak is not None:
             values["mfu"] = flops / peak
-        used: list[Any] = [None] * self.plan.layout.world
-        mine = torch.tensor([memory_gib(self.plan.device)], dtype=torch.float64, device=self.plan.device)
+        used: list[Any] = [None] * self.setup.layout.world
+        mine = torch.tensor([memory_gib(self.setup.device)], dtype=torch.float64, device=self.setup.device)
         every = [torch.zeros_like(mine) for _ in used]
         dist.all_gather(every, mine)
         values.update({f"memory_gib/{rank}": float(value) for rank, value in enumerate(every)})

@@ -32,8 +32,8 @@ def has_shape(model: ModelSection) -> bool:
     return bool(model.family) or any(getattr(model, name) for name in SHAPE)
 
 
-def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
-    """The configuration of a new model; ``vocab_size`` is the tokenizer's.
+def model_config(config: RunConfig, vocab_size: int, eos_id: int | None = None) -> ModelConfig:
+    """The configuration of a new model; ``vocab_size`` and ``eos_id`` are the tokenizer's.
 
     Raises:
         UserError: a size that is missing or does not fit the others, or a tokenizer larger than the vocabulary.
@@ -66,6 +66,8 @@ def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
         "rms_norm_eps": m.rms_norm_eps,
         "tie_word_embeddings": m.tie_word_embeddings,
         "initializer_range": m.init_std,
+        "bos_token_id": None,
+        "eos_token_id": eos_id,
     }
     return ModelConfig.from_hf(hf)
 

@@ -53,6 +53,13 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
 
+class Interrupted(SystemExit):
+    """SIGTERM, SIGUSR1 or Ctrl-C arrived and everything is saved: leaves the program with exit code 0 unless caught."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
 @contextmanager
 def stop_signal() -> Iterator[StopSignal]:
     """Turn these signals into a flag while the block runs; outside of the main thread nothing is changed."""

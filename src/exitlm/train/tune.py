@@ -7,32 +7,33 @@ and says so where nothing is left to do.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from exitlm.errors import UserError
-from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitConfig, check_layers
+from exitlm.parallel.mesh import Launch
 from exitlm.train import checkpoint as run_files
 from exitlm.train.corpus import Corpus, corpus_of_answers, corpus_of_files, open_tokens, self_tokens
 from exitlm.train.data import Blocks, TextTokenizer, Tokens
+from exitlm.train.exits import default_layers, exit_configs, needs_final
+from exitlm.train.full import train
 from exitlm.train.heads import Heads
 from exitlm.train.hidden import HiddenStates, Row, Wanted
-from exitlm.train.loop import Clock, StopSignal, Trainer, loss_settings, stop_signal, validation_values
+from exitlm.train.loop import Clock, Interrupted, StopSignal, Trainer, loss_settings, stop_signal, validation_values
 from exitlm.train.metrics import Progress, Tracker, check_trackers, open_trackers, progress, step_note
 from exitlm.train.objective import candidate_vocabulary
 from exitlm.train.precision import resolve_dtype
 from exitlm.train.run import RunConfig
 from exitlm.train.selftext import read_prompts
+from exitlm.train.trained import recorded, versions
 from exitlm.train.validation import Scores, evaluate, record
 from exitlm.weights.adapter import save_adapter
 from exitlm.weights.checkpoint import Checkpoint, open_checkpoint, read_json
@@ -41,14 +42,6 @@ from exitlm.weights.store import cache_directory
 
 CLOSED_FORM_TOKENS = 1 << 16
 CANDIDATES, LARGE_VOCABULARY = 4096, 16384
-_RECORDED = ("model", "exits", "objective", "data", "train")
-
-
-class Interrupted(SystemExit):
-    """SIGTERM or Ctrl-C arrived and everything is saved: leaves the program with exit code 0 unless caught."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
 
 
 def tune(
@@ -64,7 +57,8 @@ def tune(
 ) -> Path:
     """Tune exits at layers ``exits`` (default: three, evenly placed) of ``base`` on ``data`` (files, or ``self:N``) and
     return ``out``, which is then an adapter directory. ``base`` may be a :class:`RunConfig`; the other arguments and
-    ``overrides`` (``"train.lr=1e-3"``) change it.
+    ``overrides`` (``"train.lr=1e-3"``) change it. Under torchrun the work is laid over its processes as ``parallel``
+    says (:func:`exitlm.train.full.train`); text must then come from files.
 
     Raises:
         UserError: anything the user can put right; the output directory then holds no adapter.
@@ -87,6 +81,9 @@ def tune(
         raise UserError("model.base is not set: name a directory, hub id, .gguf file, or smollm2")
     if not config.checkpoint.dir:
         raise UserError("checkpoint.dir is not set: name a directory for the run (--out DIR)")
+    p = config.parallel
+    if Launch.from_environment().world > 1 or p.data * p.tensor * p.pipeline > 1:
+        return train(replace(config, train=replace(config.train, parameters="exits")))
     if config.train.dtype == "float16":
         raise UserError("train.dtype = 'float16' is for exitlm train; tune exits in bfloat16 or float32")
     opened = open_checkpoint(config.model.base)
@@ -146,67 +143,8 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
     return resolved
 
 
-def model_of_run(place: Path) -> EarlyExitModel:
-    """The base of a tuning run with the exits of one checkpoint (``place``), or of the newest that is whole (``place``
-    is the run's directory), finished or not.
-
-    Raises:
-        UserError: there is no whole checkpoint, or the base is not what it was.
-    """
-    place = Path(os.path.abspath(place))
-    one = run_files.is_checkpoint(place)
-    out = place.parent.parent if one else place
-    config = RunConfig.from_toml(out / "run.toml")
-    found = run_files.read(place) if one else run_files.newest(out)
-    if found is None:
-        raise UserError(f"the run in {out} has no checkpoint yet; start it again, or export its base")
-    try:
-        opened = open_checkpoint(config.model.base)
-    except UserError as error:
-        raise UserError(f"{error} (if it moved, write its place into model.base of {out / 'run.toml'})") from error
-    run_files.check_same(out, found.meta, {"base_digest": opened.digest()})
-    model = load_model(opened)
-    for e in exit_configs(config):
-        ids = found.tensors.get(f"exits.{e.layer}.candidate_ids")
-        if e.candidates and ids is None:
-            raise UserError(f"this checkpoint of {out} lacks the candidates of exit {e.layer}; finish the run instead")
-        model.add_exits([e], candidate_ids=ids)
-    with torch.no_grad():
-        for layer, head in model.exit_heads().items():
-            for name, parameter in head.named_parameters():
-                if f"exits.{layer}.{name}" in found.tensors:  # a matrix of several exits is there once
-                    parameter.copy_(found.tensors[f"exits.{layer}.{name}"])
-    return model
-
-
 def _name(dtype: torch.dtype) -> Any:
     return str(dtype).removeprefix("torch.")
-
-
-def default_layers(count: int) -> tuple[int, ...]:
-    """About a quarter, half and three quarters of the depth (fewer in very shallow models)."""
-    return tuple(sorted({min(max(1, round(count * k / 4)), max(1, count - 1)) for k in (1, 2, 3)}))
-
-
-def exit_configs(config: RunConfig) -> list[ExitConfig]:
-    """The settings of every exit."""
-    e = config.exits
-    out = []
-    for i, layer in enumerate(e.layers):
-        kind, init = e.of("kind", i), e.of("init", i)
-        if init == "auto":
-            init = "closed_form" if kind == "lens" else "copy"
-        branch = e.of("branch", i) and kind == "lens"
-        values = {name: e.of(name, i) for name in ("output", "rank", "candidates", "gate")}
-        out.append(ExitConfig(layer=layer, kind=kind, init=init, branch=branch, **values))
-    return out
-
-
-def needs_final(config: RunConfig) -> bool:
-    """Whether the objective reads the final exit, so that all layers must run in every step."""
-    o = config.objective
-    gates = o.gate > 0 and any(config.exits.of("gate", i) for i in range(len(config.exits.layers)))
-    return o.distill > 0 or gates
 
 
 class _Run:
@@ -385,14 +323,13 @@ class _Run:
             head.record = record(scores[layer])
         t = self.config.train
         training = {
-            "config": {name: asdict(getattr(self.config, name)) for name in _RECORDED}
-            | {"model": {**asdict(self.config.model), "base": self.opened.name}},  # not where it lay on this machine
+            "config": recorded(self.config, self.opened.name),
             "steps": t.steps,
             "tokens": text.train.total_targets(),
             "seconds": round(before + time.perf_counter() - self.started, 1),
             "data_digest": text.digest(),
             "base_digest": self.opened.digest(),
-            "versions": _versions(),
+            "versions": versions(),
         }  # fmt: skip
         save_adapter(self.out, self.model, training=training)
         _say(_summary(self.out, scores))
@@ -424,13 +361,3 @@ def _special_ids(tokens: Tokens, vocab_size: int) -> list[int]:
     if isinstance(tokens, TextTokenizer):
         return [int(i) for i in tokens.tokenizer.all_special_ids if int(i) < vocab_size]
     return [] if tokens.eos_id is None or tokens.eos_id >= vocab_size else [tokens.eos_id]
-
-
-def _versions() -> dict[str, str]:
-    out = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("exitlm", "transformers", "safetensors"):
-        try:
-            out[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            out[package] = "source tree"
-    return out

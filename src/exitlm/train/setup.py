@@ -1,0 +1,195 @@
+"""A run's settings fitted together, before anything is loaded: model, exits, layout, split, schedule, device, dtypes.
+
+What can't work is refused here, saying what would. Nothing here talks to other processes or reads weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exitlm.errors import UserError
+from exitlm.model.config import ModelConfig
+from exitlm.model.exits import check_layers
+from exitlm.parallel.mesh import Launch, Layout, stages_per_rank
+from exitlm.parallel.pipeline.split import Split, make_split
+from exitlm.parallel.tensor import check_tensor
+from exitlm.train.corpus import check_context, self_tokens
+from exitlm.train.data import ByteTokenizer, TextTokenizer, Tokens
+from exitlm.train.exits import default_layers, exit_configs, needs_final
+from exitlm.train.initial import has_shape, model_config
+from exitlm.train.metrics import check_trackers
+from exitlm.train.plan import Geometry, geometry
+from exitlm.train.run import RunConfig
+from exitlm.weights.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from exitlm.weights.load import device_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A run whose settings fit together, before anything is loaded. ``opened`` is the base, None for a new model."""
+
+    config: RunConfig
+    opened: Checkpoint | None
+    tokens: Tokens
+    model: ModelConfig
+    layout: Layout
+    split: Split
+    geometry: Geometry
+    device: torch.device
+    compute: torch.dtype
+    master: torch.dtype
+
+    @property
+    def out(self) -> Path:
+        """The run's directory."""
+        return Path(self.config.checkpoint.dir)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only exits are trained."""
+        return self.config.train.parameters == "exits"
+
+
+def resolve(config: RunConfig, launch: Launch) -> Setup:
+    """Check a run's settings against each other, and against the number of processes.
+
+    Raises:
+        UserError: the first thing that can't work, and what would.
+    """
+    config.check()
+    p, t, o = config.parallel, config.train, config.objective
+    if not config.checkpoint.dir:
+        raise UserError("checkpoint.dir is not set: name a directory for the run")
+    if self_tokens(config) is not None:
+        raise UserError("text that the model writes itself is for exitlm tune on one process; name files in data.files")
+    world = p.data * p.tensor * p.pipeline
+    if world != launch.world:
+        raise UserError(
+            f"parallel.data x tensor x pipeline is {p.data} x {p.tensor} x {p.pipeline} = {world}, but there "
+            f"{'is 1 process' if launch.world == 1 else f'are {launch.world} processes'}; start "
+            f"{world} (torchrun --nproc-per-node {world} -m exitlm train ...), or change [parallel]"
+        )
+    opened, tokens = _opened(config)
+    model = opened.model_config if opened is not None else model_config(config, tokens.size, tokens.eos_id)
+    check_context(config.data.seq_len, model)
+    config = _with_exits(config, model)
+    exits, frozen, teacher = exit_configs(config), t.parameters == "exits", needs_final(config)
+    if frozen and not exits:
+        raise UserError("train.parameters is 'exits', but exits.layers is empty; name at least one layer")
+    if teacher and o.exit_forward != "deferred":
+        raise UserError(
+            f"objective.exit_forward is '{o.exit_forward}', but exits that learn from the final head (distill, gate) "
+            "need 'deferred', where its features come back with the gradient"
+        )
+    for e in exits:
+        if e.candidates and e.output != "shared" and p.tensor > 1:
+            raise UserError(
+                f"exit {e.layer}: candidates with an output matrix of its own need parallel.tensor = 1; use output "
+                "'shared', or candidates = 0"
+            )
+    check_tensor(model, exits, p.tensor, p.sequence, config.data.seq_len)
+    layout = Layout(
+        data=p.data,
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        sequence=p.sequence and p.tensor > 1,
+        shard=p.shard,
+        schedule="1f1b" if frozen or p.pipeline == 1 else p.schedule,
+        stages_per_rank=1 if frozen else stages_per_rank(p.schedule, p.pipeline, p.stages_per_rank),
+    )
+    split = make_split(
+        model,
+        exits,
+        layout.stages,
+        place=config.exits.place,
+        layers_per_stage=p.layers_per_stage,
+        depth=max(e.layer for e in exits) if frozen and not teacher else None,
+        seq_len=config.data.seq_len,
+        frozen=frozen,
+        recompute=t.recompute == "layers",
+        teacher=teacher,
+    )
+    if t.warmup > t.steps:
+        warnings.warn(f"train.warmup is cut to the {t.steps} steps of the run", stacklevel=2)
+    check_trackers(config.logging)
+    compute = getattr(torch, t.dtype)
+    return Setup(
+        config=config,
+        opened=opened,
+        tokens=tokens,
+        model=model,
+        layout=layout,
+        split=split,
+        geometry=geometry(config, layout, frozen=frozen, teacher=teacher),
+        device=_device(config.model.device, launch),
+        compute=compute,
+        master=torch.promote_types(compute, torch.float32),
+    )
+
+
+def _opened(config: RunConfig) -> tuple[Checkpoint | None, Tokens]:
+    """The base and the tokenizer."""
+    base, name = config.model.base, config.data.tokenizer
+    if base and has_shape(config.model) and not Path(base).exists():
+        warnings.warn("model.base is used, and the shape in [model] is not", stacklevel=2)
+    if not base and not has_shape(config.model):
+        raise UserError("there is no model: set model.base, or the shape of a new one (model.hidden_size, ...)")
+    opened = open_checkpoint(base) if base else None
+    if name == "bytes" or (not name and opened is None):
+        return opened, ByteTokenizer()
+    found = load_tokenizer(Path(name)) if name else opened.tokenizer() if opened is not None else None
+    if found is None:
+        raise UserError(
+            f"{name or base} came without a tokenizer; give one with data.tokenizer (a directory, or 'bytes')"
+        )
+    return opened, TextTokenizer(found)
+
+
+def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
+    """The settings with what the model decides: the exits' places, and what ``auto`` means."""
+    depth, t = model.num_hidden_layers, config.train
+    layers = config.exits.layers
+    if not layers and t.parameters == "exits":
+        layers = default_layers(depth)
+    check_layers(layers, depth)
+    if list(layers) != sorted(layers):
+        raise UserError(f"exits {list(layers)} are not in ascending order; write {sorted(layers)}")
+    inits = config.exits.init if isinstance(config.exits.init, tuple) else (config.exits.init,)
+    if "closed_form" in inits:
+        raise UserError("exits.init 'closed_form' is for exitlm tune on one process; use 'identity' or 'copy'")
+    chosen: Any = tuple("copy" if init == "auto" else init for init in inits)
+    given = config.exits.candidates
+    candidates: Any = tuple(0 if n == -1 else n for n in (given if isinstance(given, tuple) else (given,)))
+    dtype = "float32" if t.dtype == "auto" else t.dtype
+    resolved = replace(
+        config,
+        exits=replace(
+            config.exits,
+            layers=tuple(layers),
+            init=chosen if isinstance(config.exits.init, tuple) else chosen[0],
+            candidates=candidates if isinstance(given, tuple) else candidates[0],
+        ),
+        train=replace(t, dtype=dtype),
+    )
+    resolved.check()
+    return resolved
+
+
+def _device(name: str, launch: Launch) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", launch.local_rank)
+        if launch.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"this is process {launch.local_rank} of a node with {torch.cuda.device_count()} GPUs; start one "
+                "process per GPU"
+            )
+        torch.cuda.set_device(device)
+    return device
