@@ -1,4 +1,4 @@
-"""Everything that needs a GPU: checks, decode speed, cost of rows, exits and tests, tuning throughput, memory.
+"""Everything that needs a GPU: checks, decode speed, cost of rows, exits and tests, tuning and training, memory.
 
     benchmarks/gpu.sh [--section NAME ...] [--device cuda] [--quick]
 
@@ -50,7 +50,7 @@ TINY = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
-LIMITS = {"checks": 110, "smollm2-135m": 80, "llama-1.3b": 80, "llama-3-8b": 110, "tuning": 50, "attention": 35}
+LIMITS = {"checks": 95, "smollm2-135m": 65, "llama-1.3b": 65, "llama-3-8b": 95, "training": 125, "attention": 25}
 """Seconds per section; together less than eight minutes."""
 TOTAL = 470.0
 BANDWIDTH = 4.8e12
@@ -370,7 +370,15 @@ def exits(section: Section, llm: Any, count: int, rounds: int) -> None:
     section.part("tests", tests, 15)
 
 
-# ---- tuning
+# ---- tuning and training
+
+
+def training(section: Section) -> None:
+    """Exits on a frozen model, then all parameters (``gpu_training.py``)."""
+    from gpu_training import full
+
+    tuning(section)
+    full(section)
 
 
 def tuning(section: Section) -> None:
@@ -513,7 +521,7 @@ def ways(
 SECTIONS: dict[str, Callable[[Section], None]] = {
     "checks": checks,
     **dict.fromkeys(SHAPES, decoding),
-    "tuning": tuning,
+    "training": training,
     "attention": attention,
 }
 

@@ -15,7 +15,8 @@ INTRODUCTION = """# Measured
 
 Written by `python benchmarks/report.py` from the JSON files in `results/`; no figure here is typed by hand. A cell is
 the median with the least and the largest of its repetitions; what is compared was measured alternately in one run, and
-a ratio is taken pair by pair. Timings on shared machines are noisy: differences under ten percent mean nothing.
+a ratio is taken pair by pair. Timings on shared machines are noisy: differences under ten percent mean nothing. Where
+something was claimed beforehand, the claim stands below its table with what was measured; "NO" is a claim that missed.
 """
 
 
@@ -26,11 +27,16 @@ def cell(value: Any) -> Any:
     )
 
 
+def is_table(value: Any) -> bool:
+    """Rows, as :func:`measure.table` takes them."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
 def section(path: Path) -> str:
     """One result file as a section."""
     figures = json.loads(path.read_text())
     machine = figures.pop("machine")
-    rows = figures.pop("rows", None)
+    lists = {name: figures.pop(name) for name in list(figures) if is_table(figures[name]) and name != "errors"}
     lines = [f"## {path.stem}", "", f"`{machine['command']}`, commit {machine['commit']}"]
     where = machine["gpu"] or f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"
     lines[-1] += f"; {where}; Python {machine['python']}, torch {machine['torch']}."
@@ -41,8 +47,10 @@ def section(path: Path) -> str:
     ]
     if details:
         lines += ["", "; ".join(details) + "."]
-    if rows:
-        lines += ["", table([{name: cell(value) for name, value in row.items()} for row in rows])]
+    for name, rows in lists.items():
+        if name != "rows":
+            lines += ["", f"{name[:1].upper()}{name[1:]}:"]
+        lines += ["", table([{key: cell(value) for key, value in row.items()} for row in rows])]
     return "\n".join(lines)
 
 

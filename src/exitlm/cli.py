@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from exitlm import __version__
-from exitlm.errors import UserError, nearest
+from exitlm.errors import AlreadyTold, UserError, nearest
 
 if TYPE_CHECKING:
     from exitlm.llm import LLM
@@ -48,6 +48,7 @@ def tune(
 
 def train(run: str, *, set: Sequence[str] = (), dry_run: bool = False, tflops: float | None = None) -> int:
     """Train a model with its exits from a run file, over as many processes as torchrun starts."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch, not loaded yet, prints its stack with each warning
     from exitlm.train.run import TRAINING, RunConfig
 
     if dry_run:
@@ -397,6 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             verb, values = _parse(sys.argv[1:] if arguments is None else arguments)
             return VERBS[verb](**values)
+        except AlreadyTold:
+            return 2
         except UserError as error:
             return _refuse(str(error))
         except OSError as error:

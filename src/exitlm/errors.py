@@ -12,6 +12,10 @@ class UserError(ValueError):
     """A mistake in the input: the message is one sentence that says what is wrong and what to do."""
 
 
+class AlreadyTold(UserError):
+    """A mistake that another process of the same run tells the user: this one ends alike, and silently."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of the ``known`` words, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

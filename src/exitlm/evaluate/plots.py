@@ -5,7 +5,7 @@ drawn; nothing here measures or knows a model.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,12 +177,21 @@ def _histogram(axes: "Axes", exit_layers: Mapping[str, Sequence[int]], colours: 
 _WORK = {"F": "#2a8ff4", "B": "#00a878", "I": "#00a878", "W": "#a45ee5"}
 _WORK_NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 
+_PALE = 0.45
+
 Work = tuple[str, int, float, float]
 
 
-def timeline_picture(path: Path, timelines: Sequence[tuple[str, Sequence[Sequence[Work]]]]) -> Path:
+def timeline_picture(
+    path: Path,
+    timelines: Sequence[tuple[str, Sequence[Sequence[Work]]]],
+    *,
+    partial: Collection[int] = (),
+    names: Mapping[str, str] | None = None,
+) -> Path:
     """Draw pipeline schedules below each other on one scale: per title, for every rank its work as (op, microbatch,
-    start, end), op one of F, B, I and W."""
+    start, end), op one of F, B, I and W. ``partial``: microbatches that pass only some of the stages, which are paler.
+    ``names``: what the legend calls an op, where it is not as usual."""
     from matplotlib.patches import Patch
 
     span = max(end for _, ranks in timelines for work in ranks for _, _, _, end in work)
@@ -190,17 +199,23 @@ def timeline_picture(path: Path, timelines: Sequence[tuple[str, Sequence[Sequenc
     figure = new_figure((min(16.0, 3 + span * 0.22), 0.8 + 0.34 * sum(heights) + 0.8 * len(heights)))
     subplots = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)
     used: set[str] = set()
+    called = {**_WORK_NAMES, **(names or {})}
     for axes, (title, ranks) in zip(subplots[:, 0], timelines, strict=True):
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         for rank, work in enumerate(ranks):
             for op, microbatch, start, end in work:
                 used.add(op)
-                axes.broken_barh([(start, end - start)], (rank - 0.42, 0.84), color=_WORK[op], edgecolor="white")
-                axes.text((start + end) / 2, rank, str(microbatch), ha="center", va="center", fontsize=7, color="white")
+                pale = microbatch in partial
+                shade = (_WORK[op], _PALE if pale else 1.0)
+                axes.broken_barh([(start, end - start)], (rank - 0.42, 0.84), facecolor=shade, edgecolor="white")
+                ink, middle = INK if pale else "white", (start + end) / 2
+                axes.text(middle, rank, str(microbatch), ha="center", va="center", fontsize=7, color=ink)
         axes.set(ylim=(len(ranks) - 0.5, -0.5), yticks=range(len(ranks)), xlim=(0, span), ylabel="rank")
         axes.set_facecolor(BAND)
     subplots[-1, 0].set_xlabel("time, in forwards of a rank's layers")
-    marks = [Patch(color=_WORK[op], label=_WORK_NAMES[op]) for op in "FBIW" if op in used]
+    marks = [Patch(color=_WORK[op], label=called[op]) for op in "FBIW" if op in used]
+    if partial:
+        marks.append(Patch(facecolor=(GREY, _PALE), label="pale: partial microbatches"))
     figure.legend(handles=marks, loc="upper right", ncols=len(marks), frameon=False, fontsize=8)
     figure.tight_layout()
     return save_figure(figure, path)

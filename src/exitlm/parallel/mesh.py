@@ -8,7 +8,6 @@ sharded over the data ranks (FSDP2) or whole on each. A single process is a mesh
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, Store
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from exitlm.errors import UserError
+from exitlm.parallel.roll import Roll, meet
 
 DIMENSIONS = ("pipeline", "replicate", "shard", "tensor")
 LOOPED = ("interleaved", "zero_bubble")
@@ -85,18 +84,22 @@ def stages_per_rank(schedule: str, pipeline: int, asked: int) -> int:
 
 
 class Mesh:
-    """The process groups of a layout, and this process's place in it."""
+    """The process groups of a layout, and this process's place in it. ``timeout`` in seconds, for each of them: torch
+    gives a group its own default, whatever was set for all processes."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.layout, self.device = layout, device
+    def __init__(self, layout: Layout, device: torch.device, timeout: float = 600.0) -> None:
+        self.layout, self.device, self.timeout = layout, device, timedelta(seconds=timeout)
         replicate, shard = (1, layout.data) if layout.shard else (layout.data, 1)
-        sizes = (layout.pipeline, replicate, shard, layout.tensor)
-        self.all: DeviceMesh = init_device_mesh(device.type, sizes, mesh_dim_names=DIMENSIONS)
+        ranks = torch.arange(layout.world).reshape(layout.pipeline, replicate, shard, layout.tensor)
+        groups = [self._group(ranks, dimension) for dimension in range(len(DIMENSIONS))]
+        self.all = DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=DIMENSIONS)
         self.pipeline_rank = self.all.get_local_rank("pipeline")
         self.data_rank = self.all.get_local_rank("replicate") + self.all.get_local_rank("shard")
         self.tensor_rank = self.all.get_local_rank("tensor")
         self.pipeline = self.all.get_group("pipeline")
-        self.upstream = self._second_pipeline_group(sizes)
+        # A group of its own for messages to earlier stages: on a GPU sends and receives of one group wait for each
+        # other, and two neighbours that send to each other at once would never end.
+        self.upstream = self._group(ranks, 0) if layout.pipeline > 1 else None
         self.tensor = self.all.get_group("tensor")
 
     @property
@@ -114,14 +117,12 @@ class Mesh:
         """The data ranks: sharded ones, or replicas around groups of one."""
         return self.all["shard"] if self.layout.shard else self.all["replicate", "shard"]
 
-    def _second_pipeline_group(self, sizes: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """A group of its own for messages to earlier stages: on a GPU sends and receives of one group wait for each
-        other, and two neighbours that send to each other at once would never end."""
-        if self.layout.pipeline == 1:
-            return None
-        ranks = torch.arange(self.layout.world).reshape(sizes).flatten(1)
-        groups: list[dist.ProcessGroup] = [dist.new_group(column) for column in ranks.T.tolist()]
-        return groups[int((ranks[self.pipeline_rank] == dist.get_rank()).nonzero()[0, 0])]
+    def _group(self, ranks: Tensor, dimension: int) -> dist.ProcessGroup:
+        """A new group of the ranks along a dimension, for every place in the others; this process's."""
+        lines = ranks.movedim(dimension, -1).reshape(-1, ranks.shape[dimension]).tolist()
+        made = [dist.new_group(line, timeout=self.timeout) for line in lines]
+        mine: dist.ProcessGroup = next(group for line, group in zip(lines, made, strict=True) if dist.get_rank() in line)
+        return mine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,50 +143,25 @@ class Launch:
 _VARIABLES = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world": "WORLD_SIZE"}
 
 
-class Roll:
-    """Who still answers: after a failure every process that lives signs here, and reads who did not."""
-
-    def __init__(self, launch: Launch, store: Store, timeout: float) -> None:
-        self.launch, self.store, self.wait = launch, store, min(10.0, timeout / 2)
-
-    def missing(self) -> list[int]:
-        """The ranks that did not sign within a few seconds of this one; empty where nobody can tell."""
-        try:
-            self.store.set(f"exitlm/alive/{self.launch.rank}", "1")
-            deadline = time.monotonic() + self.wait
-            left = set(range(self.launch.world))
-            while left and time.monotonic() < deadline:
-                left = {rank for rank in left if not self.store.check([f"exitlm/alive/{rank}"])}
-                time.sleep(0.1)
-        except RuntimeError:  # the store went down with its process
-            return []
-        return sorted(left)
-
-
 @contextmanager
 def processes(launch: Launch, device: torch.device, timeout: float) -> Iterator[Roll]:
     """Join the other processes while the block runs. ``timeout`` in seconds: the longest wait for another rank.
 
     Raises:
-        UserError: the rendezvous failed (a port in use, a host that does not answer).
+        UserError: they can't find each other (a port in use, a host that does not answer).
     """
+    with meet(launch.rank, launch.world, timeout) as roll, group(roll, device):
+        yield roll
+
+
+@contextmanager
+def group(roll: Roll, device: torch.device) -> Iterator[None]:
+    """Form the group of all processes that met, for the length of the block."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    wait = timedelta(seconds=timeout)
+    wait = timedelta(seconds=roll.timeout)
+    dist.init_process_group(backend, store=roll.store, rank=roll.rank, world_size=roll.world, timeout=wait)
     try:
-        if launch.world == 1:
-            store: Store = HashStore()
-        else:
-            store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=wait))
-            store.set_timeout(wait)
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=wait)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise UserError(
-            f"the processes can't find each other ({reason}); choose a free port (torchrun --master-port), and check "
-            "that every node reaches it"
-        ) from error
-    try:
-        yield Roll(launch, store, timeout)
+        yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -53,7 +53,7 @@ class TiedCopies:
                 self.leads.discard(name)
             for column in ranks.T:
                 members = [int(column[r]) for r in owners]
-                group = dist.new_group(members)
+                group = dist.new_group(members, timeout=mesh.timeout)
                 if dist.get_rank() in members:
                     self.groups[name] = group
 

@@ -99,6 +99,16 @@ def check_same(out: Path, meta: Mapping[str, Any], now: Mapping[str, str]) -> No
             )
 
 
+def check_same_model(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a model whose configuration is not the one that the run began with."""
+    for key, value in json.loads(json.dumps(dict(now))).items():
+        if key in before and before[key] != value:
+            raise UserError(
+                f"the model is not the one that the run in {out} began with ({key}: {before[key]!r} then, {value!r} "
+                "now); restore it, or choose another directory"
+            )
+
+
 def save(out: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int) -> Path:
     """Publish a checkpoint and drop all but the newest ``keep``.
 
@@ -113,9 +123,17 @@ def save(out: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep
         with (home / _TENSORS).open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         (home / _META).write_text(json.dumps({**meta, "format": FORMAT, "sha256": digest}, indent=1))
-    for old in list_checkpoints(out)[:-keep]:
-        remove(old)
+    retain(place, keep)
     return place
+
+
+def retain(place: Path, keep: int) -> None:
+    """Drop all but the newest ``keep`` checkpoints up to ``place``, and later ones: those of an earlier life of the run
+    that could not be read, or else it would have gone on from them."""
+    names = list_checkpoints(place.parent.parent)
+    before, after = [p for p in names if p.name < place.name], [p for p in names if p.name > place.name]
+    for old in [*before[: max(0, len(before) - keep + 1)], *after]:
+        remove(old)
 
 
 def _written(name: str, tensor: Tensor) -> Written:
@@ -149,6 +167,12 @@ def read(place: Path) -> Checkpoint:
         return Checkpoint(load_file(place / _TENSORS), meta)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{place} is damaged ({error})") from error
+
+
+def leave_nothing(out: Path) -> None:
+    """Take back the directory of a run that could not begin."""
+    if [p.name for p in out.iterdir()] == [".lock"]:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def clean(out: Path) -> None:

@@ -10,16 +10,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
-from exitlm.train.data import Blocks, ByteTokenizer, TextTokenizer, Tokens, expand, hold_out, load_blocks
+from exitlm.train.data import (
+    Blocks,
+    ByteTokenizer,
+    TextTokenizer,
+    Tokens,
+    expand,
+    hold_out,
+    load_blocks,
+    tokenise_all,
+)
 from exitlm.train.metrics import Progress
 from exitlm.train.run import RunConfig
 from exitlm.train.selftext import Answer, Writing, as_blocks, fitting, prompts_digest, read_prompts, write_answers
+from exitlm.train.stream import Stream
 from exitlm.weights.checkpoint import Checkpoint, load_tokenizer
 from exitlm.weights.load import load_model
 
@@ -81,6 +92,32 @@ def corpus_of_files(config: RunConfig, opened: Checkpoint, tokens: Tokens, cache
         return Corpus(*hold_out(blocks, d.validation_sequences, config.train.seed))
     held = load_blocks(d.validation_files, tokens, vocab_size=vocab, seq_len=d.seq_len, cache=cache)
     return Corpus(blocks, held.subset(range(min(len(held), d.validation_sequences))))
+
+
+@dataclass(frozen=True)
+class RowsOfText:
+    """What a run with all parameters reads: rows without end, and ``held``: those of held-out text, how many count."""
+
+    train: Stream
+    held: tuple[Stream, int]
+
+
+def rows_of_files(config: RunConfig, tokens: Tokens, vocab_size: int, cache: Path) -> RowsOfText:
+    """Tokenise and pack ``data.files``, each a source of its own where they have weights; validation is as in
+    :func:`corpus_of_files`."""
+    d, seed = config.data, config.train.seed
+    options: dict[str, Any] = {"vocab_size": vocab_size, "seq_len": d.seq_len, "cache": cache}
+    tokenise_all(expand([*d.files, *d.validation_files]), tokens, vocab_size=vocab_size, cache=cache)
+    sources = [load_blocks(names, tokens, **options) for names in ([[f] for f in d.files] if d.weights else [d.files])]
+    if d.validation_files:
+        held = [load_blocks(d.validation_files, tokens, **options)]
+    else:
+        share = -(-d.validation_sequences // len(sources))
+        both = [hold_out(blocks, share, seed) for blocks in sources]
+        sources, held = [train for train, _ in both], [validation for _, validation in both]
+    train = Stream(sources, seq_len=d.seq_len, seed=seed, weights=d.weights)
+    validation = Stream(held, seq_len=d.seq_len, seed=seed, shuffle=False)
+    return RowsOfText(train, (validation, min(len(validation), d.validation_sequences)))
 
 
 def corpus_of_answers(

@@ -9,22 +9,19 @@ of matrix products (``exitlm.parallel.pipeline.split``), time the simulation of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
-from exitlm.parallel.mesh import Layout, stages_per_rank
+from exitlm.parallel.mesh import Layout
 from exitlm.parallel.pipeline.schedule import make, simulate
 from exitlm.parallel.pipeline.split import Split, StageCost, make_split, stage_costs
-from exitlm.parallel.tensor import check_tensor
 from exitlm.train.data import ByteTokenizer
-from exitlm.train.exits import default_layers, exit_configs, needs_final
 from exitlm.train.initial import has_shape, model_config
 from exitlm.train.memory import Memory, MemoryModel
-from exitlm.train.plan import geometry
 from exitlm.train.run import RunConfig
-from exitlm.train.tune import CANDIDATES, LARGE_VOCABULARY
+from exitlm.train.setup import fit
 from exitlm.weights.checkpoint import load_tokenizer, open_checkpoint, read_json
 from exitlm.weights.source import PACKAGED
 
@@ -95,26 +92,11 @@ def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
     config.check()
     if tflops is not None and not tflops > 0:
         raise UserError(f"the assumed speed is {tflops} TFLOP/s, but must be a positive number")
-    model = model_shape(config)
-    config = _with_exits(config, model)
-    exits, p, t, seq_len = exit_configs(config), config.parallel, config.train, config.data.seq_len
-    frozen, recompute, teacher = t.parameters == "exits", t.recompute == "layers", needs_final(config)
-    check_tensor(model, exits, p.tensor, p.sequence, seq_len)
-    layout = _layout(config, frozen)
-    split = make_split(
-        model,
-        exits,
-        layout.stages,
-        place=config.exits.place,
-        layers_per_stage=p.layers_per_stage,
-        depth=max(e.layer for e in exits) if frozen and not teacher else None,
-        seq_len=seq_len,
-        frozen=frozen,
-        recompute=recompute,
-        teacher=teacher,
-    )
-    costs = stage_costs(model, exits, split, seq_len, frozen=frozen, recompute=recompute, teacher=teacher)
-    made = geometry(config, layout, frozen=frozen, teacher=teacher).schedule
+    found = fit(config, model_shape(config))
+    config, model, exits, layout, split = found.config, found.model, found.exits, found.layout, found.split
+    p, t, seq_len = config.parallel, config.train, config.data.seq_len
+    frozen, recompute, teacher = found.frozen, found.recompute, found.teacher
+    costs, made = found.costs(), found.geometry.schedule
     extra = made.filled_warmup + made.filled_cooldown
     microbatches, tokens = len(made.spans) - extra, t.microbatch * seq_len
     forward, backward = _times(config, costs, tokens / p.tensor)
@@ -179,31 +161,6 @@ def _times(config: RunConfig, costs: Sequence[StageCost], tokens: float) -> tupl
     return (
         [(cost.layer_flops + (not late) * cost.head_flops) * tokens for cost in costs],
         [(cost.backward_flops + (late + twice) * cost.head_flops) * tokens for cost in costs],
-    )
-
-
-def _layout(config: RunConfig, frozen: bool) -> Layout:
-    p = config.parallel
-    schedule = "1f1b" if frozen or p.pipeline == 1 else p.schedule
-    return Layout(
-        data=p.data,
-        tensor=p.tensor,
-        pipeline=p.pipeline,
-        sequence=p.sequence,
-        shard=p.shard,
-        schedule=schedule,
-        stages_per_rank=stages_per_rank(schedule, p.pipeline, 0 if frozen else p.stages_per_rank),
-    )
-
-
-def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
-    """The settings with what the exits leave to the model."""
-    e, automatic = config.exits, CANDIDATES if model.vocab_size > LARGE_VOCABULARY else 0
-    given = e.candidates if isinstance(e.candidates, tuple) else (e.candidates,)
-    counts = tuple(automatic if n == -1 else n for n in given)
-    candidates = counts if isinstance(e.candidates, tuple) else counts[0]
-    return replace(
-        config, exits=replace(e, layers=e.layers or default_layers(model.num_hidden_layers), candidates=candidates)
     )
 
 

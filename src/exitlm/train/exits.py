@@ -5,6 +5,13 @@ from __future__ import annotations
 from exitlm.model.exits import ExitConfig
 from exitlm.train.run import RunConfig
 
+CANDIDATES, LARGE_VOCABULARY = 4096, 16384
+
+
+def automatic_candidates(vocab_size: int) -> int:
+    """What ``candidates = -1`` means: the most frequent ids of a large vocabulary, or all (0)."""
+    return CANDIDATES if vocab_size > LARGE_VOCABULARY else 0
+
 
 def default_layers(count: int) -> tuple[int, ...]:
     """About a quarter, half and three quarters of the depth (fewer in very shallow models)."""

@@ -6,12 +6,11 @@ directory. What one step does is ``trainer.py``, what is kept is ``sharded.py``.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,18 @@ import torch
 import torch.distributed as dist
 
 from exitlm.errors import UserError
-from exitlm.parallel.mesh import Launch, Layout, Mesh, Roll, processes
+from exitlm.parallel.mesh import Launch, Mesh, group
 from exitlm.parallel.pipeline.schedule import simulate
-from exitlm.parallel.pipeline.split import stage_costs
+from exitlm.parallel.roll import Roll, meet
 from exitlm.train import checkpoint as run_files
 from exitlm.train import sharded
-from exitlm.train.data import expand, hold_out, load_blocks, tokenise_all
-from exitlm.train.exits import exit_configs, needs_final
+from exitlm.train.corpus import rows_of_files
 from exitlm.train.initial import InitialValues
 from exitlm.train.loop import Clock, Interrupted, StopSignal, stop_signal
 from exitlm.train.metrics import Tracker, open_trackers, progress
 from exitlm.train.objective import candidate_vocabulary
 from exitlm.train.run import TRAINING, RunConfig
 from exitlm.train.setup import Setup, resolve
-from exitlm.train.stream import Stream
 from exitlm.train.trained import model_of_run, recorded, versions
 from exitlm.train.trainer import Job, Report, Trainer, head_name
 from exitlm.weights.adapter import save_adapter
@@ -40,6 +37,8 @@ from exitlm.weights.store import cache_directory
 
 # The largest rate of dense bfloat16 products, in FLOP/s, as the makers state it.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+# How long a process waits for others that may have found the same mistake.
+REFUSAL_SECONDS = 10.0
 
 
 def train(config: RunConfig | str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Path:
@@ -50,143 +49,142 @@ def train(config: RunConfig | str | os.PathLike[str], *, overrides: Sequence[str
         UserError: anything the user can put right.
         Interrupted: SIGTERM, SIGUSR1 or Ctrl-C; everything is saved, and the same call goes on.
     """
-    if not isinstance(config, RunConfig):
-        config = RunConfig.from_toml(Path(config), TRAINING)
-    config = config.with_overrides(overrides)
-    config.check()
     launch = Launch.from_environment()
-    setup = resolve(config, launch)
-    timeout = config.parallel.timeout
-    with stop_signal() as stop, processes(launch, setup.device, timeout) as roll:
-        _agree(setup.config)
-        with run_files.exclusive(setup.out) if launch.rank == 0 else nullcontext():
+    setup: Setup | UserError
+    with stop_signal() as stop, _only_first_warns(launch):
+        try:
+            if not isinstance(config, RunConfig):
+                config = RunConfig.from_toml(Path(config), TRAINING)
+            setup = resolve(config.with_overrides(overrides), launch)
+        except UserError as error:
+            setup = error
+        with _met(setup, launch) as roll:
             try:
-                _Run(setup, launch, stop).run()
-            except (RuntimeError, dist.DistError) as error:
-                raise _lost(error, roll, setup.layout) from error
+                if isinstance(setup, UserError):
+                    raise setup
+                roll.agree(setup.fit.config.to_toml(), _difference)
+                _Run(setup, roll, stop).run()
+            except Exception as error:
+                found = roll.failed(error, setup.fit.layout.named if isinstance(setup, Setup) else "rank {}".format)
+                if found is error:
+                    raise
+                raise found from error
     return setup.out
 
 
-def _agree(config: RunConfig) -> None:
-    """Refuse to start where processes were given different settings."""
-    mine = hashlib.sha256(config.to_toml().encode()).hexdigest()
-    all_of_them: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_of_them, (mine, config.flat()))
-    for rank, (digest, flat) in enumerate(all_of_them):
-        if digest != all_of_them[0][0]:
-            first = all_of_them[0][1]
-            key = next(key for key, value in flat.items() if first[key] != value)
-            raise UserError(
-                f"rank {rank} was started with other settings than rank 0 ({key} is {flat[key]!r} there and "
-                f"{first[key]!r} here); start all processes with the same run file"
-            )
+@contextmanager
+def _only_first_warns(launch: Launch) -> Iterator[None]:
+    """What all processes find is said once."""
+    with warnings.catch_warnings():
+        if launch.rank > 0:
+            warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
-def _lost(error: Exception, roll: Roll, layout: Layout) -> Exception:
-    """A failure of communication in words, by the ranks that no longer answer; any other error as it is."""
-    signs = ("timed out", "timeout", "connection", "gloo", "nccl")
-    if layout.world == 1 or not any(sign in str(error).lower() for sign in signs):
-        return error
-    missing = roll.missing()
-    if not missing:
-        return error
-    names = " and ".join(layout.named(rank) for rank in missing)
-    return UserError(
-        f"{names} did not answer (it died, or is slower than parallel.timeout allows); the last checkpoint is intact, "
-        "start the run again to go on from it"
-    )
+@contextmanager
+def _met(setup: Setup | UserError, launch: Launch) -> Iterator[Roll]:
+    """The other processes; one with a mistake to tell waits for them no longer than they need to start."""
+    timeout = REFUSAL_SECONDS if isinstance(setup, UserError) else setup.fit.config.parallel.timeout
+    with ExitStack() as stack:
+        try:
+            roll = stack.enter_context(meet(launch.rank, launch.world, timeout))
+        except UserError as error:
+            raise (setup if isinstance(setup, UserError) else error) from error
+        yield roll
+
+
+def _difference(mine: str, first: str) -> str:
+    """The first setting in which two run files differ, in words."""
+    here, there = RunConfig.from_text(mine).flat(), RunConfig.from_text(first).flat()
+    key = next(key for key, value in here.items() if there[key] != value)
+    return f"{key} is {here[key]!r} there and {there[key]!r} on rank 0"
 
 
 class _Run:
     """The part of one process in a run."""
 
-    def __init__(self, setup: Setup, launch: Launch, stop: StopSignal) -> None:
-        self.setup, self.config, self.out, self.stop = setup, setup.config, setup.out, stop
-        self.speaks = launch.rank == 0
-        self.exits = exit_configs(setup.config)
+    def __init__(self, setup: Setup, roll: Roll, stop: StopSignal) -> None:
+        self.setup, self.config, self.out, self.roll, self.stop = setup, setup.fit.config, setup.out, roll, stop
+        self.speaks = roll.rank == 0
+        self.exits = setup.fit.exits
         self.started = time.perf_counter()
         self.measured: Mapping[int, Mapping[str, float]] = {}
+        self.lacking = False
 
     def run(self) -> None:
-        """From the data to the last checkpoint."""
+        """From the lock on the directory to the last checkpoint."""
+        with run_files.exclusive(self.out) if self.speaks else nullcontext():
+            self._begin()
+            with group(self.roll, self.setup.device):
+                self._train()
+
+    def _begin(self) -> None:
+        """What can be refused before the processes form a group. A run that can't begin leaves nothing behind."""
+        fresh = self.speaks and not (self.out / "run.toml").exists()
+        try:
+            if self.speaks and not fresh:
+                run_files.claim(self.out, self.config)
+            self.text = rows_of_files(
+                self.config, self.setup.tokens, self.setup.fit.model.vocab_size, cache_directory()
+            )
+            self.roll.gather("data")
+        except BaseException:
+            if fresh:
+                run_files.leave_nothing(self.out)
+            raise
+        if self.speaks:
+            run_files.claim(self.out, self.config)
+            run_files.clean(self.out)
+        self.roll.gather("claimed")
+
+    def _train(self) -> None:
         setup, config = self.setup, self.config
-        self._claim()
-        self.train_stream, self.held, self.held_rows = self._data()
-        self.mesh = Mesh(setup.layout, setup.device)
+        self.mesh = Mesh(setup.fit.layout, setup.device, setup.fit.config.parallel.timeout)
         found = sharded.newest(self.out)
         self.same = {
             "base_digest": setup.opened.digest() if setup.opened is not None else "none",
-            "data_digest": self.train_stream.digest,
-            "rows": str(setup.geometry.rows),
+            "data_digest": self.text.train.digest,
+            "rows_of_a_step": str(setup.fit.geometry.rows),
         }
         if found is not None:
             run_files.check_same(self.out, found[1], self.same)
+            run_files.check_same_model(self.out, found[1]["model"], setup.fit.model.hf)
         self.trainer = self._trainer(values=found is None)
-        self.writer = sharded.Writer(self.out, config.checkpoint.keep, config.checkpoint.async_, setup.device)
+        c, saved = config.checkpoint, None if found is None else int(found[1]["step"])
+        self.writer = sharded.Writer(self.out, c.keep, c.async_, config.parallel.timeout, saved)
         self.before = 0.0
         if found is not None:
             self._restore(*found)
-        if self.trainer.progress.done >= config.train.steps:
-            self._say(f"{self.out} is a finished run already; nothing to do")
-            return
-        self._loop(fresh=found is None)
-
-    def _claim(self) -> None:
-        """Rank 0 compares the settings with those of the run that is there; all processes hear what it found."""
-        refused = ""
-        if self.speaks:
-            try:
-                run_files.claim(self.out, self.config)
-                run_files.clean(self.out)
-            except UserError as error:
-                refused = str(error)
-        self._hear(refused)
-
-    def _hear(self, refused: str) -> None:
-        words = [refused]
-        dist.broadcast_object_list(words, src=0)
-        if words[0]:
-            raise UserError(words[0])
-
-    def _data(self) -> tuple[Stream, Stream, int]:
-        d, vocab, cache = self.config.data, self.setup.model.vocab_size, cache_directory()
-        options: dict[str, Any] = {"vocab_size": vocab, "seq_len": d.seq_len, "cache": cache}
-        groups = [[name] for name in d.files] if d.weights else [list(d.files)]
-        tokenise_all(expand([*d.files, *d.validation_files]), self.setup.tokens, vocab_size=vocab, cache=cache)
-        sources = [load_blocks(names, self.setup.tokens, **options) for names in groups]
-        if d.validation_files:
-            held = [load_blocks(d.validation_files, self.setup.tokens, **options)]
+        if self.trainer.progress.done < config.train.steps:
+            self._loop()
+        elif setup.fit.frozen and self._largest(self.speaks and not (self.out / "exits.json").exists()):
+            self.measured = self.trainer.validate(*self.text.held)  # it ended before its adapter was written
+            self._publish()
         else:
-            share = -(-d.validation_sequences // len(sources))
-            both = [hold_out(blocks, share, self.config.train.seed) for blocks in sources]
-            sources, held = [train for train, _ in both], [validation for _, validation in both]
-        self.text = sources
-        seed = self.config.train.seed
-        stream = Stream(sources, seq_len=d.seq_len, seed=seed, weights=d.weights)
-        validation = Stream(held, seq_len=d.seq_len, seed=seed, shuffle=False)
-        return stream, validation, min(len(validation), d.validation_sequences)
+            self._say(f"{self.out} is a finished run already; nothing to do")
 
     def _trainer(self, *, values: bool) -> Trainer:
         setup, config = self.setup, self.config
         largest = max((e.candidates for e in self.exits), default=0)
         ids = None
         if largest:
-            counts = torch.stack([blocks.counts(setup.model.vocab_size) for blocks in self.text]).sum(0)
-            ids = candidate_vocabulary(counts, setup.model.eos_token_ids, largest)
+            sources = self.text.train.sources
+            counts = torch.stack([blocks.counts(setup.fit.model.vocab_size) for blocks in sources]).sum(0)
+            ids = candidate_vocabulary(counts, setup.fit.model.eos_token_ids, largest)
         job = Job(
             config=config,
-            model=setup.model,
+            model=setup.fit.model,
             exits=self.exits,
-            split=setup.split,
-            geometry=setup.geometry,
+            split=setup.fit.split,
+            geometry=setup.fit.geometry,
             compute=setup.compute,
             master=setup.master,
-            frozen=setup.frozen,
-            teacher=needs_final(config),
+            frozen=setup.fit.frozen,
+            teacher=setup.fit.teacher,
             candidate_ids=ids,
         )
         first = InitialValues(
-            setup.model,
+            setup.fit.model,
             self.exits,
             seed=config.train.seed,
             dtype=setup.master,
@@ -194,7 +192,7 @@ class _Run:
             depth_scaled=config.model.depth_scaled_init,
             candidate_ids=ids,
         )
-        return Trainer(job, self.mesh, self.train_stream, first if values or setup.frozen else None)
+        return Trainer(job, self.mesh, self.text.train, first if values or setup.fit.frozen else None)
 
     def _restore(self, place: Path, meta: Mapping[str, Any]) -> None:
         sharded.load(place, self.trainer.state())
@@ -206,10 +204,10 @@ class _Run:
 
     # ---- the loop
 
-    def _loop(self, *, fresh: bool) -> None:
+    def _loop(self) -> None:
         config, t = self.config, self.config.train
         self._tell_layout()
-        if fresh:
+        if not self.trainer.progress.done:
             self._save()
         trackers = open_trackers(self.out, config, self.trainer.progress.done) if self.speaks else []
         bar = progress("training", t.steps) if self.speaks else nullcontext()
@@ -218,8 +216,8 @@ class _Run:
                 self._steps(trackers, shown)
         finally:
             for tracker in trackers:
-                tracker.close()
-        if self.setup.frozen:
+                self._without_space(tracker.close)
+        if self.setup.fit.frozen:
             self._publish()
         self._say(f"{self.out} holds the run; 'exitlm export {self.out} DIR' writes the model and its exits")
 
@@ -245,37 +243,56 @@ class _Run:
     def _steps(self, trackers: list[Tracker], bar: Any) -> None:
         config, t, trainer = self.config, self.config.train, self.trainer
         clock, constant = Clock(), self._constants()
+        self._stop_or_save()
         while trainer.progress.done < t.steps:
             report = trainer.step()
             done = trainer.progress.done
             rate = clock.tick(report.tokens)
             values = {**report.values(), "loss": total_loss(report), "skipped": float(trainer.progress.skipped)}
-            if t.validate_every and (done % t.validate_every == 0 or done == t.steps):
-                self.measured = trainer.validate(self.held, self.held_rows)
+            validates = done == t.steps or (t.validate_every > 0 and done % t.validate_every == 0)
+            if validates:
+                self.measured = trainer.validate(*self.text.held)
                 for head, means in self.measured.items():
                     values.update({f"validation/{name}/{head_name(head)}": value for name, value in means.items()})
-                clock.tick(0)
+                clock.last = time.perf_counter()
             values.update(self._speed(rate, report, constant))
             if self.speaks:
                 bar.update(done, step_note(report, rate))
-                logged = done % config.logging.every == 0 or done == t.steps or "validation/loss/final" in values
-                for tracker in trackers if logged else []:
-                    tracker.log(done, values)
+                for tracker in trackers if validates or done % config.logging.every == 0 else []:
+                    self._without_space(tracker.log, done, values)
             self._check_patience(report)
-            stopped, written = self._vote()
-            if written:
-                self.writer.finish()
-            if stopped or done == t.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                self._save()
-            if stopped:
-                self.writer.finish()
-                if self.speaks:
-                    bar.close()
-                self._say(
-                    f"stopped by {stopped}: step {done} of {t.steps} is saved; start the same command again to go on"
-                )
-                raise Interrupted
+            self._stop_or_save()
         self.writer.finish()
+        if self.writer.saved != t.steps:
+            raise UserError(
+                f"step {t.steps} is done, but not saved; free some space and start the same command again: it goes on "
+                f"from step {self.writer.saved or 0}"
+            )
+
+    def _without_space(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Write numbers, or say that there is no place for them: the run does not end for that."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            if not self.lacking:
+                warnings.warn(f"metrics can't be written ({error.strerror}); the run goes on without", stacklevel=2)
+            self.lacking = True
+
+    def _stop_or_save(self) -> None:
+        """What the settings say after a step, and what a signal asks for."""
+        done, c = self.trainer.progress.done, self.config.checkpoint
+        stopped, written = self._vote()
+        if written:
+            self.writer.finish()
+        if stopped or done == self.config.train.steps or (c.every and done % c.every == 0):
+            self._save()
+        if stopped:
+            self.writer.finish()
+            saved = self.writer.saved
+            here = f"step {done} of {self.config.train.steps} is {'saved' if saved == done else 'not saved'}"
+            then = "go on" + ("" if saved == done else f" from step {saved or 0}")
+            self._say(f"stopped by {stopped}: {here}; start the same command again to {then}")
+            raise Interrupted
 
     def _vote(self) -> tuple[str, bool]:
         """Whether any process was told to stop, and whether all have written what is pending: one answer for all."""
@@ -285,6 +302,12 @@ class _Run:
             dist.all_reduce(votes, dist.ReduceOp.MAX)
         stop, waiting = votes.tolist()
         return names[stop], not waiting
+
+    def _largest(self, number: int) -> int:
+        """The largest number that any process has."""
+        found = torch.tensor(number, device=self.setup.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def _check_patience(self, report: Report) -> None:
         p, t = self.trainer.progress, self.config.train
@@ -302,13 +325,15 @@ class _Run:
 
     def _save(self) -> None:
         trainer = self.trainer
+        if self.writer.saved == trainer.progress.done:
+            return
         meta = {
             **self.same,
-            "model": dict(self.setup.model.hf),
+            "model": dict(self.setup.fit.model.hf),
             "candidate_ids": [] if self.trainer.job.candidate_ids is None else self.trainer.job.candidate_ids.tolist(),
             "step": trainer.progress.done,
             "progress": trainer.progress.numbers(),
-            "updates": trainer.updates,
+            "updates": self._largest(trainer.updates),  # a stage without trained parameters counts none
             "seconds": round(self.before + time.perf_counter() - self.started, 3),
         }
         self.writer.save(trainer.state(), meta)
@@ -320,38 +345,32 @@ class _Run:
             print(sentence, flush=True)
 
     def _tell_layout(self) -> None:
-        g, layout = self.setup.geometry.schedule, self.setup.layout
-        extra = g.filled_warmup + g.filled_cooldown
+        geometry = self.setup.fit.geometry
+        extra = geometry.schedule.filled_warmup + geometry.schedule.filled_cooldown
         if extra:
-            full = len(g.spans) - extra
+            full = geometry.microbatches - extra
             self._say(
-                f"bubble filling adds {extra} partial microbatches to {full}: a step reads {self.setup.geometry.rows} "
-                f"sequences instead of {full * self.setup.geometry.size * layout.data}"
+                f"bubble filling adds {extra} partial microbatches to {full}: a step reads {geometry.rows} sequences "
+                f"instead of {full * geometry.size * geometry.data}"
             )
 
     def _constants(self) -> dict[str, float]:
         """What is the same in every step: its FLOPs, and the pipeline's share of waiting as simulated."""
-        setup, config = self.setup, self.config
-        teacher, frozen, recompute = needs_final(config), setup.frozen, config.train.recompute == "layers"
-        seq_len = config.data.seq_len
-        costs = stage_costs(
-            setup.model, self.exits, setup.split, seq_len, frozen=frozen, recompute=recompute, teacher=teacher
-        )
-        useful = stage_costs(setup.model, self.exits, setup.split, seq_len, frozen=frozen, teacher=teacher)
-        schedule = setup.geometry.schedule
+        fit = self.setup.fit
+        costs, schedule = fit.costs(), fit.geometry.schedule
         line = simulate(schedule, [c.forward_flops for c in costs], [c.backward_flops for c in costs])
-        per_token = sum(c.forward_flops + c.backward_flops for c in useful)
-        return {"flops": per_token * setup.geometry.rows * seq_len, "bubble": 1.0 - line.utilisation}
+        per_token = sum(c.forward_flops + c.backward_flops for c in fit.costs(recompute=False))
+        return {"flops": per_token * fit.geometry.rows * self.config.data.seq_len, "bubble": 1.0 - line.utilisation}
 
     def _speed(self, rate: float, report: Report, constant: Mapping[str, float]) -> dict[str, float]:
         """Tokens and FLOPs per second, and the memory of every process."""
-        flops = constant["flops"] * rate / max(1, report.tokens) / self.setup.layout.world
+        flops = constant["flops"] * rate / max(1, report.tokens) / self.setup.fit.layout.world
         values = {"tokens_per_second": rate, "tflops": flops / 1e12, "bubble": constant["bubble"]}
         name = torch.cuda.get_device_name(self.setup.device) if self.setup.device.type == "cuda" else ""
         peak = next((peak for part, peak in PEAKS.items() if part in name), None)
         if peak is not None:
             values["mfu"] = flops / peak
-        used: list[Any] = [None] * self.setup.layout.world
+        used: list[Any] = [None] * self.setup.fit.layout.world
         mine = torch.tensor([memory_gib(self.setup.device)], dtype=torch.float64, device=self.setup.device)
         every = [torch.zeros_like(mine) for _ in used]
         dist.all_gather(every, mine)

@@ -38,6 +38,10 @@ from exitlm.train.objective import (
     whole_loss,
 )
 
+CHUNK_BYTES = 64 << 20
+"""The most that a chunk of logits takes in float32; every chunk reads the output matrix twice, and adds to its
+gradient."""
+
 COUNTED = ("tokens", "loss", "accuracy", "confidence", "gate_loss")
 
 
@@ -58,22 +62,9 @@ class HeadLosses:
     chunk: int = 0
     sums: dict[int, Tensor] = field(default_factory=dict)
 
-    def __call__(
-        self, position: Position, tap: Tap, carried: Tensor | None, labels_BT: Tensor, plan: StepPlan, microbatch: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, position: Position, labels_BT: Tensor, plan: StepPlan, microbatch: int) -> HeadJob:
         """See ``exitlm.parallel.pipeline.stage.Losses``."""
-        share = plan.share(position.layer, microbatch)
-        job = HeadJob(self, position, labels_BT, share, plan.weights[position.layer] * plan.scale)
-        if plan.measure:
-            job.measure(tap)
-            return tap.hidden, carried
-        if self.how != "deferred":
-            loss = job.eager(tap)
-            hidden: Tensor = _Attach.apply(tap.hidden, loss)  # type: ignore[no-untyped-call]
-            return hidden, carried
-        inputs = (tap.hidden, tap.residual, tap.normed, carried, job.matrix())
-        out = _Deferred.apply(job, *inputs, *job.parameters())  # type: ignore[no-untyped-call]
-        return (out, None) if carried is None else out
+        return HeadJob(self, position, labels_BT, plan, plan.share(position.layer, microbatch))
 
     def record(self, job: HeadJob, values: Recorded) -> None:
         """Add the values of a microbatch to the sums of its head."""
@@ -106,12 +97,38 @@ class Recorded:
 
 
 class HeadJob:
-    """The loss of one head on one microbatch: a token counts ``share`` in it, and its gradient ``factor`` times."""
+    """The loss of one head on one microbatch: a token counts ``share`` in it, and its gradient ``factor`` times.
+    ``apart``: the gradients of the weights are ``kept`` until they are asked for."""
 
-    def __init__(self, losses: HeadLosses, position: Position, labels_BT: Tensor, share: float, factor: float) -> None:
-        self.losses, self.position, self.share, self.factor = losses, position, share, factor
+    def __init__(self, losses: HeadLosses, position: Position, labels_BT: Tensor, plan: StepPlan, share: float) -> None:
+        self.losses, self.position, self.plan, self.share = losses, position, plan, share
+        self.factor = plan.weights[position.layer] * plan.scale
         self.labels_N = labels_BT.reshape(-1)
         self.head, self.final = position.exit, position.layer == FINAL
+        self.apart = losses.splits and not plan.measure
+        self.kept: tuple[Tensor | None, ...] | None = None
+
+    def weights(self) -> Tensor | None:
+        """See ``exitlm.parallel.pipeline.stage.Loss``."""
+        if not self.apart:
+            return None
+        parameters = self.parameters() if self.losses.how == "deferred" else []
+        end: Tensor = _Weights.apply(self, self.matrix(), *parameters)  # type: ignore[no-untyped-call]
+        return end
+
+    def attach(self, tap: Tap, carried: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See ``exitlm.parallel.pipeline.stage.Loss``."""
+        if self.plan.measure:
+            self.measure(tap)
+            return tap.hidden, carried
+        if self.losses.how != "deferred":
+            loss = self.eager(tap)
+            hidden: Tensor = _Attach.apply(tap.hidden, loss)  # type: ignore[no-untyped-call]
+            return hidden, carried
+        inputs = (tap.hidden, tap.residual, tap.normed, carried)
+        weights = (self.matrix().detach(),) if self.apart else (self.matrix(), *self.parameters())
+        out = _Deferred.apply(self, *inputs, *weights)  # type: ignore[no-untyped-call]
+        return (out, None) if carried is None else out
 
     def parameters(self) -> list[nn.Parameter]:
         """What the features depend on besides the tap, and is trained."""
@@ -222,7 +239,7 @@ class HeadJob:
         inputs = [tap.hidden, tap.residual, tap.normed, *self.parameters()]
         wanted = [x for x, need in zip(inputs, [*needs[:3], *needs[4:]], strict=True) if need and x is not None]
         full = self.gather(features)
-        chunk = self.losses.chunk or chunk_tokens(max(1, len(matrix)))
+        chunk = self.losses.chunk or chunk_tokens(max(1, len(matrix)), CHUNK_BYTES)
         job = self.loss_job(full, None if teacher is None else self.gather(teacher), chunk)
         found = chunked_losses(job, [full], [matrix.detach()], [bool(wanted), needs[3]])
         grad_full, grad_matrix = found.grad_features[0], found.grad_weights[0]
@@ -236,7 +253,7 @@ class HeadJob:
             with torch.enable_grad():
                 right = self.part_of_sequence(found.correct_EN[0], gate)
                 loss = gate_loss(gate, right, self.part_of_sequence(job.weight_N, gate))
-                ends.append(loss * (self.losses.gate_weight * self.factor))
+                ends.append(loss * (self.losses.gate_weight * self.plan.scale))
             seeds.append(None)
             values = replace(values, gate=self._over_sequence(loss.detach()))
         grads: Sequence[Tensor | None] = [None] * len(wanted)
@@ -259,7 +276,7 @@ class HeadJob:
     def measure(self, tap: Tap) -> None:
         """Count cross-entropy, accuracy and confidence."""
         full, matrix = self.gather(self.features(tap)), self.matrix()
-        job = self.loss_job(full, None, self.losses.chunk or chunk_tokens(max(1, len(matrix))))
+        job = self.loss_job(full, None, self.losses.chunk or chunk_tokens(max(1, len(matrix)), CHUNK_BYTES))
         found = chunked_losses(replace(job, settings=LossSettings()), [full], [matrix], [False, False])
         self.losses.record(self, Recorded(found.loss_E[0], found.correct_EN[0], found.confidence_EN[0]))
 
@@ -267,7 +284,8 @@ class HeadJob:
         """The loss with its logits' gradient kept, or computed again in the backward (``how`` "checkpoint")."""
 
         def run(hidden: Tensor, residual: Tensor | None, normed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            out = _Eager.apply(self, self.features(Tap(hidden, residual, normed)), self.matrix())  # type: ignore[no-untyped-call]
+            matrix = self.matrix().detach() if self.apart else self.matrix()
+            out = _Eager.apply(self, self.features(Tap(hidden, residual, normed)), matrix)  # type: ignore[no-untyped-call]
             return out[0], out[1], out[2]
 
         taps = (tap.hidden, tap.residual, tap.normed)
@@ -327,14 +345,37 @@ class _Eager(torch.autograd.Function):
         full, matrix, grad_NK = ctx.saved_tensors
         factor = ctx.job.factor * grad
         into_features = ctx.job.scatter((grad_NK @ matrix).to(grad.dtype) * factor, ctx.like).to(full.dtype)
-        return None, into_features, ((grad_NK.T @ full) * factor).to(matrix.dtype)
+        into_matrix = ((grad_NK.T @ full) * factor).to(matrix.dtype)
+        if ctx.job.apart:
+            ctx.job.kept = (into_matrix,)
+            return None, into_features, None
+        return None, into_features, into_matrix
+
+
+class _Weights(torch.autograd.Function):
+    """Gives a head's weights the gradients that its job kept. For schedules that split the backward: these go from the
+    ends of a stage's parameters to the nodes that the hidden states passed, and back from each of them. A matrix of two
+    heads would lead from one to the other through all that lies between, a second time. This node hangs on the end of
+    the stage. As the first that was made it is also the last to run when the backward is not split.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, job: HeadJob, matrix: Tensor, *parameters: nn.Parameter) -> Tensor:
+        ctx.job = job
+        return torch.zeros(1, dtype=matrix.dtype, device=matrix.device)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, ctx.job.kept = ctx.job.kept, None
+        assert kept is not None, "the weights of a head came before the head"
+        return None, *kept
 
 
 class _Deferred(torch.autograd.Function):
     """The hidden states (and ``carried``) unchanged, and all of the head in the backward.
 
-    What is trained is an input, so that its gradient goes the usual way through hooks. Schedules that split the
-    backward run it twice, first for the inputs and then for the weights: the second time gives what the first one kept.
+    What is trained is an input, so that its gradient goes the usual way through hooks; or one of :class:`_Weights`.
     """
 
     @staticmethod
@@ -348,24 +389,22 @@ class _Deferred(torch.autograd.Function):
         matrix: Tensor,
         *parameters: nn.Parameter,
     ) -> Any:
-        ctx.job, ctx.kept, ctx.carries = job, None, carried is not None
+        ctx.job, ctx.carries = job, carried is not None
         ctx.save_for_backward(hidden, residual, normed, matrix)
         return hidden.detach() if carried is None else (hidden.detach(), carried.detach())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_carried: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        if ctx.kept is not None:
-            kept, ctx.kept = ctx.kept, None
-            return None, None, None, None, None, *kept
         hidden, residual, normed, matrix = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        found = ctx.job.gradients(Tap(hidden, residual, normed), matrix, grad_carried, [*needs[1:4], *needs[5:]])
+        job, needs = ctx.job, ctx.needs_input_grad
+        wanted = [True] * (1 + len(job.parameters())) if job.apart else needs[5:]
+        found = job.gradients(Tap(hidden, residual, normed), matrix, grad_carried, [*needs[1:4], *wanted])
         into_hidden, into_residual, into_normed = found.tap
         if needs[1]:
             into_hidden = grad if into_hidden is None else grad + into_hidden
-        weights = (found.matrix, *found.parameters)
-        if ctx.job.losses.splits:
-            ctx.kept = weights
-        back = found.features if ctx.job.final and ctx.carries else grad_carried
+        weights: tuple[Tensor | None, ...] = (found.matrix, *found.parameters)
+        if job.apart:
+            job.kept, weights = weights, (None,)
+        back = found.features if job.final and ctx.carries else grad_carried
         return None, into_hidden, into_residual, into_normed, back, *weights

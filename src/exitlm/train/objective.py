@@ -124,9 +124,10 @@ def linear_losses(
     return LossResult(loss_E=loss_E, correct_EN=correct_EN, confidence_EN=confidence_EN)
 
 
-def chunk_tokens(vocab_size: int) -> int:
-    """How many tokens' logits (float32) make at most 32 MiB: a power of two, so that few shapes occur, at least 16."""
-    return 1 << max(4, int(math.log2(max(16, CHUNK_BYTES // (4 * vocab_size)))))
+def chunk_tokens(vocab_size: int, limit: int = CHUNK_BYTES) -> int:
+    """How many tokens' logits (float32) make at most ``limit`` bytes: a power of two, so that few shapes occur, at
+    least 16."""
+    return 1 << max(4, int(math.log2(max(16, limit // (4 * vocab_size)))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,20 +199,24 @@ def chunked_losses(
             x, W = features[e][span], weights[e]
             logits = buffers.product("logits", x, W, wide)
             wants = needs[2 * e] or needs[2 * e + 1]
-            loss, correct, confidence, weight_n = chunk_loss(job, span, logits, job.ids[e], teacher, buffers, wants)
+            loss, correct, confidence, weight_n, grad = chunk_loss(
+                job, span, logits, job.ids[e], teacher, buffers, wants
+            )
             loss_E[e] += loss
             correct_EN[e, span] = correct
             confidence_EN[e, span] = confidence
             if not wants:
                 continue
-            grad = logits  # overwritten by the gradient of the logits, still without the tokens' weights
             if x.dtype != wide:
-                grad = buffers.get("logits", len(x), len(W), x.dtype).copy_(logits)
+                grad = buffers.get("logits", len(x), len(W), x.dtype).copy_(grad)
             weight_n1 = weight_n[:, None].to(x.dtype)
             if (into := grad_features[e]) is not None:
                 into[span] = (grad @ W) * weight_n1
             if (sums := grad_weights[e]) is not None:
-                sums += grad.T @ (x * weight_n1)
+                if sums.dtype == grad.dtype:
+                    sums.addmm_(grad.T, x * weight_n1)
+                else:
+                    sums += grad.T @ (x * weight_n1)
     return Chunked(
         loss_E=loss_E,
         correct_EN=correct_EN,
@@ -229,8 +234,8 @@ def whole_loss(job: LossJob, features_ND: Tensor, weight_KD: Tensor) -> tuple[Te
     span, buffers = slice(0, len(features_ND)), Scratch(len(features_ND), features_ND.device)
     logits = buffers.product("logits", features_ND, weight_KD, wide)
     teacher = _TeacherChunk(job, span, wide, buffers)
-    loss, correct_N, confidence_N, weight_N = chunk_loss(job, span, logits, job.ids[0], teacher, buffers, True)
-    return loss, correct_N, confidence_N, logits.mul_(weight_N[:, None])
+    loss, correct_N, confidence_N, weight_N, grad = chunk_loss(job, span, logits, job.ids[0], teacher, buffers, True)
+    return loss, correct_N, confidence_N, grad.mul_(weight_N[:, None])
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -255,7 +260,8 @@ class _ChunkedLosses(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Softmax:
-    """Probabilities [n, K] and, by token: the largest one, log-sum-exp, and the id of the largest."""
+    """Probabilities [n, K] and, by token: the largest one, log-sum-exp, and the id of the largest. ``out`` may be the
+    logits themselves: every element is read before it is written."""
 
     q: Tensor
     peak: Tensor
@@ -265,18 +271,20 @@ class _Softmax:
 
 def _softmax(logits: Tensor, ids: Tensor | None, part: VocabularyPart | None, out: Tensor) -> _Softmax:
     if part is None:
+        top, at = logits.max(-1)
         q = torch.softmax(logits, -1, out=out)
-        peak, at = q.max(-1)
-        lse = logits.gather(1, at[:, None])[:, 0] - peak.log()
-        return _Softmax(q, peak, lse, at if ids is None else ids[at])
-    nothing = logits.new_full((len(logits), 1), -torch.inf)  # a rank may have no row of a restricted head
-    mine, at = torch.cat([logits, nothing], -1).max(-1)
+        peak = q.gather(1, at[:, None])[:, 0]
+        return _Softmax(q, peak, top - peak.log(), at if ids is None else ids[at])
+    if logits.shape[1]:
+        mine, at = logits.max(-1)
+    else:  # a rank may have no row of a restricted head
+        mine, at = (logits.new_full((len(logits),), x) for x in (-torch.inf, 0))
     top = part.largest(mine)
     q = torch.sub(logits, top[:, None], out=out).exp_()
     (mass,) = part.total(q.sum(-1))
     q /= mass[:, None]
-    names = torch.arange(logits.shape[1], device=at.device) + part.first if ids is None else ids
-    best = torch.cat([names, names.new_full((1,), -1)])[at]
+    best = at.long() if ids is None else ids[at.long()] if len(ids) else at.long()
+    best = best + part.first if ids is None else best
     best = -part.largest(torch.where(mine == top, -best, -(1 << 40)))  # of equal ones the first, as without ranks
     return _Softmax(q, 1.0 / mass, top + mass.log(), best)
 
@@ -349,34 +357,36 @@ def _summed(part: VocabularyPart | None, value_n: Tensor) -> Tensor:
 
 def chunk_loss(
     job: LossJob, span: slice, logits: Tensor, ids: Tensor | None, teacher: _TeacherChunk, buffers: Scratch, wants: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(loss, correct [n], confidence [n], weight [n])`` of one head in one chunk. If ``wants``, ``logits`` are
-    replaced by the gradient of the unweighted loss with respect to them: (1 - distill) (q - onehot) for the
-    cross-entropy, distill * tau (mass * q_tau - p) for the distillation."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(loss, correct [n], confidence [n], weight [n], grad [n, K])`` of one head in one chunk. If ``wants``, ``grad``
+    is the gradient of the unweighted loss with respect to the logits, in one of the buffers: (1 - distill) (q - onehot)
+    for the cross-entropy, distill * tau (mass * q_tau - p) for the distillation. Rows of weight 0 may hold anything."""
     s, tau, part = job.settings, job.settings.temperature, job.part
     labels = None if job.labels_N is None else job.labels_N[span]
-    own = _softmax(logits, ids, part, buffers.get("q", len(logits), logits.shape[1], logits.dtype))
+    plain = s.distill == 0.0 and ids is None  # only the cross-entropy: q may take the place of the logits
+    column, has = _columns(labels, ids, logits.shape[1], part) if labels is not None else (None, None)
+    at_label = torch.zeros(len(logits), dtype=logits.dtype, device=logits.device)
+    if column is not None and logits.shape[1]:
+        at_label = logits.gather(1, column[:, None])[:, 0]
+    sure = None
+    if s.confidence_weighted and s.confidence_temperature != 1.0:
+        warm = logits / s.confidence_temperature
+        sure = _softmax(warm, ids, part, warm).peak
+    own = _softmax(logits, ids, part, logits if plain else buffers.get("q", len(logits), logits.shape[1], logits.dtype))
     q, confidence, lse = own.q, own.peak, own.lse
     reference = teacher.argmax if teacher.argmax is not None else labels
     assert reference is not None
     correct = own.best == reference
     weight_n = job.weight_N[span].to(logits.dtype)
     if s.confidence_weighted:
-        sure = confidence
-        if s.confidence_temperature != 1.0:
-            warm = logits / s.confidence_temperature
-            sure = _softmax(warm, ids, part, torch.empty_like(warm)).peak
-        weight_n = weight_n * sure
+        weight_n = weight_n * (confidence if sure is None else sure)
 
     loss_n = torch.zeros_like(lse)
     keep_n: Tensor | float = 0.0  # the factor of q in the gradient, by token
-    column = mine = p = None
+    mine = p = None
     if s.distill < 1.0:
-        assert labels is not None
-        column, has = _columns(labels, ids, logits.shape[1], part)
-        column = column[:, None]
+        assert has is not None
         known = mine = has.to(logits.dtype) * (1.0 - s.distill)
-        at_label = logits.gather(1, column)[:, 0] if logits.shape[1] else torch.zeros_like(lse)
         if part is not None:
             known, at_label = part.total(mine, torch.where(has, at_label, 0.0))
         loss_n = known * (lse - at_label)
@@ -394,12 +404,16 @@ def chunk_loss(
         loss_n = loss_n + s.distill * tau**2 * (negative_entropy - cross + mass * lse_tau)
     loss = (loss_n * weight_n).sum()
     if not wants:
-        return loss, correct, confidence, weight_n
+        return loss, correct, confidence, weight_n, logits
 
+    if plain and column is not None and mine is not None:
+        if logits.shape[1]:
+            q.scatter_add_(1, column[:, None], -mine[:, None])
+        return loss, correct, confidence, weight_n, q
     if s.distill == 1.0 and tau == 1.0 and isinstance(keep_n, float):
         assert p is not None
         torch.sub(q, p, out=logits)
-        return loss, correct, confidence, weight_n
+        return loss, correct, confidence, weight_n, logits
     torch.mul(q, keep_n[:, None] if isinstance(keep_n, Tensor) else keep_n, out=logits)
     if p is not None:
         logits.sub_(p, alpha=s.distill * tau)
@@ -407,8 +421,8 @@ def chunk_loss(
             factor = s.distill * tau * (mass[:, None] if isinstance(mass, Tensor) else mass)
             logits.add_(soft.q.mul_(factor))
     if column is not None and mine is not None and logits.shape[1]:
-        logits.scatter_add_(1, column, -mine[:, None])
-    return loss, correct, confidence, weight_n
+        logits.scatter_add_(1, column[:, None], -mine[:, None])
+    return loss, correct, confidence, weight_n, logits
 
 
 def _columns(labels: Tensor, ids: Tensor | None, width: int, part: VocabularyPart | None) -> tuple[Tensor, Tensor]:

@@ -14,32 +14,70 @@ import torch
 
 from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
-from exitlm.model.exits import check_layers
+from exitlm.model.exits import ExitConfig, check_layers
 from exitlm.parallel.mesh import Launch, Layout, stages_per_rank
-from exitlm.parallel.pipeline.split import Split, make_split
+from exitlm.parallel.pipeline.split import Split, StageCost, make_split, stage_costs
 from exitlm.parallel.tensor import check_tensor
 from exitlm.train.corpus import check_context, self_tokens
 from exitlm.train.data import ByteTokenizer, TextTokenizer, Tokens
-from exitlm.train.exits import default_layers, exit_configs, needs_final
+from exitlm.train.exits import automatic_candidates, default_layers, exit_configs, needs_final
 from exitlm.train.initial import has_shape, model_config
 from exitlm.train.metrics import check_trackers
 from exitlm.train.plan import Geometry, geometry
+from exitlm.train.precision import resolve_dtype
 from exitlm.train.run import RunConfig
 from exitlm.weights.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from exitlm.weights.load import device_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
-    """A run whose settings fit together, before anything is loaded. ``opened`` is the base, None for a new model."""
+class Fit:
+    """What settings mean for a model of a known shape: the exits are placed, ``auto`` is replaced, and everything that
+    does not depend on the machine is decided. ``teacher``: exits learn from the final head."""
 
     config: RunConfig
-    opened: Checkpoint | None
-    tokens: Tokens
     model: ModelConfig
     layout: Layout
     split: Split
     geometry: Geometry
+    teacher: bool
+
+    @property
+    def exits(self) -> list[ExitConfig]:
+        """The settings of every exit."""
+        return exit_configs(self.config)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only exits are trained."""
+        return self.config.train.parameters == "exits"
+
+    @property
+    def recompute(self) -> bool:
+        """Whether layers run again for their backward."""
+        return self.config.train.recompute == "layers"
+
+    def costs(self, *, recompute: bool | None = None) -> list[StageCost]:
+        """What each stage computes and holds; ``recompute`` None is as the settings say."""
+        return stage_costs(
+            self.model,
+            self.exits,
+            self.split,
+            self.config.data.seq_len,
+            frozen=self.frozen,
+            recompute=self.recompute if recompute is None else recompute,
+            teacher=self.teacher,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A run on this machine. ``opened`` is the base, None for a new model; ``master`` is the dtype of parameters and
+    optimizer, ``compute`` that of the work."""
+
+    fit: Fit
+    opened: Checkpoint | None
+    tokens: Tokens
     device: torch.device
     compute: torch.dtype
     master: torch.dtype
@@ -47,12 +85,7 @@ class Setup:
     @property
     def out(self) -> Path:
         """The run's directory."""
-        return Path(self.config.checkpoint.dir)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether only exits are trained."""
-        return self.config.train.parameters == "exits"
+        return Path(self.fit.config.checkpoint.dir)
 
 
 def resolve(config: RunConfig, launch: Launch) -> Setup:
@@ -62,7 +95,7 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
         UserError: the first thing that can't work, and what would.
     """
     config.check()
-    p, t, o = config.parallel, config.train, config.objective
+    p = config.parallel
     if not config.checkpoint.dir:
         raise UserError("checkpoint.dir is not set: name a directory for the run")
     if self_tokens(config) is not None:
@@ -76,11 +109,38 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
         )
     opened, tokens = _opened(config)
     model = opened.model_config if opened is not None else model_config(config, tokens.size, tokens.eos_id)
+    device = _device(config.model.device, launch)
+    compute = resolve_dtype(config.train.dtype, device, torch.float32)
+    name: Any = str(compute).removeprefix("torch.")
+    found = fit(replace(config, train=replace(config.train, dtype=name)), model)
+    config = found.config
+    if config.train.warmup > config.train.steps:
+        warnings.warn(f"train.warmup is cut to the {config.train.steps} steps of the run", stacklevel=2)
+    if config.objective.candidate_loss:
+        warnings.warn(
+            "objective.candidate_loss is for exitlm tune on one process, and has no effect here", stacklevel=2
+        )
+    check_trackers(config.logging)
+    return Setup(
+        fit=found,
+        opened=opened,
+        tokens=tokens,
+        device=device,
+        compute=compute,
+        master=torch.promote_types(compute, torch.float32),
+    )
+
+
+def fit(config: RunConfig, model: ModelConfig) -> Fit:
+    """Fit settings to a model.
+
+    Raises:
+        UserError: what can't work together.
+    """
     check_context(config.data.seq_len, model)
     config = _with_exits(config, model)
+    p, t, o = config.parallel, config.train, config.objective
     exits, frozen, teacher = exit_configs(config), t.parameters == "exits", needs_final(config)
-    if frozen and not exits:
-        raise UserError("train.parameters is 'exits', but exits.layers is empty; name at least one layer")
     if teacher and o.exit_forward != "deferred":
         raise UserError(
             f"objective.exit_forward is '{o.exit_forward}', but exits that learn from the final head (distill, gate) "
@@ -114,22 +174,8 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
         recompute=t.recompute == "layers",
         teacher=teacher,
     )
-    if t.warmup > t.steps:
-        warnings.warn(f"train.warmup is cut to the {t.steps} steps of the run", stacklevel=2)
-    check_trackers(config.logging)
-    compute = getattr(torch, t.dtype)
-    return Setup(
-        config=config,
-        opened=opened,
-        tokens=tokens,
-        model=model,
-        layout=layout,
-        split=split,
-        geometry=geometry(config, layout, frozen=frozen, teacher=teacher),
-        device=_device(config.model.device, launch),
-        compute=compute,
-        master=torch.promote_types(compute, torch.float32),
-    )
+    cut = geometry(config, layout, frozen=frozen, teacher=teacher)
+    return Fit(config=config, model=model, layout=layout, split=split, geometry=cut, teacher=teacher)
 
 
 def _opened(config: RunConfig) -> tuple[Checkpoint | None, Tokens]:
@@ -155,7 +201,7 @@ def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
     depth, t = model.num_hidden_layers, config.train
     layers = config.exits.layers
     if not layers and t.parameters == "exits":
-        layers = default_layers(depth)
+        layers = default_layers(depth)  # a frozen model is there for its exits
     check_layers(layers, depth)
     if list(layers) != sorted(layers):
         raise UserError(f"exits {list(layers)} are not in ascending order; write {sorted(layers)}")
@@ -164,8 +210,8 @@ def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
         raise UserError("exits.init 'closed_form' is for exitlm tune on one process; use 'identity' or 'copy'")
     chosen: Any = tuple("copy" if init == "auto" else init for init in inits)
     given = config.exits.candidates
-    candidates: Any = tuple(0 if n == -1 else n for n in (given if isinstance(given, tuple) else (given,)))
-    dtype = "float32" if t.dtype == "auto" else t.dtype
+    many = automatic_candidates(model.vocab_size)
+    candidates: Any = tuple(many if n == -1 else n for n in (given if isinstance(given, tuple) else (given,)))
     resolved = replace(
         config,
         exits=replace(
@@ -174,7 +220,6 @@ def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
             init=chosen if isinstance(config.exits.init, tuple) else chosen[0],
             candidates=candidates if isinstance(given, tuple) else candidates[0],
         ),
-        train=replace(t, dtype=dtype),
     )
     resolved.check()
     return resolved

@@ -13,11 +13,12 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
@@ -25,12 +26,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from exitlm.errors import UserError
-from exitlm.train.checkpoint import list_checkpoints, remove
+from exitlm.train.checkpoint import list_checkpoints, remove, retain
 from exitlm.weights.publish import sync
 
 FORMAT = 1
 META = "sharded.json"
 _DCP = ".metadata"
+# What can go wrong while a checkpoint is written or read.
+FAILURES = (CheckpointException, OSError, RuntimeError, ValueError)
 
 
 @dataclass
@@ -38,16 +41,20 @@ class _Pending:
     place: Path
     staging: Path
     meta: dict[str, Any]
-    future: Future[Any]
+    written: Future[dict[str, list[Any]]]
 
 
 class Writer:
     """Saves checkpoints of a run; all processes call the same methods in the same order. ``group`` is a process group
-    of its own for the writing, which goes on beside the training."""
+    of its own for the writing, which goes on beside the training; ``timeout`` in seconds is its longest wait. ``saved``
+    is the last step that was published."""
 
-    def __init__(self, out: Path, keep: int, asynchronous: bool, device: torch.device) -> None:
-        self.out, self.keep, self.asynchronous, self.device = out, keep, asynchronous, device
-        self.group = dist.new_group(backend="gloo")
+    def __init__(
+        self, out: Path, keep: int, asynchronous: bool, timeout: float = 600.0, saved: int | None = None
+    ) -> None:
+        self.out, self.keep, self.asynchronous, self.saved = out, keep, asynchronous, saved
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.pending: _Pending | None = None
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -56,36 +63,50 @@ class Writer:
         place = self.out / "checkpoints" / f"step-{int(meta['step']):08d}"
         staging = place.with_name(f".{place.name}.tmp")
         problem = ""
-        if dist.get_rank() == 0:
+        if self.rank == 0:
             try:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
+                sync(self.out)
             except OSError as error:
-                problem = str(error.strerror)
-        if self._everywhere(problem):
-            _warn(place, problem or "another process could not write")
+                problem = _reason(error)
+        if problem := self._first(problem):
+            self._warn(place, problem)
             return
         storage = FileSystemWriter(staging, single_file_per_rank=True, sync_files=True)
-        state = dict(tensors)
-        future: Future[Any] = Future()
+        state, options = dict(tensors), {"storage_writer": storage, "process_group": self.group}
+        begun: Future[Any] = Future()
         try:
             if self.asynchronous:
-                begun = state_dict_saver.async_save(state, storage_writer=storage, process_group=self.group)
-                assert isinstance(begun, Future)
-                future = begun
+                found = state_dict_saver.async_save(state, **options)
+                assert isinstance(found, Future)
+                begun = found
             else:
-                state_dict_saver.save(state, storage_writer=storage, process_group=self.group)
-                future.set_result(None)
-        except (CheckpointException, OSError, RuntimeError) as error:
-            future.set_exception(error)
-        self.pending = _Pending(place, staging, dict(meta), future)
+                begun.set_result(state_dict_saver.save(state, **options))
+        except FAILURES as error:
+            begun.set_exception(error)
+        self.pending = _Pending(place, staging, dict(meta), self._digested(begun, staging))
         if not self.asynchronous:
             self.finish()
+
+    def _digested(self, begun: Future[Any], staging: Path) -> Future[dict[str, list[Any]]]:
+        """The digests of what this process has written, once it has; in the thread that wrote."""
+        out: Future[dict[str, list[Any]]] = Future()
+
+        def digest(begun: Future[Any]) -> None:
+            try:
+                begun.result()
+                out.set_result(_digests(staging, self.rank))
+            except BaseException as error:
+                out.set_exception(error)
+
+        begun.add_done_callback(digest)
+        return out
 
     @property
     def done(self) -> bool:
         """Whether this process has written its part of what is pending."""
-        return self.pending is not None and self.pending.future.done()
+        return self.pending is not None and self.pending.written.done()
 
     def finish(self) -> None:
         """Wait for a pending save and publish it. One that failed is told and thrown away; the run goes on with the
@@ -93,49 +114,54 @@ class Writer:
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
-        problem = ""
+        problem, part = "", {}
         try:
-            pending.future.result()
-            part = _digests(pending.staging, dist.get_rank(), dist.get_world_size())
-        except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-            problem, part = _reason(error), {}
-        if not self._everywhere(problem):
-            parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+            part = pending.written.result()
+        except FAILURES as error:
+            problem = _reason(error)
+        if not (problem := self._first(problem)):
+            parts: list[dict[str, Any]] = [{} for _ in range(self.world)]
             dist.all_gather_object(parts, part, group=self.group)
-            if dist.get_rank() == 0:
-                try:
-                    files = {name: entry for part in parts for name, entry in part.items()}
-                    meta = {**pending.meta, "format": FORMAT, "files": files}
-                    (pending.staging / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-                    for path in (pending.staging / META, pending.staging / _DCP, pending.staging):
-                        sync(path)
-                    if pending.place.exists():  # left by an earlier life of the run, and found damaged
-                        remove(pending.place)
-                    pending.staging.rename(pending.place)
-                    sync(pending.place.parent)
-                    for old in list_checkpoints(self.out)[: -self.keep]:
-                        remove(old)
-                except OSError as error:
-                    problem = str(error.strerror)
-            if not self._everywhere(problem):
-                return
-        if problem or dist.get_rank() == 0:
-            _warn(pending.place, problem or "another process could not write")
-        if dist.get_rank() == 0:
+            if self.rank == 0:
+                problem = self._publish(pending, {name: entry for part in parts for name, entry in part.items()})
+            problem = self._first(problem)
+        if not problem:
+            self.saved = int(pending.meta["step"])
+            return
+        self._warn(pending.place, problem)
+        if self.rank == 0:
             shutil.rmtree(pending.staging, ignore_errors=True)
 
-    def _everywhere(self, problem: str) -> bool:
-        """Whether any process has a problem."""
-        bad = torch.tensor(int(bool(problem)))
-        dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.group)
-        return bool(bad)
+    def _publish(self, pending: _Pending, files: Mapping[str, Any]) -> str:
+        """Put what all have written in its place; what the system has against it."""
+        try:
+            meta = {**pending.meta, "format": FORMAT, "files": files}
+            (pending.staging / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            for path in (pending.staging / META, pending.staging / _DCP, pending.staging):
+                sync(path)
+            if pending.place.exists():  # left by an earlier life of the run, and found damaged
+                remove(pending.place)
+            pending.staging.rename(pending.place)
+            sync(pending.place.parent)
+        except OSError as error:
+            return _reason(error)
+        with suppress(OSError):  # the next one tries again
+            retain(pending.place, self.keep)
+        return ""
 
+    def _first(self, problem: str) -> str:
+        """The problem of the first process that has one."""
+        problems = ["" for _ in range(self.world)]
+        dist.all_gather_object(problems, problem, group=self.group)
+        return next((p for p in problems if p), "")
 
-def _warn(place: Path, reason: str) -> None:
-    warnings.warn(
-        f"{place} was not saved ({reason}); the run goes on, and the checkpoints before are untouched: free some space",
-        stacklevel=3,
-    )
+    def _warn(self, place: Path, reason: str) -> None:
+        if self.rank == 0:
+            warnings.warn(
+                f"{place} was not saved ({reason}); the run goes on, and the checkpoints before are untouched: free "
+                "some space",
+                stacklevel=4,
+            )
 
 
 def _reason(error: BaseException) -> str:
@@ -147,11 +173,11 @@ def _reason(error: BaseException) -> str:
     return str(error).strip().split("\n")[-1] or type(error).__name__
 
 
-def _digests(place: Path, part: int, parts: int) -> dict[str, list[Any]]:
-    """Size and sha256 of this process's share of the files."""
-    files = sorted(p for p in place.iterdir() if p.name != META)
+def _digests(place: Path, rank: int) -> dict[str, list[Any]]:
+    """Size and sha256 of the files that a process wrote; the first one also those of DCP's own."""
+    mine = [path for path in place.iterdir() if path.name.startswith(f"__{rank}_")]
     out = {}
-    for path in files[part::parts]:
+    for path in [*mine, *([place / _DCP] if rank == 0 else [])]:
         with path.open("rb") as handle:
             out[path.name] = [path.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest()]
     return out
@@ -204,17 +230,22 @@ def newest(out: Path) -> tuple[Path, dict[str, Any]] | None:
         if not first:
             return place, meta
         if dist.get_rank() == 0:
-            warnings.warn(f"{first}; going on from the one before it", stacklevel=2)
+            last = name == names[0][-1]
+            then = "no other is there: the run begins again" if last else "going on from the one before it"
+            warnings.warn(f"{first}; {then}", stacklevel=2)
     return None
 
 
-def load(place: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Read a checkpoint into ``tensors``, by name, whatever layout wrote it; with all processes, or one without group.
+def load(place: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
+    """Read a checkpoint into ``tensors``, by name, whatever layout wrote it: all processes of a run together, or this
+    one ``alone``.
 
     Raises:
         UserError: a tensor that it lacks, or that has another shape there.
     """
     try:
-        state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(place), no_dist=not dist.is_initialized())
-    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(place), no_dist=alone)
+    except FAILURES as error:
         raise UserError(f"{place} can't be read as a checkpoint of this model ({_reason(error)})") from error

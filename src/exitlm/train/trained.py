@@ -121,7 +121,7 @@ def _of_mesh(out: Path, config: RunConfig, places: list[Path], one: bool) -> Ear
         for name, parameter in model.named_parameters()
         if config.train.parameters == "all" or name.startswith("exits.")
     }
-    sharded.load(place, tensors)
+    sharded.load(place, tensors, alone=True)
     return model
 
 

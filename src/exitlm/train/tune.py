@@ -23,7 +23,7 @@ from exitlm.parallel.mesh import Launch
 from exitlm.train import checkpoint as run_files
 from exitlm.train.corpus import Corpus, corpus_of_answers, corpus_of_files, open_tokens, self_tokens
 from exitlm.train.data import Blocks, TextTokenizer, Tokens
-from exitlm.train.exits import default_layers, exit_configs, needs_final
+from exitlm.train.exits import automatic_candidates, default_layers, exit_configs, needs_final
 from exitlm.train.full import train
 from exitlm.train.heads import Heads
 from exitlm.train.hidden import HiddenStates, Row, Wanted
@@ -41,7 +41,6 @@ from exitlm.weights.load import device_of, load_model
 from exitlm.weights.store import cache_directory
 
 CLOSED_FORM_TOKENS = 1 << 16
-CANDIDATES, LARGE_VOCABULARY = 4096, 16384
 
 
 def tune(
@@ -112,7 +111,7 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
     backbone = resolve_dtype(config.model.dtype, place, opened.dtype)
     master = torch.promote_types(backbone, torch.float32)
     vocab, hidden = opened.model_config.vocab_size, opened.model_config.hidden_size
-    automatic = CANDIDATES if vocab > LARGE_VOCABULARY else 0
+    automatic = automatic_candidates(vocab)
     given = config.exits.candidates
     candidates = tuple(automatic if n == -1 else n for n in (given if isinstance(given, tuple) else (given,)))
     base = config.model.base

@@ -62,13 +62,24 @@ class Position:
     context: AttentionContext
 
 
-class Losses(Protocol):
-    """What attaches the loss of a head to the hidden states that pass it."""
+class Loss(Protocol):
+    """The loss of a head on one microbatch."""
 
-    def __call__(
-        self, position: Position, tap: Tap, carried: Tensor | None, labels_BT: Tensor, plan: StepPlan, microbatch: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def weights(self) -> Tensor | None:
+        """Asked once, before any layer runs: a tensor [1] to back-propagate last, for the gradients of the head's
+        weights. None where :meth:`attach` sees to them."""
+        ...
+
+    def attach(self, tap: Tap, carried: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The hidden states unchanged, and ``carried``, such that back-propagation through them adds the loss."""
+        ...
+
+
+class Losses(Protocol):
+    """The losses of all heads."""
+
+    def __call__(self, position: Position, labels_BT: Tensor, plan: StepPlan, microbatch: int) -> Loss:
+        """That of one head."""
         ...
 
 
@@ -173,22 +184,29 @@ class Stage(nn.Module):
         back-propagation is that of all losses."""
         if self.carries and carried is None and not plan.measure:
             carried = torch.zeros_like(hidden).requires_grad_()
-        heads = {layer: self.model.exits[str(layer)] for layer in self.split.exits(self.index) if layer in plan.weights}
+        heads = dict(self.model.exit_heads()) | ({FINAL: None} if self.final else {})
+        losses = {
+            layer: self.losses(Position(layer, head, self.model, context), labels, plan, number)
+            for layer, head in heads.items()
+            if layer in plan.weights
+        }
+        ends = [end for loss in losses.values() if (end := loss.weights()) is not None]
         dropped = plan.dropped.get(number, frozenset())
         tap = Tap(hidden)
         for done in range(self.layers.start, self.layers.stop + 1):
             if done > self.layers.start and done - 1 not in dropped:
                 tap = self._run(done - 1, tap.hidden, context)
-            if done in heads:
-                position = Position(done, heads[done], self.model, context)
-                hidden, carried = self.losses(position, tap, carried, labels, plan, number)
+            if done in losses and done != FINAL:
+                hidden, carried = losses[done].attach(tap, carried)
                 tap = replace(tap, hidden=hidden)
-        if self.final and FINAL in plan.weights:
-            position = Position(FINAL, None, self.model, context)
-            hidden, carried = self.losses(position, tap, carried, labels, plan, number)
+        if FINAL in losses:
+            hidden, carried = losses[FINAL].attach(Tap(tap.hidden), carried)
             tap = Tap(hidden)
         if self.last:
-            return Anchor.attach(None, carried, tap.hidden)
+            return Anchor.attach(None, carried, tap.hidden, *ends)
+        if ends:
+            together: Tensor | tuple[Tensor, Tensor] = _Together.apply(tap.hidden, carried, *ends)  # type: ignore[no-untyped-call]
+            return together
         return tap.hidden if carried is None else (tap.hidden, carried)
 
     @torch.no_grad()
@@ -221,9 +239,11 @@ class Stage(nn.Module):
         for layer, (hidden, residual, normed) in taps.items():
             if layer in plan.weights:
                 assert hidden is not None
-                position = Position(layer, self.model.exits[str(layer)], self.model, context)
-                tap = Tap(hidden.detach(), residual, normed)
-                hidden, carried = self.losses(position, tap, carried, labels, plan, number)
+                head = self.model.exits[str(layer)]
+                position = Position(layer, head, self.model, context)
+                trained = any(p.requires_grad for p in head.parameters())  # if not, its loss is to be counted still
+                tap = Tap(hidden.detach().requires_grad_(not trained), residual, normed)
+                hidden, carried = self.losses(position, labels, plan, number).attach(tap, carried)
                 passed.append(hidden)
         if not passed:
             return None
@@ -283,3 +303,16 @@ class Anchor(torch.autograd.Function):
         if ctx.carries:
             carried = ctx.features if ctx.features is not None else zeros[0].clone()
         return (None, carried, *zeros)
+
+
+class _Together(torch.autograd.Function):
+    """Hidden states and ``carried`` as they are, with what must be back-propagated besides."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, carried: Tensor | None, *ends: Tensor) -> Any:
+        ctx.like = [(end.dtype, end.device) for end in ends]
+        return hidden.detach() if carried is None else (hidden.detach(), carried.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_carried: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        return (grad, grad_carried, *(torch.zeros(1, dtype=dtype, device=device) for dtype, device in ctx.like))
