@@ -22,8 +22,8 @@ from exitlm.parallel.pipeline.split import StageCost, stage_costs
 from exitlm.train.data import pack
 from exitlm.train.estimate import estimate, model_shape
 from exitlm.train.exits import exit_configs
+from exitlm.train.head_loss import tokens_at_once
 from exitlm.train.loop import exit_weights
-from exitlm.train.objective import chunk_tokens
 from exitlm.train.run import TRAINING, RunConfig
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def deferred() -> None:
     """How many microbatches' logits each stage holds, over the time of a step."""
     config = run_file("pretrain-7b.toml")
     tokens = config.train.microbatch * config.data.seq_len
-    chunk = chunk_tokens(model_shape(config).vocab_size) / tokens
+    chunk = tokens_at_once(model_shape(config).vocab_size) / tokens
     line = simulate(make("1f1b", STAGES, MICROBATCHES))
     figure = new_figure((10.0, 4.4))
     rows = figure.subplots(STAGES, 1, sharex=True, sharey=True)

@@ -5,6 +5,7 @@ their time is shared as well.
 """
 
 import copy
+import functools
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,9 @@ from exitlm.model.exits import ExitConfig
 from exitlm.parallel.mesh import Layout, Mesh
 from exitlm.parallel.pipeline.split import make_split
 from exitlm.parallel.shards import part_of
-from exitlm.train.plan import geometry
+from exitlm.train.plan import dropped_layers, geometry
 from exitlm.train.run import TRAINING, RunConfig
-from exitlm.train.trainer import Job, Report, Trainer
+from exitlm.train.trainer import Job, Progress, Report, Trainer
 from tests.parallel.launch import TIMEOUT, launch
 from tests.parallel.reference import Found, Objective, Reference, Table, Values, random_table
 
@@ -68,6 +69,8 @@ class Case:
     candidate_ids: tuple[int, ...] | None = None
     alike: bool = False
     """Every microbatch holds the same rows."""
+    step: int = 0
+    """Which of the run's steps it is."""
 
     def __str__(self) -> str:
         lay, m = self.layout, self.model
@@ -83,7 +86,7 @@ class Case:
             f"{' '.join(self.settings)}"
         )
 
-    @property
+    @functools.cached_property
     def config(self) -> RunConfig:
         """The settings of the run."""
         lay = self.layout
@@ -106,6 +109,13 @@ class Case:
                 *self.settings,
             ]
         )
+
+    def dropped(self, step: int, microbatch: int) -> frozenset[int]:
+        """The layers that a microbatch skips, as the plan draws them: the one thing of it that has no other source."""
+        if self.config.objective.layer_dropout == 0.0:
+            return frozenset()
+        job = self.job()
+        return dropped_layers(self.config, self.exits, job.split, step, microbatch + 1)[microbatch]
 
     @property
     def teacher(self) -> bool:
@@ -139,11 +149,16 @@ class Case:
             candidate_ids=None if self.candidate_ids is None else torch.tensor(self.candidate_ids),
         )
 
-    def objective(self) -> Objective:
-        """The loss in the words of the reference."""
+    def objective(self, step: int) -> Objective:
+        """The loss of a step in the words of the reference."""
         o = self.config.objective
-        weights = o.weight if isinstance(o.weight, tuple) else (o.weight,) * len(self.exits)
-        by_layer = {e.layer: w for e, w in zip(self.exits, weights, strict=True)}
+        first, last = (w if isinstance(w, tuple) else (w,) * len(self.exits) for w in (o.weight_init, o.weight))
+        done = min(1.0, step / o.warmup_steps) if o.warmup_steps else 1.0
+        by_layer = {
+            e.layer: a + (b - a) * done
+            for i, (e, a, b) in enumerate(zip(self.exits, first, last, strict=True))
+            if o.rotate_exits < 2 or i % o.rotate_exits == step % o.rotate_exits
+        }
         return Objective(
             weights=by_layer if self.frozen else by_layer | {0: o.final},
             distill=o.distill,
@@ -177,7 +192,7 @@ class Truth:
     found: Found
 
 
-def truth(case: Case, step: int = 0, values: Any = None) -> Truth:
+def truth(case: Case, step: int | None = None, values: Any = None) -> Truth:
     """The reference's answer for a step, from the values that tensors have before it (None: the first).
 
     Bubble filling, by its definition (training.md, section 4): with N tokens in full microbatches, an exit counts ``w /
@@ -185,8 +200,9 @@ def truth(case: Case, step: int = 0, values: Any = None) -> Truth:
     there only on the stages from ``lo`` on; the gradient of stage s is divided by ``1 + tokens of bottom ones with lo
     <= s, over N``. Without bubbles that is the mean over all tokens.
     """
+    step = case.step if step is None else step
     job = case.job()
-    split, shape, objective = job.split, job.geometry, case.objective()
+    split, shape, objective = job.split, job.geometry, case.objective(step)
     table, last = case.table((step + 1) * shape.rows), split.stages - 1
     reference = Reference(
         case.model,
@@ -207,13 +223,15 @@ def truth(case: Case, step: int = 0, values: Any = None) -> Truth:
     full = sum(tokens[m] for m, span in spans.items() if span == (0, last))
     stage_of = {layer: last if layer == 0 else split.owners[layer] for layer in objective.weights}
     found = Found()
-    for m, (lo, hi) in spans.items():
+    dropped = {m: case.dropped(step, m) for m in rows}
+    for (lo, hi), gone in sorted({(spans[m], dropped[m]) for m in rows}, key=str):
         shares = {}
         for layer, stage in stage_of.items():
             if lo <= stage <= hi:
                 tops = sum(tokens[k] for k, (_, top) in spans.items() if stage <= top < last)
                 shares[layer] = 1.0 / full if lo > 0 else 1.0 / (full + tops)
-        found.add(reference.find(table, rows[m], objective, shares), lo)
+        mine = [row for m in rows if (spans[m], dropped[m]) == ((lo, hi), gone) for row in rows[m]]
+        found.add(reference.find(table, mine, objective, shares, gone), lo)
     bottoms = {m: lo for m, (lo, _) in spans.items() if lo > 0}
     divisors = {s: 1.0 + sum(tokens[m] for m, lo in bottoms.items() if lo <= s) / full for s in range(last + 1)}
     return Truth(found.gradients(divisors), found)
@@ -238,11 +256,11 @@ class Meshes:
 def trainer_of(case: Case, mesh: Mesh, table: Table | None = None) -> Trainer:
     """The trainer of this process."""
     job = case.job()
-    stream: Any = case.table(job.geometry.rows) if table is None else table
+    stream: Any = case.table((case.step + 1) * job.geometry.rows) if table is None else table
     values: Any = Values(case.seed, job.master)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Trainer(job, mesh, stream, values)
+        return Trainer(job, mesh, stream, values, Progress(done=case.step))
 
 
 def compare(cases: Sequence[Case]) -> list[str]:
@@ -297,6 +315,8 @@ def run_cases(cases: Sequence[Case]) -> None:
         AssertionError: what differs, and in which case.
     """
     (world,) = {case.layout.world for case in cases}
+    for case in cases:
+        _ = case.config  # once, and not in every process
     wrong = sorted({what for out in launch(world, compare, cases) for what in out})
     assert not wrong, "\n".join(wrong[:40])
 

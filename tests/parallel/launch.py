@@ -20,37 +20,38 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def launch(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+def launch(world: int, work: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """Run ``work(*args)`` in ``world`` forked processes of one process group; what each returned, by rank. The first
-    exception of any of them is raised here with its traceback."""
+    exception of any of them is raised here with its traceback; one that tells of a lost connection only where there is
+    no other."""
     context = mp.get_context("fork")
     queue = context.SimpleQueue()
     port = free_port()
-    children = [context.Process(target=_child, args=(rank, world, port, work, args, queue)) for rank in range(world)]
+    children = [context.Process(target=_child, args=(rank, world, port, work, args, timeout, queue)) for rank in range(world)]
     for child in children:
         child.start()
     out: dict[int, Any] = {}
-    failure = ""
+    failures: list[str] = []
     for _ in children:
         rank, good, value = queue.get()
         if good:
             out[rank] = value
-        elif not failure:
-            failure = f"rank {rank}: {value}"
+        else:
+            failures.append(f"rank {rank}: {value}")
     for child in children:
         child.join()
-    if failure:
-        raise AssertionError(failure)
+    if failures:
+        raise AssertionError(min(failures, key=lambda text: "gloo" in text))
     return [out[rank] for rank in range(world)]
 
 
-def _child(rank: int, world: int, port: int, work: Callable[..., Any], args: Any, queue: Any) -> None:
+def _child(rank: int, world: int, port: int, work: Callable[..., Any], args: Any, timeout: float, queue: Any) -> None:
     import os
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     try:
-        with processes(Launch(rank=rank, local_rank=rank, world=world), torch.device("cpu"), TIMEOUT):
+        with processes(Launch(rank=rank, local_rank=rank, world=world), torch.device("cpu"), timeout):
             value = work(*args)
             dist.barrier()
         queue.put((rank, True, value))

@@ -109,7 +109,7 @@ class _Run:
         self.exits = setup.fit.exits
         self.started = time.perf_counter()
         self.measured: Mapping[int, Mapping[str, float]] = {}
-        self.lacking = False
+        self.lacking, self.stopped = False, ""
 
     def run(self) -> None:
         """From the lock on the directory to the last checkpoint."""
@@ -214,6 +214,14 @@ class _Run:
         try:
             with bar as shown:
                 self._steps(trackers, shown)
+        except Interrupted:
+            done = self.trainer.progress.done
+            kept = "is saved" if self.writer.saved == done else "could not be saved"
+            self._say(
+                f"stopped by {self.stopped}: step {done} of {t.steps} {kept}; start the same command again to "
+                f"{self._from()}"
+            )
+            raise
         finally:
             for tracker in trackers:
                 self._without_space(tracker.close)
@@ -243,7 +251,7 @@ class _Run:
     def _steps(self, trackers: list[Tracker], bar: Any) -> None:
         config, t, trainer = self.config, self.config.train, self.trainer
         clock, constant = Clock(), self._constants()
-        self._stop_or_save()
+        self._stop_or_save(due=False)
         while trainer.progress.done < t.steps:
             report = trainer.step()
             done = trainer.progress.done
@@ -261,12 +269,13 @@ class _Run:
                 for tracker in trackers if validates or done % config.logging.every == 0 else []:
                     self._without_space(tracker.log, done, values)
             self._check_patience(report)
-            self._stop_or_save()
+            self._stop_or_save(
+                due=done == t.steps or (config.checkpoint.every > 0 and done % config.checkpoint.every == 0)
+            )
         self.writer.finish()
         if self.writer.saved != t.steps:
             raise UserError(
-                f"step {t.steps} is done, but not saved; free some space and start the same command again: it goes on "
-                f"from step {self.writer.saved or 0}"
+                f"the last step could not be saved; put that right and start the same command again to {self._from()}"
             )
 
     def _without_space(self, write: Callable[..., None], *arguments: Any) -> None:
@@ -278,21 +287,21 @@ class _Run:
                 warnings.warn(f"metrics can't be written ({error.strerror}); the run goes on without", stacklevel=2)
             self.lacking = True
 
-    def _stop_or_save(self) -> None:
-        """What the settings say after a step, and what a signal asks for."""
-        done, c = self.trainer.progress.done, self.config.checkpoint
+    def _stop_or_save(self, *, due: bool) -> None:
+        """Save what is ``due``, or what a signal asks for."""
         stopped, written = self._vote()
         if written:
             self.writer.finish()
-        if stopped or done == self.config.train.steps or (c.every and done % c.every == 0):
+        if stopped or due:
             self._save()
         if stopped:
             self.writer.finish()
-            saved = self.writer.saved
-            here = f"step {done} of {self.config.train.steps} is {'saved' if saved == done else 'not saved'}"
-            then = "go on" + ("" if saved == done else f" from step {saved or 0}")
-            self._say(f"stopped by {stopped}: {here}; start the same command again to {then}")
+            self.stopped = stopped
             raise Interrupted
+
+    def _from(self) -> str:
+        saved, done = self.writer.saved, self.trainer.progress.done
+        return "begin anew" if saved is None else "go on" if saved == done else f"go on from step {saved}"
 
     def _vote(self) -> tuple[str, bool]:
         """Whether any process was told to stop, and whether all have written what is pending: one answer for all."""

@@ -45,6 +45,11 @@ gradient."""
 COUNTED = ("tokens", "loss", "accuracy", "confidence", "gate_loss")
 
 
+def tokens_at_once(rows: int) -> int:
+    """How many tokens a head with an output matrix of so many rows works on at once."""
+    return chunk_tokens(max(1, rows), CHUNK_BYTES)
+
+
 @dataclass(kw_only=True)
 class HeadLosses:
     """The losses of all heads of a process. ``settings`` holds for exits, the final head has plain cross-entropy.
@@ -239,7 +244,7 @@ class HeadJob:
         inputs = [tap.hidden, tap.residual, tap.normed, *self.parameters()]
         wanted = [x for x, need in zip(inputs, [*needs[:3], *needs[4:]], strict=True) if need and x is not None]
         full = self.gather(features)
-        chunk = self.losses.chunk or chunk_tokens(max(1, len(matrix)), CHUNK_BYTES)
+        chunk = self.losses.chunk or tokens_at_once(len(matrix))
         job = self.loss_job(full, None if teacher is None else self.gather(teacher), chunk)
         found = chunked_losses(job, [full], [matrix.detach()], [bool(wanted), needs[3]])
         grad_full, grad_matrix = found.grad_features[0], found.grad_weights[0]
@@ -276,7 +281,7 @@ class HeadJob:
     def measure(self, tap: Tap) -> None:
         """Count cross-entropy, accuracy and confidence."""
         full, matrix = self.gather(self.features(tap)), self.matrix()
-        job = self.loss_job(full, None, self.losses.chunk or chunk_tokens(max(1, len(matrix)), CHUNK_BYTES))
+        job = self.loss_job(full, None, self.losses.chunk or tokens_at_once(len(matrix)))
         found = chunked_losses(replace(job, settings=LossSettings()), [full], [matrix], [False, False])
         self.losses.record(self, Recorded(found.loss_E[0], found.correct_EN[0], found.confidence_EN[0]))
 

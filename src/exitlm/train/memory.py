@@ -28,7 +28,7 @@ from exitlm.model.exits import ExitConfig
 from exitlm.parallel.mesh import Layout
 from exitlm.parallel.pipeline.schedule import Schedule
 from exitlm.parallel.pipeline.split import Split, StageCost
-from exitlm.train.objective import chunk_tokens
+from exitlm.train.head_loss import tokens_at_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ class MemoryModel:
         features = self._feature_elements(e) * self.tokens * self.compute
         logits = self.tokens * rows
         if self.exit_forward == "deferred":
-            chunk = min(self.tokens, chunk_tokens(rows)) * rows * (2 if self.teacher and e is not None else 1)
+            chunk = min(self.tokens, tokens_at_once(rows)) * rows * (2 if self.teacher and e is not None else 1)
             gradients = self.tokens * self.model.hidden_size + matrix
             return _Head(work=features + (chunk + gradients) * self.master, between=float(matrix * self.compute))
         work = logits * self.master + matrix * self.compute

@@ -158,8 +158,7 @@ class Writer:
     def _warn(self, place: Path, reason: str) -> None:
         if self.rank == 0:
             warnings.warn(
-                f"{place} was not saved ({reason}); the run goes on, and the checkpoints before are untouched: free "
-                "some space",
+                f"{place} was not saved ({reason}); the run goes on, and the checkpoints before are untouched",
                 stacklevel=4,
             )
 

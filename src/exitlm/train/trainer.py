@@ -127,7 +127,7 @@ class Trainer:
         t, o = job.config.train, job.config.objective
         self.losses = HeadLosses(
             settings=loss_settings(o),
-            gate_weight=o.gate if job.teacher else 0.0,
+            gate_weight=o.gate if any(e.gate for e in job.exits) else 0.0,
             how=o.exit_forward,
             group=self.mesh.tensor if layout.tensor > 1 else None,
             sequence=layout.sequence,
@@ -341,6 +341,12 @@ class Trainer:
 
     def restore(self, numbers: Mapping[str, float], updates: int) -> None:
         """Go on from a checkpoint whose tensors were loaded into those of :meth:`state`."""
+        loaded = dict(zip(self.shards.names, self.shards.local, strict=True))
+        for name, local in zip(self.shards.names, self.shards.local, strict=True):
+            if local is not loaded[name]:  # a tied matrix that two stages of this process have is in the state once
+                local.data.copy_(loaded[name].data)
+                for key in MOMENTS:
+                    self.optimizer.state[local][key].copy_(self.optimizer.state[loaded[name]][key])
         self.progress = Progress(**{key: type(getattr(self.progress, key))(value) for key, value in numbers.items()})
         for local in self.shards.local:
             self.optimizer.state[local]["step"].fill_(updates)

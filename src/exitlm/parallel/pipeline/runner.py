@@ -215,9 +215,10 @@ class Runner:
             self.leaving["hidden", number] = [out.hidden]
             self.held[number] = _Held((), out)
             return
-        if not stage.first and stage.index > lo:
+        # A stage may skip all its layers; its last backward, which reduces the gradients, must be one all the same.
+        if not stage.first and (stage.index > lo or self.plan.dropped.get(number)):
             for tensor in inputs:
-                tensor.requires_grad_()
+                tensor.requires_grad_(live)
         with torch.set_grad_enabled(live):
             out = stage(*inputs, **options)
         outputs = out if isinstance(out, tuple) else (out,)

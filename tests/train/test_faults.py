@@ -1,0 +1,339 @@
+"""What may go wrong in a run over several processes: each ends in one sentence, none hangs, no checkpoint is lost."""
+
+import errno
+import hashlib
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exitlm.parallel.shards import Shards
+from exitlm.train import checkpoint, tune
+from exitlm.train.metrics import JsonLines
+from exitlm.train.trainer import Trainer
+from tests.train.ranks import (
+    HUNG,
+    Ended,
+    before_step,
+    impatient,
+    losses,
+    metrics,
+    ranks,
+    run_file,
+    same,
+    steps,
+    tensors,
+    train,
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path, text: Path) -> Path:
+    return run_file(tmp_path, text)
+
+
+def told_once(ends: list[Ended], *words: str) -> None:
+    """All ended with exit code 2, and one of them with a sentence."""
+    said = [line for end in ends for line in end.err.splitlines() if not line.startswith("training:")]
+    assert [end.code for end in ends] == [2] * len(ends), ends
+    assert len(said) == 1, said
+    assert said[0].startswith("error: ")
+    assert all(word in said[0] for word in words), said
+
+
+# ---- gradients that can't be used
+
+
+def spoiled(factor: float, first: int, last: int) -> Callable[[int], None]:
+    """The gradient of the last rank is multiplied by ``factor`` in some steps; every step prints whether it changed
+    parameters and moments."""
+
+    def hook(rank: int) -> None:
+        original, collect = Trainer.step, Shards.collect
+        now = [0]
+
+        def step(self: Trainer) -> Any:
+            now[0] = self.progress.done
+            before = digest(self)
+            report = original(self)
+            print(f"step {now[0]}: {'changed' if digest(self) != before else 'as it was'}")
+            return report
+
+        def spoil(self: Shards, *arguments: Any) -> None:
+            collect(self, *arguments)
+            if rank == 1 and first <= now[0] <= last:
+                for local in self.local:
+                    assert local.grad is not None
+                    local.grad *= factor
+
+        Trainer.step, Shards.collect = step, spoil  # type: ignore[method-assign]
+
+    return hook
+
+
+def digest(trainer: Trainer) -> str:
+    state = {
+        name: tensor.to_local() if hasattr(tensor, "to_local") else tensor for name, tensor in trainer.state().items()
+    }
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state.values())).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("factor", "overrides"), [(float("nan"), []), (1e3, ["train.spike=10", "parallel.shard=false"])]
+)
+def test_an_unusable_gradient_is_skipped_by_all(file: Path, factor: float, overrides: list[str]) -> None:
+    ends = train(2, file, "train.patience=3", *overrides, hook=spoiled(factor, 4, 5))
+    assert [end.code for end in ends] == [0, 0], ends
+    for end in ends:
+        lines = [line.split(": ")[1] for line in end.out.splitlines() if line.startswith("step ")]
+        assert lines == ["changed"] * 4 + ["as it was"] * 2 + ["changed"] * 2
+    assert "warning: step 5: the gradient's norm is" in ends[0].err
+    assert "warning" not in ends[1].err
+    assert [line["skipped"] for line in metrics(file.parent / "run")] == [0, 0, 0, 0, 1, 2, 2, 2]
+
+
+def test_a_run_stops_after_too_many_skipped_steps_in_a_row(file: Path) -> None:
+    run = file.parent / "run"
+    ends = train(2, file, "train.patience=3", hook=spoiled(float("inf"), 2, 99))
+    for end in ends:
+        assert end.out.count("as it was") == 3
+    shown = [Ended(end.code, "", end.err.replace("warning: step 3: the gradient's norm is nan, the step is skipped\n", ""))
+             for end in ends]  # fmt: skip
+    told_once(shown, "3 steps in a row, up to step 5,", "the checkpoints in", "are intact", "train.lr")
+    assert steps(run) == [0, 2, 4]
+    assert same({k: v for k, v in tensors(run, 2).items()}, tensors(run, 4))
+    assert train(2, file)[0].code == 0  # what spoiled them is gone
+
+
+# ---- processes that die, sleep or fail
+
+
+def test_a_rank_that_dies_is_named(file: Path) -> None:
+    def hook(rank: int) -> None:
+        impatient()
+        if rank == 1:
+            before_step(5, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+    ends = train(4, file, "parallel.data=1", "parallel.tensor=2", "parallel.pipeline=2", hook=hook)
+    assert ends.pop(1).code == -signal.SIGKILL
+    told_once(ends, "rank 1 (pipeline 0, data 0, tensor 1) died;", "the last checkpoint is intact, start the run again")
+    assert train(1, file, "parallel.data=1")[0].code == 0
+
+
+def test_a_rank_that_sleeps_is_named_at_the_timeout(file: Path) -> None:
+    def hook(rank: int) -> None:
+        impatient()
+        if rank == 2:
+            before_step(5, lambda _: time.sleep(60))
+
+    started = time.monotonic()
+    ends = train(3, file, "train.global_batch=6", "parallel.timeout=4", hook=hook)
+    told_once(ends, "rank 2 (pipeline 0, data 2, tensor 0) did not answer within 4 seconds (parallel.timeout);")
+    assert time.monotonic() - started < 30
+    assert 4 in steps(file.parent / "run")
+
+
+def test_without_rank_0_the_others_end_too(file: Path) -> None:
+    def hook(rank: int) -> None:
+        impatient()
+        if rank == 0:
+            before_step(3, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+    ends = train(2, file, hook=hook)
+    assert (ends[0].code, ends[1].code) == (-signal.SIGKILL, 2)
+    assert "error: rank 0 (pipeline 0, data 0, tensor 0) died" in ends[1].err
+
+
+def test_a_defect_keeps_its_traceback_and_is_told_once(file: Path) -> None:
+    def hook(rank: int) -> None:
+        def fail(_: Trainer) -> None:
+            raise ZeroDivisionError("a defect")
+
+        before_step(3, fail)
+
+    ends = train(2, file, hook=hook)
+    assert sorted(end.code for end in ends) == [1, 2]
+    assert sum(end.err.count("ZeroDivisionError: a defect") for end in ends) == 1
+
+
+# ---- data and disks
+
+
+def test_data_that_changes_in_mid_run(tmp_path: Path, text: Path, cache: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text(text.read_text())
+    file = run_file(tmp_path, mine)
+
+    def cut(_: Trainer) -> None:
+        for shard in cache.glob("tokens/*/tokens.bin"):
+            os.truncate(shard, 100)
+
+    assert train(1, file, hook=lambda rank: before_step(3, lambda _: mine.unlink()))[0].code == 0
+    mine.write_text(text.read_text())
+    ends = train(2, file, f"checkpoint.dir={tmp_path / 'other'}", hook=lambda rank: before_step(3, cut))
+    told_once(ends, "the token cache", "changed while the run was reading it; start again")
+    assert 2 in steps(tmp_path / "other")
+    assert train(2, file, f"checkpoint.dir={tmp_path / 'other'}")[0].code == 0
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "run"), abs=0.5)
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_rank_costs_one_checkpoint(file: Path, asynchronous: str, rank: int) -> None:
+    """The disk of one process is full from step 3 to 5: files end after 5 kB, a limit of the operating system."""
+    run = file.parent / "run"
+
+    def limited(size: int) -> Callable[[Trainer], None]:
+        return lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def hook(mine: int) -> None:
+        if mine == rank:
+            before_step(3, limited(5000))
+            before_step(5, limited(resource.RLIM_INFINITY))
+
+    ends = train(2, file, f"checkpoint.async={asynchronous}", hook=hook)
+    assert [end.code for end in ends] == [0, 0], ends
+    warned = [line for line in ends[0].err.splitlines() if "was not saved" in line]
+    assert len(warned) == 1
+    assert "step-00000004 was not saved (File too large); the run goes on" in warned[0]
+    assert "warning" not in ends[1].err
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert steps(run) == [0, 2, 6, 8]
+
+
+def test_a_disk_that_stays_full(file: Path) -> None:
+    """Neither metrics nor checkpoints can be written: the run is told so at its end, and is not finished."""
+    run = file.parent / "run"
+    train(1, file, "train.steps=8", hook=lambda rank: before_step(3, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+
+    def hook(rank: int) -> None:
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        JsonLines.log = full  # type: ignore[method-assign]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+
+    ends = train(2, file, hook=hook)
+    assert [end.code for end in ends] == [2, 2]
+    said = ends[0].err + ends[1].err
+    assert said.count("warning: metrics can't be written (No space left on device); the run goes on without") == 1
+    assert said.count("error: the last step could not be saved; put that right and start the same command again to go on "
+                      "from step 4") == 1  # fmt: skip
+    assert steps(run) == [0, 2, 4]
+    assert train(2, file)[0].code == 0
+    assert steps(run) == [0, 2, 4, 6, 8]
+
+
+# ---- what is refused at the start, by any number of processes in one sentence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.dat=3"], ["unknown key 'parallel.dat'", "did you mean 'data'"]),
+        (["parallel.data=2"], ["= 2, but there are 3 processes; start 2 (torchrun --nproc-per-node 2"]),
+        (["data.files=nowhere.txt"], ["the data file nowhere.txt does not exist"]),
+        (["data.files=empty.txt"], ["empty.txt is empty: it holds no text"]),
+        (["data.tokenizer=bytes", "model.vocab_size=100"], ["vocab_size is 100, but the tokenizer has 257 tokens"]),
+        (["checkpoint.dir=empty.txt/run"], ["the run cannot write to empty.txt/run: Not a directory"]),
+        (["checkpoint.dir=/proc/run"], ["the run cannot write to /proc/run"]),
+    ],
+)
+def test_what_all_find_is_told_once(
+    file: Path, overrides: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    Path("empty.txt").touch()
+    ends = train(3, file, "train.global_batch=6", *overrides, hook=lambda _: impatient())
+    told_once(ends, *words)
+    assert sorted(os.listdir()) == ["empty.txt", "run.toml"]
+
+
+@pytest.mark.parametrize(
+    ("each", "words"),
+    [
+        ([[], ["train.lr=0.5"], []], ["rank 1 was started with other settings than rank 0 (train.lr is 0.5 there and"]),
+        ([[], [], ["train.lr=-1"]], ["train.lr is -1.0, but must be"]),
+        ([["exits.layers=[2, 9]"], [], []], ["exit layer 9 does not exist"]),
+    ],
+)
+def test_what_one_of_them_finds_ends_all(file: Path, each: list[list[str]], words: list[str]) -> None:
+    told_once(train(3, file, "train.global_batch=6", each=each, hook=lambda _: impatient()), *words)
+    assert not (file.parent / "run").exists()
+
+
+def test_a_directory_that_belongs_to_another(file: Path, text: Path, base: Path) -> None:
+    run = file.parent / "run"
+    with checkpoint.exclusive(run):
+        started = time.monotonic()
+        told_once(train(2, file, hook=lambda _: impatient()), f"another run is writing to {run}; wait for it")
+        assert time.monotonic() - started < 20
+    (run / "exits.json").write_text("{}")
+    told_once(train(2, file, hook=lambda _: impatient()), "holds an exit adapter already")
+    tuned = file.parent / "tuned"
+    tune(base, exits=[1], data=str(text), out=tuned, steps=2, overrides=["data.seq_len=24"])
+    told_once(train(2, file, f"checkpoint.dir={tuned}", hook=lambda _: impatient()), "holds a run with other settings")
+    same_settings = ["tune", str(tuned / "run.toml"), "--set", "parallel.data=2", "exits.init=copy"]
+    told_once(ranks(2, same_settings, hook=lambda _: impatient()), "holds")
+
+
+def test_another_model_or_other_data(file: Path, tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    assert train(2, file, "train.steps=2")[0].code == 0
+    told_once(train(2, file, "train.steps=2", "model.hidden_size=32"), "other settings (model.hidden_size: 16 -> 32)")
+    data = tmp_path / "data.txt"
+    data.write_text(text.read_text() + "more\n")
+    settings = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(settings.replace(str(text), str(data)))
+    told_once(
+        train(2, file, "train.steps=2", f"data.files={data}"), "the data digest changed since the run in", "restore"
+    )
+    (run / "run.toml").write_text(settings.replace("rope_theta = 10000.0", "rope_theta = 500.0"))
+    told_once(train(2, file, "train.steps=2", "model.rope_theta=500.0"), "the model is not the one", "rope_theta")
+    (run / "run.toml").write_text(settings.replace("hidden_size = 16", "hidden_size = 32"))
+    told_once(train(2, file, "train.steps=2", "model.hidden_size=32"), "the model is not the one", "hidden_size")
+
+
+def test_a_port_that_another_program_has(file: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        ends = train(2, file, "parallel.timeout=3", port=port, timeout=30)
+    for end in ends:  # they can't agree who tells it
+        assert (end.code, end.err.count("\n")) == (2, 1)
+        assert f"error: the processes can't meet (another program has port {port} of 127.0.0.1)" in end.err
+    assert not (file.parent / "run").exists()
+
+
+def test_processes_that_do_not_come(file: Path) -> None:
+    def absent(who: int) -> Callable[[int], None]:
+        def hook(rank: int) -> None:
+            impatient()
+            if rank == who:
+                os._exit(0)
+
+        return hook
+
+    (first, second) = train(2, file, "parallel.timeout=3", hook=absent(1), timeout=30)
+    assert (second.code, first.code) == (0, 2)
+    assert "error: rank 1 did not come within 3 seconds (parallel.timeout)" in first.err
+    (first, second) = train(2, file, "parallel.timeout=3", hook=absent(0), timeout=30)
+    assert (first.code, second.code) == (0, 2)
+    assert "error: the processes can't meet (nothing answers at port" in second.err
+    assert HUNG not in (first.code, second.code)
+    (end,) = train(1, file, "parallel.data=2", hook=lambda _: os.environ.update(WORLD_SIZE="2", MASTER_ADDR=""))
+    assert "MASTER_ADDR and MASTER_PORT do not say where they meet; start them with torchrun" in end.err
+
+
+def test_warnings_are_shown_once(file: Path) -> None:
+    ends = train(2, file, "train.steps=2", "train.warmup=5")
+    assert [end.err.count("warning: train.warmup is cut to the 2 steps of the run") for end in ends] == [1, 0]
+    assert torch.isfinite(torch.tensor(losses(file.parent / "run"))).all()

@@ -1,0 +1,162 @@
+"""Long runs: they go on bit-identically after kills and signals, in any layout of processes, and end in one sentence."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exitlm.train import full, sharded
+from tests.train.ranks import before_step, losses, metrics, run_file, same, signalled, steps, tensors, train
+
+LAYOUTS = {
+    "one process": (1, []),
+    "data": (2, []),
+    "replicas, saved at once": (2, ["parallel.shard=false", "checkpoint.async=false"]),
+    "tensor": (2, ["parallel.data=1", "parallel.tensor=2"]),
+    "pipeline": (2, ["parallel.data=1", "parallel.pipeline=2"]),
+    "zbv": (2, ["parallel.data=1", "parallel.pipeline=2", "parallel.schedule=zbv"]),
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path, text: Path) -> Path:
+    return run_file(tmp_path, text)
+
+
+def killed(step: int) -> Any:
+    return lambda rank: before_step(step, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@pytest.mark.parametrize("layout", ["one process", "data", "zbv"])
+def test_a_killed_run_goes_on_bit_identically(file: Path, layout: str) -> None:
+    world, overrides = LAYOUTS[layout]
+    run = file.parent / "run"
+    whole = file.parent / "whole"
+    assert [end.code for end in train(world, file, *overrides, f"checkpoint.dir={whole}")] == [0] * world
+    assert [end.code for end in train(world, file, *overrides, hook=killed(5))] == [-9] * world
+    ends = train(world, file, *overrides)
+    assert [end.code for end in ends] == [0] * world
+    assert re.match(r"going on from step [24] of 8", ends[0].out)  # 4 may not be whole yet
+    assert same(tensors(run, 8), tensors(whole, 8))
+    assert metrics(run) == metrics(whole)
+    assert steps(run) == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layouts", "tolerance"),
+    [
+        (["train.dtype=float64", "objective.layer_dropout=0"], list(LAYOUTS), 1e-12),
+        (["objective.layer_dropout=0"], ["one process", "data", "tensor", "pipeline", "zbv"], 1e-6),
+        (["train.dtype=float64"], ["one process", "pipeline"], 1e-12),  # layers are dropped by microbatch
+    ],
+)
+def test_another_layout_goes_on_with_the_same_losses(
+    file: Path, overrides: list[str], layouts: list[str], tolerance: float
+) -> None:
+    run, whole = file.parent / "run", file.parent / "whole"
+    last = 2 * len(layouts) + 1
+    shared = [*overrides, f"train.steps={last}", "train.validate_every=2"]
+    assert train(1, file, *shared, f"checkpoint.dir={whole}")[0].code == 0
+    for segment, layout in enumerate(layouts):
+        world, over = LAYOUTS[layout]
+        ends = train(world, file, *shared, *over, hook=signalled(signal.SIGTERM, 2 * segment + 1))
+        assert [end.code for end in ends] == [0] * world, ends
+    assert train(1, file, *shared)[0].code == 0
+    assert losses(run) == pytest.approx(losses(whole), rel=tolerance)
+    one, two = tensors(run, last), tensors(whole, last)
+    assert all(torch.allclose(one[name], two[name], rtol=1e4 * tolerance, atol=10 * tolerance) for name in two)
+
+
+@pytest.mark.parametrize(
+    ("number", "only", "times"), [(signal.SIGTERM, None, 1), (signal.SIGUSR1, 1, 1), (signal.SIGTERM, 0, 3)]
+)
+def test_a_signal_saves_and_the_same_command_goes_on(file: Path, number: int, only: int | None, times: int) -> None:
+    """Whoever gets it, and however often, all processes save the same step and end with 0."""
+    ends = train(2, file, "checkpoint.every=0", hook=signalled(number, 3, only, times))
+    assert [end.code for end in ends] == [0, 0]
+    said = f"stopped by {signal.Signals(number).name}: step 4 of 8 is saved; start the same command again to go on"
+    assert (ends[0].out.splitlines()[-1], ends[1].out, ends[1].err) == (said, "", "")
+    assert steps(file.parent / "run") == [0, 4]
+    ends = train(2, file)
+    assert "going on from step 4 of 8" in ends[0].out
+    assert [line["step"] for line in metrics(file.parent / "run")] == list(range(1, 9))
+
+
+def test_a_signal_before_the_first_step_and_one_in_a_save(file: Path) -> None:
+    def while_starting(rank: int) -> None:
+        original = full.rows_of_files
+        full.rows_of_files = lambda *args: (signal.raise_signal(signal.SIGTERM), original(*args))[1]  # type: ignore
+
+    def while_saving(rank: int) -> None:
+        original = sharded.Writer.save
+
+        def save(self: Any, *arguments: Any) -> None:
+            signal.raise_signal(signal.SIGUSR1)
+            original(self, *arguments)
+            signal.raise_signal(signal.SIGUSR1)
+
+        sharded.Writer.save = save  # type: ignore[method-assign]
+
+    (end,) = train(1, file, hook=while_starting)
+    assert end.code == 0
+    assert "stopped by SIGTERM: step 0 of 8 is saved" in end.out
+    (end,) = train(1, file, hook=while_saving)
+    assert end.code == 0
+    assert "stopped by SIGUSR1: step 3 of 8 is saved" in end.out
+    assert steps(file.parent / "run") == [0, 2, 3]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(file: Path) -> None:
+    run = file.parent / "run"
+    train(2, file, "train.steps=2")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    ends = train(2, file, "train.steps=2")
+    assert [(end.code, end.err) for end in ends] == [(0, "")] * 2
+    assert ends[0].out == f"{run} is a finished run already; nothing to do\n"
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_one_process_writes_what_is_worth_watching(file: Path) -> None:
+    run = file.parent / "run"
+    overrides = ["parallel.data=1", "parallel.pipeline=2", "logging.tensorboard=true", "logging.every=3"]
+    ends = train(2, file, *overrides, hook=signalled(signal.SIGTERM, 5))
+    assert ends[0].err.splitlines()[-1].startswith("training: 1/8 loss")
+    lines = metrics(run, timed=True)
+    assert [line["step"] for line in lines] == [3, 4, 6]
+    assert {"loss", "loss/final", "accuracy/final", "confidence/final", "weight/final", "weight/1", "grad_norm", "lr",
+            "tokens", "tokens_per_second", "tflops", "bubble", "memory_gib/0", "memory_gib/1", "skipped"} <= {
+        name for line in lines for name in line
+    }  # fmt: skip
+    assert {"validation/loss/1", "validation/loss/2", "validation/loss/final"} <= set(lines[1])
+    assert 0 < lines[0]["bubble"] < 1
+    (run / "metrics.jsonl").open("a").write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')  # of a step that is not saved
+    assert train(2, file, *overrides)[0].code == 0
+    assert [line["step"] for line in metrics(run)] == [3, 4, 6, 8]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss/final")] == [3, 4, 6, 8]
+
+
+def test_the_adapter_of_a_frozen_model_over_two_processes(file: Path, base: Path) -> None:
+    """Also where the run was killed between its last checkpoint and its adapter."""
+    run = file.parent / "run"
+    overrides = [f"model.base={base}", "train.parameters=exits", "exits.layers=2,3", "parallel.data=1",
+                 "parallel.pipeline=2", "objective.rotate_exits=0", "train.validate_every=0"]  # fmt: skip
+    ends = train(2, file, *overrides)
+    assert [end.code for end in ends] == [0, 0], ends
+    written = (run / "exits.safetensors").read_bytes()
+    assert json.loads((run / "exits.json").read_text())["training"]["steps"] == 8
+    assert "validation/loss/3" in metrics(run)[-1]
+    (run / "exits.json").unlink()
+    (run / "exits.safetensors").unlink()
+    ends = train(2, file, *overrides)
+    assert [end.code for end in ends] == [0, 0], ends
+    assert (run / "exits.safetensors").read_bytes() == written
+    assert "nothing to do" in train(2, file, *overrides)[0].out
