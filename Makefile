@@ -26,8 +26,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## every program under benchmarks/ but those for a GPU (benchmarks/gpu.sh), one after the other
-	for program in $$(grep -l __main__ benchmarks/*.py | grep -v gpu); do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+bench: $(READY)  ## every program under benchmarks/ but those for a GPU (benchmarks/gpu.sh) and of pictures, one after the other
+	for program in $$(grep -l __main__ benchmarks/*.py | grep -vE 'gpu|pictures'); do echo "== $$program"; $(BIN)/python $$program || exit 1; done
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "exitlm needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'

@@ -209,7 +209,8 @@ def schedule(
              [[(e.action.op, e.action.microbatch, e.start, e.end) for e in events] for events in line.ranks])
             for line in (lines if schedule != "1f1b" else lines[:1])
         ]  # fmt: skip
-        timeline_picture(Path(png), pictures)
+        partial = [m for m, span in made.spans.items() if span != (0, made.stages - 1)]
+        timeline_picture(Path(png), pictures, partial=partial)
     if json:
         print(json_format.dumps(figures))
         return 0
@@ -355,7 +356,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add = parsers["schedule"].add_argument
     add("--pipeline", type=int, required=True, metavar="P", help="ranks of the pipeline")
     add("--microbatches", type=int, required=True, metavar="N", help="microbatches of a step")
-    add("--schedule", default="1f1b", metavar="S", help="gpipe, 1f1b, interleaved, zero_bubble, zbv or filled")
+    add(
+        "--schedule",
+        default="1f1b",
+        metavar="S",
+        help="gpipe, 1f1b, interleaved, zero_bubble, zbv, filled, or tuning (exits on a frozen model)",
+    )
     add("--ratio", type=float, default=2.0, metavar="R", help="time of a backward over that of a forward (default: 2)")
     add("--fill-warmup", type=int, metavar="N", help="extra microbatches in the warm-up (default: as many as fit)")
     add("--fill-cooldown", type=int, metavar="N", help="extra microbatches in the cool-down (default: as many as fit)")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from exitlm.errors import UserError
-from exitlm.evaluate.curves import curve, heads_of, layers_of, read_metrics, run_curves, smoothed
+from exitlm.evaluate.curves import FINAL, curve, heads_of, layers_of, read_metrics, run_curves, smoothed
 
-COLOURS = {2: "#00a878", 4: "#a45ee5", 8: "#8a8f98"}
+COLOURS = {2: "#00a878", 4: "#a45ee5", FINAL: "#8a8f98"}
 
 
 def write(run: Path, lines: Iterable[Mapping[str, Any]], end: str = "") -> Path:
@@ -77,13 +77,17 @@ def test_no_directory_and_no_metrics_are_refused(tmp_path: Path) -> None:
         read_metrics(tmp_path)
 
 
-def test_the_deepest_head_is_the_final_one_but_in_tuning() -> None:
+def test_the_final_head_comes_behind_the_exits(tmp_path: Path) -> None:
     losses = {"step": 1, "loss/10": 1.0, "loss/2": 1.0, "validation/loss/12": 1.0, "loss": 1.0}
     assert layers_of([losses]) == [2, 10]
-    assert heads_of([losses]) == ([2], 10)
-    exits, final = heads_of([losses | {"agreement/2": 0.5}])
-    assert exits == [2, 10]
-    assert final > 10
+    assert heads_of([losses]) == ([2, 10], FINAL)
+    (line,) = read_metrics(write(tmp_path, [losses | {"loss/final": 2.0, "validation/loss/final": 3.0}]))
+    assert (line[f"loss/{FINAL}"], line[f"validation/loss/{FINAL}"]) == (2.0, 3.0)
+    assert heads_of([line]) == ([2, 10], FINAL)
+
+
+def test_a_run_without_exits_is_read(tmp_path: Path) -> None:
+    assert heads_of(read_metrics(write(tmp_path, [{"step": 1, "loss/final": 2.0}]))) == ([], FINAL)
 
 
 def test_a_curve_is_in_order_and_finite() -> None:
@@ -112,7 +116,7 @@ def test_a_smooth_curve_stays_and_a_noisy_one_becomes_its_medians() -> None:
 
 def test_a_training_run_is_drawn(tmp_path: Path) -> None:
     found = drawn(tmp_path / "new" / "curves.svg", training())
-    assert {"a run", "layer 2", "layer 4", "layer 8 (final head)", "on held-out text", "skipped steps (2)"} <= found
+    assert {"a run", "layer 2", "layer 4", "final head", "on held-out text", "skipped steps (2)"} <= found
     assert {"loss", "accuracy", "loss weight", "tokens per second"} <= found
     assert "learning rate (dashed), gradient norm (right)" in found
 
@@ -121,15 +125,15 @@ def test_what_says_nothing_gets_no_panel(tmp_path: Path) -> None:
     metrics = [{"step": 1, "loss/2": 1.0, "weight/2": 0.25}, {"step": 2, "loss/2": math.nan, "weight/2": 0.25}]
     found = drawn(tmp_path / "curves.svg", metrics)
     assert {"loss", "layer 2"} <= found
-    assert not {"loss weight", "accuracy", "tokens per second", "on held-out text", "layer 8 (final head)"} & found
+    assert not {"loss weight", "accuracy", "tokens per second", "on held-out text", "final head"} & found
     assert not any("gradient" in word or "skipped" in word for word in found)
 
 
 def test_a_tuning_run_has_no_final_head(tmp_path: Path) -> None:
     metrics = [{"step": s, "loss/2": 1 / s, "agreement/2": 0.5, "grad_norm/2": 1.0, "lr": 0.1} for s in (1, 2, 3)]
-    found = drawn(tmp_path / "curves.svg", metrics, {2: "#00a878", 3: "#8a8f98"})
+    found = drawn(tmp_path / "curves.svg", metrics, {2: "#00a878", FINAL: "#8a8f98"})
     assert {"layer 2", "agreement with the final head"} <= found
-    assert not any("(final head)" in word for word in found)
+    assert "final head" not in found
 
 
 @pytest.mark.parametrize("steps", [1, 2, 500])

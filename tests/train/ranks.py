@@ -1,7 +1,7 @@
-"""``exitlm`` in several forked processes, as torchrun would start them: how each ended, and what it printed. Not a test.
+"""``exitlm`` in several forked processes, as torchrun would start them: how each ended and what it printed. Not a test.
 
-A fork after torch is imported takes no time where a new process takes seconds. A ``hook`` runs first in each process, to
-put a fault there.
+A fork after torch is imported takes no time where a new process takes seconds. A ``hook`` runs first in each process,
+to put a fault there.
 """
 
 import json
@@ -90,8 +90,8 @@ def ranks(
     port: int = 0,
     timeout: float = 60.0,
 ) -> list[Ended]:
-    """Run a command line in ``world`` processes, with the arguments of ``each`` rank added. One that has not ended after
-    ``timeout`` seconds is killed, and its code ``HUNG``."""
+    """Run a command line in ``world`` processes, with the arguments of ``each`` rank added. One that has not ended
+    after ``timeout`` seconds is killed, and its code ``HUNG``."""
     port = port or free_port()
     with tempfile.TemporaryDirectory() as home:
         sys.stdout.flush()
@@ -190,7 +190,7 @@ def losses(run: Path) -> list[float]:
 def steps(run: Path) -> list[int]:
     """The steps of a run's checkpoints."""
     with suppress(FileNotFoundError):
-        return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir())
+        return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*"))
     return []
 
 

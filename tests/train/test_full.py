@@ -1,4 +1,4 @@
-"""Long runs: they go on bit-identically after kills and signals, in any layout of processes, and end in one sentence."""
+"""Long runs go on bit-identically after kills and signals, and in any layout of processes with the same losses."""
 
 import json
 import os

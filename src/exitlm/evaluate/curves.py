@@ -1,7 +1,8 @@
 """The curves of a run: what training or tuning wrote into ``metrics.jsonl``, read and drawn.
 
 Plain numbers in, a PNG or SVG file out; nothing here knows the model or the settings of the run. The names are those of
-the file: ``loss/8`` is the loss of layer 8's head, ``validation/loss/8`` the same on held-out text.
+the file: ``loss/8`` is the loss of layer 8's exit, ``loss/final`` that of the final head, ``validation/loss/8`` the
+first on held-out text. Here the final head goes by the number ``FINAL``, behind every layer's.
 """
 
 import json
@@ -25,6 +26,7 @@ Metrics = Sequence[Mapping[str, Any]]
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps and values
 
 FILE = "metrics.jsonl"
+FINAL = 1 << 20
 _TITLES = {
     "loss": "loss",
     "accuracy": "accuracy",
@@ -54,7 +56,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if not (run / FILE).is_file():
         raise UserError(f"{run} holds no {FILE}; {what}")
     lines = (run / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    metrics = [found for line in lines if (found := _parsed(line)) is not None]
+    metrics = _numbered([found for line in lines if (found := _parsed(line)) is not None])
     if not any(len(curve(metrics, f"loss/{layer}")[0]) for layer in layers_of(metrics)):
         raise UserError(f"{run / FILE} holds no step with a finite loss; wait for the run's first steps")
     return metrics
@@ -68,28 +70,29 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and _is_finite(found.get("step")) else None
 
 
+def _numbered(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with a number for the final head."""
+    return [{re.sub(r"/final$", f"/{FINAL}", key): value for key, value in line.items()} for line in metrics]
+
+
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def layers_of(metrics: Metrics) -> list[int]:
-    """The layers whose heads have a loss, ascending."""
+    """The layers whose exits have a loss, ascending, and the final head behind them if it has one."""
     return sorted({int(key[5:]) for line in metrics for key in line if re.fullmatch(r"loss/\d+", key)})
 
 
 def heads_of(metrics: Metrics) -> tuple[list[int], int]:
-    """The exit layers and the final one. That is the deepest with a loss; a tuning run, known by the ``agreement`` of
-    its exits with the final head, has no loss of that, and a number beyond its exits stands for it."""
-    layers = layers_of(metrics)
-    if any(key.startswith("agreement/") for line in metrics for key in line):
-        return layers, layers[-1] + 1
-    return layers[:-1], layers[-1]
+    """The exit layers, and the number of the final head. A run that trains only exits has no loss of that."""
+    return [layer for layer in layers_of(metrics) if layer != FINAL], FINAL
 
 
 def run_curves(path: Path, metrics: Metrics, colours: Mapping[int, str], *, title: str) -> Path:
     """Draw the curves of a run: a panel for the losses, and one for everything else that its lines hold.
 
-    ``colours`` maps each exit layer, and the final one (the deepest, of which tuning has no curve), to ``#rrggbb``.
+    ``colours`` maps each exit layer, and ``FINAL``, to ``#rrggbb``.
     """
     heads = {layer: colours[layer] for layer in layers_of(metrics)}
     panels: list[Callable[[Axes], None]] = [
@@ -103,7 +106,7 @@ def run_curves(path: Path, metrics: Metrics, colours: Mapping[int, str], *, titl
         panels.append(partial(_speed, metrics=metrics))
     columns = 3 if len(panels) == 4 else 2  # below the losses, which take the first row
     rows = 1 + math.ceil((len(panels) - 1) / columns)
-    legend = _legend(metrics, heads, final=max(colours))
+    legend = _legend(metrics, heads)
     head = 0.5 + 0.2 * math.ceil(len(legend) / _LEGEND)  # inches
     height = head + 3.9 + 2.7 * (rows - 1)
     figure = new_figure((11.0, height))
@@ -135,10 +138,10 @@ def _worth_a_panel(name: str, values: Sequence[NDArray[np.float64]]) -> bool:
     return any(len(each) and (name != "weight" or np.ptp(each) > 0) for each in values)
 
 
-def _legend(metrics: Metrics, colours: Mapping[int, str], *, final: int) -> list[tuple[str, dict[str, Any]]]:
+def _legend(metrics: Metrics, colours: Mapping[int, str]) -> list[tuple[str, dict[str, Any]]]:
     """What colours and marks mean: words, and the looks of a line."""
     entries: list[tuple[str, dict[str, Any]]] = [
-        (f"layer {layer}{' (final head)' * (layer == final)}", {"color": colour, "linewidth": 2.5})
+        ("final head" if layer == FINAL else f"layer {layer}", {"color": colour, "linewidth": 2.5})
         for layer, colour in colours.items()
     ]
     if any(key.startswith("validation/") for line in metrics for key in line):

@@ -35,3 +35,16 @@ def shard(stage: Stage, mesh: Mesh, *, compute: torch.dtype, master: torch.dtype
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def sum_in(stage: Stage, master: torch.dtype) -> None:
+    """Sum the gradients of a sharded stage in ``master`` from the first one on; its tensors must have been made. FSDP
+    would do it for whole microbatches only, as it sees them: not for two heads that share a matrix, nor for the second
+    halves of backwards that a schedule runs one after the other."""
+    units = [module for module in stage.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        for parameter in unit.parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                parameter.grad_dtype = master
+        unit.reshard()

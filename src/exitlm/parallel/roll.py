@@ -103,30 +103,32 @@ class Roll:
         (``named`` gives a rank in words); or :class:`AlreadyTold`, where another process tells the user."""
         if self.world == 1 or isinstance(error, AlreadyTold):
             return error
-        lost = not isinstance(error, UserError) and any(sign in str(error).lower() for sign in _SIGNS)
+        lost = None if isinstance(error, UserError) else _broken(error)
         if not self.told and not self._down:
             try:
-                return self._tell(error, lost, named)
+                return self._tell(UserError(self._lost(lost, named)) if lost else error, named)
             except RuntimeError:
                 self._down = True
         if self.told:
             return AlreadyTold(self.told)
         return UserError(f"{named(0)} died; {_SAFE}") if lost else error
 
-    def _tell(self, error: Exception, lost: bool, named: Callable[[int], str]) -> Exception:
+    def _tell(self, error: Exception, named: Callable[[int], str]) -> Exception:
         """Be the one that tells, unless another is."""
-        self.store.set(f"left/{self.rank}", "1")
-        self.store.set("alarm", "1")
-        if lost:
-            error = UserError(self._lost(error, named))
+        self._alarm()
         if self.told or self.store.add("tellers", 1) > 1:
             return AlreadyTold(self.told or "another process failed first")
         self._tells = True
         self.store.set("told", str(error) if isinstance(error, UserError) else f"{named(self.rank)} failed: {error!r}")
         return error
 
-    def _lost(self, error: Exception, named: Callable[[int], str]) -> str:
+    def _alarm(self) -> None:
+        self.store.set(f"left/{self.rank}", "1")
+        self.store.set("alarm", "1")
+
+    def _lost(self, error: BaseException, named: Callable[[int], str]) -> str:
         """The sentence for a message that did not get through."""
+        self._alarm()
         if dead := self._missing("alive", min(ALIVE, self.timeout)):
             return f"{' and '.join(map(named, dead))} died; {_SAFE}"
         if slow := self._missing("left", min(SIGNED, self.timeout / 2)):
@@ -155,6 +157,7 @@ class Roll:
             if not self._wait_for(store, "told"):
                 return
             self.told = store.get("told").decode()
+            time.sleep(3 * TICK)  # the main thread sees it, and leaves the store alone
             store.set(f"heard/{self.rank}", "1")
         except RuntimeError:  # the process that kept the store died
             self._down = True
@@ -182,6 +185,13 @@ class Roll:
                 time.sleep(TICK / 2)
         self._left.set()
         self._thread.join(ALIVE)
+
+
+def _broken(error: BaseException | None) -> BaseException | None:
+    """The error of a connection, if one is the cause of an error."""
+    while error is not None and not any(sign in str(error).lower() for sign in _SIGNS):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def first_line(error: BaseException) -> str:

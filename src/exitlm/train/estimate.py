@@ -8,7 +8,7 @@ of matrix products (``exitlm.parallel.pipeline.split``), time the simulation of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
 from exitlm.parallel.mesh import Layout
 from exitlm.parallel.pipeline.schedule import make, simulate
-from exitlm.parallel.pipeline.split import Split, StageCost, make_split, stage_costs
+from exitlm.parallel.pipeline.split import Split, make_split, stage_costs
 from exitlm.train.data import ByteTokenizer
 from exitlm.train.initial import has_shape, model_config
 from exitlm.train.memory import Memory, MemoryModel
@@ -99,7 +99,7 @@ def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
     costs, made = found.costs(), found.geometry.schedule
     extra = made.filled_warmup + made.filled_cooldown
     microbatches, tokens = len(made.spans) - extra, t.microbatch * seq_len
-    forward, backward = _times(config, costs, tokens / p.tensor)
+    forward, backward = ([flops * tokens / p.tensor for flops in side] for side in found.times(costs))
     timeline = simulate(made, forward, backward)
     plain = simulate(make("1f1b", layout.pipeline, microbatches), forward, backward) if extra else timeline
     memory = MemoryModel(
@@ -150,17 +150,6 @@ def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
         utilisation=timeline.utilisation,
         ranks=tuple(ranks),
         tflops=tflops,
-    )
-
-
-def _times(config: RunConfig, costs: Sequence[StageCost], tokens: float) -> tuple[list[float], list[float]]:
-    """FLOPs of a forward and of a backward by stage. Deferred heads run in the backward, as do all of a frozen model,
-    which sends its hidden states on before."""
-    how, frozen = config.objective.exit_forward, config.train.parameters == "exits"
-    late, twice = how == "deferred" or frozen, how == "checkpoint"
-    return (
-        [(cost.layer_flops + (not late) * cost.head_flops) * tokens for cost in costs],
-        [(cost.backward_flops + (late + twice) * cost.head_flops) * tokens for cost in costs],
     )
 
 

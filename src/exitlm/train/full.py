@@ -356,6 +356,8 @@ class _Run:
     def _tell_layout(self) -> None:
         geometry = self.setup.fit.geometry
         extra = geometry.schedule.filled_warmup + geometry.schedule.filled_cooldown
+        if geometry.schedule.name == "filled" and not extra:
+            self._say("no partial microbatch fits into the bubbles of so few ranks: the schedule is 1f1b")
         if extra:
             full = geometry.microbatches - extra
             self._say(
@@ -366,10 +368,11 @@ class _Run:
     def _constants(self) -> dict[str, float]:
         """What is the same in every step: its FLOPs, and the pipeline's share of waiting as simulated."""
         fit = self.setup.fit
-        costs, schedule = fit.costs(), fit.geometry.schedule
-        line = simulate(schedule, [c.forward_flops for c in costs], [c.backward_flops for c in costs])
-        per_token = sum(c.forward_flops + c.backward_flops for c in fit.costs(recompute=False))
-        return {"flops": per_token * fit.geometry.rows * self.config.data.seq_len, "bubble": 1.0 - line.utilisation}
+        line = simulate(fit.geometry.schedule, *fit.times(fit.costs()))
+        useful = simulate(fit.geometry.schedule, *fit.times(fit.costs(recompute=False), useful=True))
+        work = sum(event.end - event.start for events in useful.ranks for event in events)
+        tokens = self.config.data.seq_len * fit.geometry.size * fit.geometry.data
+        return {"flops": work * tokens, "bubble": 1.0 - line.utilisation}
 
     def _speed(self, rate: float, report: Report, constant: Mapping[str, float]) -> dict[str, float]:
         """Tokens and FLOPs per second, and the memory of every process."""

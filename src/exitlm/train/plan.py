@@ -99,7 +99,8 @@ def geometry(config: RunConfig, layout: Layout, *, frozen: bool, teacher: bool) 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step: the plan for all stages, by what each stage's gradient is divided, and how many tokens count in it."""
+    """One step: the plan for all stages, by what each stage's gradient is divided, and how many tokens count in its
+    full microbatches."""
 
     plan: StepPlan
     divisors: Mapping[int, float] = field(default_factory=dict)
@@ -154,7 +155,7 @@ def plan_step(
         bottom=bottoms,
         bottom_share=1.0 / full,
     )
-    return Step(plan=plan, divisors=divisors, tokens=sum(counts.values()))
+    return Step(plan=plan, divisors=divisors, tokens=full)
 
 
 def dropped_layers(

@@ -6,6 +6,7 @@ What can't work is refused here, saying what would. Nothing here talks to other 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ class Fit:
             frozen=self.frozen,
             recompute=self.recompute if recompute is None else recompute,
             teacher=self.teacher,
+        )
+
+
+    def times(self, costs: Sequence[StageCost], *, useful: bool = False) -> tuple[list[float], list[float]]:
+        """FLOPs per token of a forward and of a backward by stage. Deferred heads run in the backward, as do all of a
+        frozen model, which sends its hidden states on before. ``useful`` leaves out what is done again."""
+        how = self.config.objective.exit_forward
+        late, twice = how == "deferred" or self.frozen, how == "checkpoint" and not useful
+        return (
+            [cost.layer_flops + (not late) * cost.head_flops for cost in costs],
+            [cost.backward_flops + (late + twice) * cost.head_flops for cost in costs],
         )
 
 

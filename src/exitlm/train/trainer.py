@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from exitlm.model.config import ModelConfig
 from exitlm.model.exits import ExitConfig
-from exitlm.parallel.fsdp import shard
+from exitlm.parallel.fsdp import shard, sum_in
 from exitlm.parallel.mesh import Mesh
 from exitlm.parallel.pipeline.runner import (
     SPLIT,
@@ -180,6 +180,8 @@ class Trainer:
         stage.tie()
         if self.values is not None:
             self._fill(stage, self.values)
+        if job.compute != job.master:
+            sum_in(stage, job.master)
         for head in stage.model.exit_heads().values():
             if head.config.candidates:
                 ids = torch.arange(head.config.candidates) if job.candidate_ids is None else job.candidate_ids

@@ -225,7 +225,10 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
         raise UserError(f"there is no adapter directory {directory}; give one that exitlm tune or save_exits made")
     if not is_adapter(directory):
         if (directory / "checkpoints").is_dir():
-            raise UserError(f"the tuning run in {directory} is not finished; start the same command again to finish it")
+            raise UserError(
+                f"{directory} is a run and holds no exits by itself (yet); start the same command again to finish it, "
+                "or write its model with exitlm export"
+            )
         raise UserError(
             f"{directory} is not an exit adapter: it has no {TABLE}; give a directory that exitlm tune made"
         )
