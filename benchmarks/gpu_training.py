@@ -66,9 +66,11 @@ def full(section: Section) -> None:
     """Every way, then the pipelines."""
     best = [0.0]
     for way in WAYS:
-        # torch.compile needs a compiler for the processor, which machines without a GPU of ours may lack.
-        if not (way.compile and section.quick):
-            section.part(str(way), lambda found, way=way: best.append(measured(section, way, found)), 40 if way.compile else 12)
+        if way.compile and section.quick:  # it needs a C compiler, which a CPU machine may lack
+            continue
+        section.part(
+            str(way), lambda found, way=way: best.append(measured(section, way, found)), 40 * way.compile or 12
+        )
     section.row(f"the best of these, goal {GOAL}", max(best), "of the peak of an H200")
     section.part("pipelines of processes on the CPU", lambda found: pipelines(section, found), 30)
 
@@ -110,12 +112,11 @@ def measured(section: Section, way: Way, found: dict[str, Any]) -> float:
 
 def pipelines(section: Section, found: dict[str, Any]) -> None:
     """``training.py --section processes``, in a process that sees no GPU."""
+    program = str(Path(__file__).parent / "training.py")
     with tempfile.TemporaryDirectory() as home:
-        command = [sys.executable, str(Path(__file__).parent / "training.py"), "--section", "processes", "--rounds", "3"]
         environment = {**os.environ, "OUT": home, "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [*command, *["--quick"] * section.quick], env=environment, capture_output=True, text=True, timeout=120
-        )
+        command = [sys.executable, program, "--section", "processes", "--rounds", "3", *["--quick"] * section.quick]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-2000:])
         data = json.loads((Path(home) / "training-processes.json").read_text())

@@ -53,6 +53,30 @@ def ratios(values: list[float], base: list[float]) -> Spread:
     return spread([value / other for value, other in zip(values, base, strict=True)])
 
 
+Claim = dict[str, Any]
+
+
+def at_most(claim: str, value: float | Spread, limit: float) -> Claim:
+    """A row of claims: it holds where the (median) value is not above the limit."""
+    return _claim(claim, value, f"at most {limit:.4g}", lambda x: x <= limit)
+
+
+def at_least(claim: str, value: float | Spread, limit: float) -> Claim:
+    """A row of claims: it holds where the (median) value is not below the limit."""
+    return _claim(claim, value, f"at least {limit:.4g}", lambda x: x >= limit)
+
+
+def within(claim: str, value: float | Spread, goal: float, share: float) -> Claim:
+    """A row of claims: it holds where the (median) value is off the goal by no more than a share of it."""
+    return _claim(claim, value, f"{goal:g} within {share:.0%}", lambda x: abs(x / goal - 1.0) <= share)
+
+
+def _claim(claim: str, value: float | Spread, goal: str, good: Callable[[float], bool]) -> Claim:
+    holds = good(value.median if isinstance(value, Spread) else value)
+    shown = value if isinstance(value, Spread) else f"{value:.4g}"
+    return {"claim": claim, "measured": shown, "goal": goal, "holds": "yes" if holds else "NO"}
+
+
 def seconds(action: Callable[[], Any]) -> float:
     """Wall time of one call."""
     begin = time.perf_counter()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleave, ratios, seconds, spread, table
+from measure import at_least, at_most, interleave, ratios, seconds, spread, table
 
 SIDES = ("transformers", "exitlm", "exitlm, 2 exits")
 MIB = 2**20
@@ -196,10 +196,22 @@ class Other:
         self.process.wait(60)
 
 
+def versions_of(python: str) -> str:
+    """Those of the libraries that an interpreter has."""
+    probe = """
+from importlib.metadata import PackageNotFoundError, version
+for name in ("torch", "transformers", "accelerate"):
+    try: print(name, version(name))
+    except PackageNotFoundError: pass
+"""
+    done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=True)
+    return ", ".join(done.stdout.splitlines())
+
+
 def compare(tasks: list[Task], rounds: int, python: str) -> dict[str, Any]:
     """The table; one task after the other, sides in turn."""
-    probe = "import importlib.util as u; print(bool(u.find_spec('accelerate')))"
-    has = subprocess.run([python, "-c", probe], capture_output=True, text=True).stdout.strip() == "True"
+    versions = versions_of(python)
+    has = "accelerate" in versions
     name = "transformers' Trainer" if has else "transformers, a plain loop"
     rows, claims = [], []
     for task in tasks:
@@ -218,17 +230,16 @@ def compare(tasks: list[Task], rounds: int, python: str) -> dict[str, Any]:
             })  # fmt: skip
         speed, share = ratios(base, found["exitlm"]), others["exitlm"].peak / most
         claims += [
-            {"claim": f"{task.dtype}: tokens/s against transformers", "measured": speed, "goal": "at least 1",
-             "holds": "yes" if speed.median >= 1.0 else "NO"},
-            {"claim": f"{task.dtype}: peak memory against transformers", "measured": f"{share:.2f}",
-             "goal": "at most 0.6", "holds": "yes" if share <= 0.6 else "NO"},
-        ]  # fmt: skip
+            at_least(f"{task.dtype}: tokens/s against transformers", speed, 1.0),
+            at_most(f"{task.dtype}: peak memory against transformers", share, 0.6),
+        ]
     print(table(rows))
     shape = ", ".join(f"{key} {value}" for key, value in tasks[0].shape.items())
     task = tasks[0]
     return {
         "model": shape, "a step": f"{task.count} x {task.rows} x {task.length} tokens",
         "transformers' side": name + ("" if has else " (accelerate, which its Trainer needs, is not installed)"),
+        "versions": versions,
         "rows": rows, "claims": claims,
     }  # fmt: skip
 

@@ -25,13 +25,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from measure import interleave, ratios, save, seconds, spread, table
+from measure import at_most, interleave, ratios, save, seconds, spread, table
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
     "num_attention_heads": 6, "tie_word_embeddings": True,
 }  # fmt: skip
-TINY: dict[str, Any] = {**SHAPE, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+TINY: dict[str, Any] = {
+    **SHAPE,
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+}
 SECTIONS = ("overhead", "pipeline", "filling", "memory", "peer", "processes")
 EXITS = (("embed", "shared"), ("embed", "own"), ("norm", "shared"), ("norm", "own"))
 
@@ -52,7 +58,7 @@ def overhead(rounds: int, quick: bool) -> dict[str, Any]:
     with processes(Launch(), CPU, 600.0):
         mesh = Mesh(layout, CPU)
         trainers = {name: make_trainer(config, model, exits, mesh) for name, exits in variants.items()}
-        times, parts = calibrate(trainers[f"2 exits, {EXITS[-1][0]}, {EXITS[-1][1]}"], rounds * 2)
+        _, parts = calibrate(trainers[f"2 exits, {EXITS[-1][0]}, {EXITS[-1][1]}"], rounds * 2)
         found = interleave({name: lambda t=t: seconds(t.step) for name, t in trainers.items()}, rounds)
     base, work = found["no exits"], flops_per_token(model, (), None, length)
     rows, claims = [], []
@@ -65,8 +71,7 @@ def overhead(rounds: int, quick: bool) -> dict[str, Any]:
         if share:
             over = spread([(v / b - 1.0) / share for v, b in zip(values, base, strict=True)])
             row["overhead over FLOP share"] = over
-            claims.append({"claim": f"{name}: overhead over FLOP share", "measured": over, "goal": "at most 1.1",
-                           "holds": "yes" if over.median <= 1.1 else "NO"})  # fmt: skip
+            claims.append(at_most(f"{name}: overhead over FLOP share", over, 1.1))
         rows.append(row)
     print(table(rows))
     return {
@@ -85,14 +90,14 @@ def pipeline(rounds: int, quick: bool) -> dict[str, Any]:
     """See ``pipelines.py``."""
     from pipelines import with_exits
 
-    return with_exits(TINY if quick else SHAPE, 16 if quick else 256, (4,) if quick else (16, 32), rounds)
+    return with_exits(TINY if quick else SHAPE, 16 if quick else 256, (4,) if quick else (16, 32), min(rounds, 3))
 
 
 def filling(rounds: int, quick: bool) -> dict[str, Any]:
     """See ``pipelines.py``."""
     from pipelines import filling as measured
 
-    return measured(0.005 if quick else 0.08, (1, 256, 384), rounds)
+    return measured(0.005 if quick else 0.1, (1, 256, 384), min(rounds, 3))
 
 
 def memory(rounds: int, quick: bool) -> dict[str, Any]:

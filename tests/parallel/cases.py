@@ -329,7 +329,7 @@ def stages_per_rank(schedule: str, draw: random.Random) -> int:
     return {"interleaved": draw.choice((2, 2, 3)), "zero_bubble": 2, "zbv": 2}.get(schedule, 1)
 
 
-def drawn(seed: int, schedule: str, way: str, *, tied: bool, layout: Layout) -> Case:
+def drawn(seed: int, schedule: str, way: str, *, tied: bool, layout: Layout, rounds: int = 1) -> Case:
     """A random case with this schedule and layout; ``tied``: the input embedding and most heads are one matrix."""
     draw = random.Random(f"{seed} {schedule} {way} {tied} {layout}")
     layout = replace(layout, schedule=schedule, stages_per_rank=stages_per_rank(schedule, draw))
@@ -364,14 +364,13 @@ def drawn(seed: int, schedule: str, way: str, *, tied: bool, layout: Layout) -> 
         f"train.recompute={draw.choice(('none', 'none', 'layers'))}",
         f"parallel.layers_per_stage={counts if draw.random() < 0.7 else 'balanced'}",
     ]
-    rounds = draw.choice((1, 1, 2))
     least = 2 * layout.pipeline if schedule in ("zbv", "zero_bubble") and draw.random() < 0.5 else layout.pipeline
     return Case(
         layout=layout,
         exits=tuple(exits),
         model=llama(layers, vocab_size=vocab, tie_word_embeddings=tied or draw.random() < 0.3),
         settings=tuple(settings),
-        microbatches=least * rounds if schedule != "gpipe" else draw.randrange(1, 6),
+        microbatches=least * draw.randrange(1, rounds + 1) if schedule != "gpipe" else draw.randrange(1, 6),
         size=draw.choice((1, 2)),
         length=draw.choice((4, 6, 8)) if layout.tensor > 1 else draw.choice((3, 5, 8)),
         seed=seed,

@@ -77,7 +77,7 @@ class Values:
         elif "norm" in name:
             noise = 1.0 + 0.3 * noise
         else:
-            noise = noise * (1.0 if name in (EMBEDDING, HEAD) else 1.5 * shape[-1] ** -0.5)
+            noise = noise * (0.5 if name in (EMBEDDING, HEAD) else shape[-1] ** -0.5)
         return noise.to(self.dtype)
 
 
@@ -250,7 +250,7 @@ def _final_loss(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Sums]:
     loss = F.cross_entropy(logits_NV, labels_N, ignore_index=-100, reduction="sum")
     hits = (logits_NV.argmax(-1) == labels_N) & valid
     sure = logits_NV.detach().softmax(-1).amax(-1)[valid]
-    return loss, Sums(float(valid.sum()), float(loss), float(hits.sum()), float(sure.sum()))
+    return loss, Sums(float(valid.sum()), float(loss.detach()), float(hits.sum()), float(sure.sum()))
 
 
 def _exit_loss(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from exitlm.errors import UserError
 from exitlm.parallel.shards import Shards
 from exitlm.train import checkpoint, tune
 from exitlm.train.metrics import JsonLines
@@ -23,11 +23,11 @@ from tests.train.ranks import (
     Ended,
     before_step,
     impatient,
-    losses,
     metrics,
     ranks,
     run_file,
     same,
+    signalled,
     steps,
     tensors,
     train,
@@ -37,6 +37,10 @@ from tests.train.ranks import (
 @pytest.fixture
 def file(tmp_path: Path, text: Path) -> Path:
     return run_file(tmp_path, text)
+
+
+def quiet(rank: int) -> None:
+    impatient()
 
 
 def told_once(ends: list[Ended], *words: str) -> None:
@@ -85,18 +89,19 @@ def digest(trainer: Trainer) -> str:
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state.values())).hexdigest()
 
 
-@pytest.mark.parametrize(
-    ("factor", "overrides"), [(float("nan"), []), (1e3, ["train.spike=10", "parallel.shard=false"])]
-)
+REPLICAS = ["parallel.pipeline=1", "parallel.data=2", "parallel.shard=false"]
+
+
+@pytest.mark.parametrize(("factor", "overrides"), [(float("nan"), []), (1e3, ["train.spike=10", *REPLICAS])])
 def test_an_unusable_gradient_is_skipped_by_all(file: Path, factor: float, overrides: list[str]) -> None:
-    ends = train(2, file, "train.patience=3", *overrides, hook=spoiled(factor, 4, 5))
+    ends = train(2, file, "train.patience=3", *overrides, hook=spoiled(factor, 2, 3))
     assert [end.code for end in ends] == [0, 0], ends
     for end in ends:
         lines = [line.split(": ")[1] for line in end.out.splitlines() if line.startswith("step ")]
-        assert lines == ["changed"] * 4 + ["as it was"] * 2 + ["changed"] * 2
-    assert "warning: step 5: the gradient's norm is" in ends[0].err
+        assert lines == ["changed"] * 2 + ["as it was"] * 2 + ["changed"] * 2
+    assert "warning: step 3: the gradient's norm is" in ends[0].err
     assert "warning" not in ends[1].err
-    assert [line["skipped"] for line in metrics(file.parent / "run")] == [0, 0, 0, 0, 1, 2, 2, 2]
+    assert [line["skipped"] for line in metrics(file.parent / "run")] == [0, 0, 1, 2, 2, 2]
 
 
 def test_a_run_stops_after_too_many_skipped_steps_in_a_row(file: Path) -> None:
@@ -119,25 +124,26 @@ def test_a_rank_that_dies_is_named(file: Path) -> None:
     def hook(rank: int) -> None:
         impatient()
         if rank == 1:
-            before_step(5, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+            before_step(3, lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
-    ends = train(4, file, "parallel.data=1", "parallel.tensor=2", "parallel.pipeline=2", hook=hook)
+    ends = train(3, file, hook=hook)
     assert ends.pop(1).code == -signal.SIGKILL
-    told_once(ends, "rank 1 (pipeline 0, data 0, tensor 1) died;", "the last checkpoint is intact, start the run again")
-    assert train(1, file, "parallel.data=1")[0].code == 0
+    told_once(ends, "rank 1 (pipeline 1, data 0, tensor 0) died;", "the last checkpoint is intact, start the run again")
+    assert train(1, file)[0].code == 0
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_is_named_at_the_timeout(file: Path) -> None:
     def hook(rank: int) -> None:
         impatient()
         if rank == 2:
-            before_step(5, lambda _: time.sleep(60))
+            before_step(3, lambda _: time.sleep(60))
 
     started = time.monotonic()
-    ends = train(3, file, "train.global_batch=6", "parallel.timeout=4", hook=hook)
-    told_once(ends, "rank 2 (pipeline 0, data 2, tensor 0) did not answer within 4 seconds (parallel.timeout);")
+    ends = train(3, file, "parallel.timeout=8", hook=hook)
+    told_once(ends, "rank 2 (pipeline 2, data 0, tensor 0) did not answer within 8 seconds (parallel.timeout);")
     assert time.monotonic() - started < 30
-    assert 4 in steps(file.parent / "run")
+    assert 2 in steps(file.parent / "run")
 
 
 def test_without_rank_0_the_others_end_too(file: Path) -> None:
@@ -180,14 +186,11 @@ def test_data_that_changes_in_mid_run(tmp_path: Path, text: Path, cache: Path) -
     ends = train(2, file, f"checkpoint.dir={tmp_path / 'other'}", hook=lambda rank: before_step(3, cut))
     told_once(ends, "the token cache", "changed while the run was reading it; start again")
     assert 2 in steps(tmp_path / "other")
-    assert train(2, file, f"checkpoint.dir={tmp_path / 'other'}")[0].code == 0
-    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "run"), abs=0.5)
 
 
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "asynchronous"), [(1, "true"), (0, "false")])
 def test_a_full_disk_of_one_rank_costs_one_checkpoint(file: Path, asynchronous: str, rank: int) -> None:
-    """The disk of one process is full from step 3 to 5: files end after 5 kB, a limit of the operating system."""
+    """The disk of one process is full from step 1 to 3: files end after 5 kB, a limit of the operating system."""
     run = file.parent / "run"
 
     def limited(size: int) -> Callable[[Trainer], None]:
@@ -195,23 +198,23 @@ def test_a_full_disk_of_one_rank_costs_one_checkpoint(file: Path, asynchronous: 
 
     def hook(mine: int) -> None:
         if mine == rank:
-            before_step(3, limited(5000))
-            before_step(5, limited(resource.RLIM_INFINITY))
+            before_step(1, limited(5000))
+            before_step(3, limited(resource.RLIM_INFINITY))
 
     ends = train(2, file, f"checkpoint.async={asynchronous}", hook=hook)
     assert [end.code for end in ends] == [0, 0], ends
     warned = [line for line in ends[0].err.splitlines() if "was not saved" in line]
     assert len(warned) == 1
-    assert "step-00000004 was not saved (File too large); the run goes on" in warned[0]
+    assert "step-00000002 was not saved (File too large); the run goes on" in warned[0]
     assert "warning" not in ends[1].err
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
-    assert steps(run) == [0, 2, 6, 8]
+    assert steps(run) == [0, 4, 6]
 
 
 def test_a_disk_that_stays_full(file: Path) -> None:
     """Neither metrics nor checkpoints can be written: the run is told so at its end, and is not finished."""
     run = file.parent / "run"
-    train(1, file, "train.steps=8", hook=lambda rank: before_step(3, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+    train(1, file, hook=signalled(signal.SIGTERM, 1))
 
     def hook(rank: int) -> None:
         def full(*_: Any) -> None:
@@ -225,10 +228,10 @@ def test_a_disk_that_stays_full(file: Path) -> None:
     said = ends[0].err + ends[1].err
     assert said.count("warning: metrics can't be written (No space left on device); the run goes on without") == 1
     assert said.count("error: the last step could not be saved; put that right and start the same command again") == 1
-    assert "to go on from step 4\n" in said
-    assert steps(run) == [0, 2, 4]
+    assert "to go on from step 2\n" in said
+    assert steps(run) == [0, 2]
     assert train(2, file)[0].code == 0
-    assert steps(run) == [0, 2, 4, 6, 8]
+    assert steps(run) == [0, 2, 4, 6]
 
 
 # ---- what is refused at the start, by any number of processes in one sentence
@@ -238,7 +241,7 @@ def test_a_disk_that_stays_full(file: Path) -> None:
     ("overrides", "words"),
     [
         (["parallel.dat=3"], ["unknown key 'parallel.dat'", "did you mean 'data'"]),
-        (["parallel.data=2"], ["= 2, but there are 3 processes; start 2 (torchrun --nproc-per-node 2"]),
+        (["parallel.pipeline=2"], ["= 2, but there are 3 processes; start 2 (torchrun --nproc-per-node 2"]),
         (["data.files=nowhere.txt"], ["the data file nowhere.txt does not exist"]),
         (["data.files=empty.txt"], ["empty.txt is empty: it holds no text"]),
         (["data.tokenizer=bytes", "model.vocab_size=100"], ["vocab_size is 100, but the tokenizer has 257 tokens"]),
@@ -251,7 +254,7 @@ def test_what_all_find_is_told_once(
 ) -> None:
     monkeypatch.chdir(file.parent)
     Path("empty.txt").touch()
-    ends = train(3, file, "train.global_batch=6", *overrides, hook=lambda _: impatient())
+    ends = train(3, file, *overrides, hook=quiet)
     told_once(ends, *words)
     assert sorted(os.listdir()) == ["empty.txt", "run.toml"]
 
@@ -265,7 +268,7 @@ def test_what_all_find_is_told_once(
     ],
 )
 def test_what_one_of_them_finds_ends_all(file: Path, each: list[list[str]], words: list[str]) -> None:
-    told_once(train(3, file, "train.global_batch=6", each=each, hook=lambda _: impatient()), *words)
+    told_once(train(3, file, each=each, hook=quiet), *words)
     assert not (file.parent / "run").exists()
 
 
@@ -273,15 +276,21 @@ def test_a_directory_that_belongs_to_another(file: Path, text: Path, base: Path)
     run = file.parent / "run"
     with checkpoint.exclusive(run):
         started = time.monotonic()
-        told_once(train(2, file, hook=lambda _: impatient()), f"another run is writing to {run}; wait for it")
+        told_once(train(2, file, hook=quiet), f"another run is writing to {run}; wait for it")
         assert time.monotonic() - started < 20
     (run / "exits.json").write_text("{}")
-    told_once(train(2, file, hook=lambda _: impatient()), "holds an exit adapter already")
+    told_once(train(2, file, hook=quiet), "holds an exit adapter already")
+    mine = ["exits.kind=norm", "exits.init=copy", "data.seq_len=24", "objective.candidate_loss=false"]
     tuned = file.parent / "tuned"
-    tune(base, exits=[1], data=str(text), out=tuned, steps=2, overrides=["data.seq_len=24"])
-    told_once(train(2, file, f"checkpoint.dir={tuned}", hook=lambda _: impatient()), "holds a run with other settings")
-    same_settings = ["tune", str(tuned / "run.toml"), "--set", "parallel.data=2", "exits.init=copy"]
-    told_once(ranks(2, same_settings, hook=lambda _: impatient()), "holds")
+    tune(base, exits=[1], data=str(text), out=tuned, steps=2, overrides=[*mine, "train.microbatch=2"])
+    left = {path: path.stat().st_mtime_ns for path in tuned.rglob("*.*")}
+    again = ranks(2, ["tune", str(tuned / "run.toml"), "--set", "parallel.data=2", "train.warmup=2"], hook=quiet)
+    told_once(again, "holds a run of exitlm tune in one process; choose another directory")
+    assert {path: path.stat().st_mtime_ns for path in tuned.rglob("*.*")} == left
+    (run / "exits.json").unlink()
+    train(1, file, "train.steps=2")
+    with pytest.raises(UserError, match="holds a run of exitlm train; choose another directory"):
+        tune(base, exits=[1], data=str(text), out=run, overrides=["data.seq_len=24"])
 
 
 def test_another_model_or_other_data(file: Path, tmp_path: Path, text: Path) -> None:
@@ -306,7 +315,7 @@ def test_a_port_that_another_program_has(file: Path) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        ends = train(2, file, "parallel.timeout=3", port=port, timeout=30)
+        ends = train(2, file, "parallel.timeout=1", port=port, timeout=30)
     for end in ends:  # they can't agree who tells it
         assert (end.code, end.err.count("\n")) == (2, 1)
         assert f"error: the processes can't meet (another program has port {port} of 127.0.0.1)" in end.err
@@ -322,18 +331,12 @@ def test_processes_that_do_not_come(file: Path) -> None:
 
         return hook
 
-    (first, second) = train(2, file, "parallel.timeout=3", hook=absent(1), timeout=30)
+    (first, second) = train(2, file, "parallel.timeout=1", hook=absent(1), timeout=30)
     assert (second.code, first.code) == (0, 2)
-    assert "error: rank 1 did not come within 3 seconds (parallel.timeout)" in first.err
-    (first, second) = train(2, file, "parallel.timeout=3", hook=absent(0), timeout=30)
+    assert "error: rank 1 did not come within 1 seconds (parallel.timeout)" in first.err
+    (first, second) = train(2, file, "parallel.timeout=1", hook=absent(0), timeout=30)
     assert (first.code, second.code) == (0, 2)
     assert "error: the processes can't meet (nothing answers at port" in second.err
     assert HUNG not in (first.code, second.code)
-    (end,) = train(1, file, "parallel.data=2", hook=lambda _: os.environ.update(WORLD_SIZE="2", MASTER_ADDR=""))
+    (end,) = train(1, file, "parallel.pipeline=2", hook=lambda _: os.environ.update(WORLD_SIZE="2", MASTER_ADDR=""))
     assert "MASTER_ADDR and MASTER_PORT do not say where they meet; start them with torchrun" in end.err
-
-
-def test_warnings_are_shown_once(file: Path) -> None:
-    ends = train(2, file, "train.steps=2", "train.warmup=5")
-    assert [end.err.count("warning: train.warmup is cut to the 2 steps of the run") for end in ends] == [1, 0]
-    assert torch.isfinite(torch.tensor(losses(file.parent / "run"))).all()

@@ -9,17 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
+import exitlm
+from exitlm import cli
 from exitlm.train import full, sharded
+from exitlm.train.trainer import Trainer
 from tests.train.ranks import before_step, losses, metrics, run_file, same, signalled, steps, tensors, train
 
-LAYOUTS = {
+IDS = [[5, 17, 3, 88, 41, 9, 60, 2, 2, 71, 30, 11]]
+DATA = ["parallel.pipeline=1", "parallel.data=2"]
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
-    "data": (2, []),
-    "replicas, saved at once": (2, ["parallel.shard=false", "checkpoint.async=false"]),
-    "tensor": (2, ["parallel.data=1", "parallel.tensor=2"]),
-    "pipeline": (2, ["parallel.data=1", "parallel.pipeline=2"]),
-    "zbv": (2, ["parallel.data=1", "parallel.pipeline=2", "parallel.schedule=zbv"]),
+    "data": (2, DATA),
+    "replicas, saved at once": (2, [*DATA, "parallel.shard=false", "checkpoint.async=false"]),
+    "tensor": (2, ["parallel.pipeline=1", "parallel.tensor=2"]),
+    "pipeline": (2, []),
+    "zbv": (2, ["parallel.schedule=zbv"]),
 }
 
 
@@ -41,50 +48,83 @@ def test_a_killed_run_goes_on_bit_identically(file: Path, layout: str) -> None:
     assert [end.code for end in train(world, file, *overrides, hook=killed(5))] == [-9] * world
     ends = train(world, file, *overrides)
     assert [end.code for end in ends] == [0] * world
-    assert re.match(r"going on from step [24] of 8", ends[0].out)  # 4 may not be whole yet
-    assert same(tensors(run, 8), tensors(whole, 8))
+    assert re.match(r"going on from step [24] of 6", ends[0].out)  # 4 may not be whole yet
+    assert same(tensors(run, 6), tensors(whole, 6))
     assert metrics(run) == metrics(whole)
-    assert steps(run) == [0, 2, 4, 6, 8]
+    assert steps(run) == [0, 2, 4, 6]
+
+
+def stopped_and_noted(home: Path, step: int) -> Any:
+    """SIGTERM before a step; every saved state is written down, too, whole and by torch alone."""
+
+    def hook(rank: int) -> None:
+        signalled(signal.SIGTERM, step)(rank)
+        original = Trainer.state
+
+        def state(self: Trainer) -> dict[str, torch.Tensor]:
+            found, done = original(self), self.progress.done
+            whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
+            torch.save(whole, home / f"{done}.{rank}.pt")
+            if self.mesh.layout.world == 1:
+                with torch.no_grad():
+                    torch.save(self.stages[0].model.logits(IDS), home / f"{done}.logits.pt")
+            return found
+
+        Trainer.state = state  # type: ignore[method-assign]
+
+    return hook
 
 
 @pytest.mark.parametrize(
     ("overrides", "layouts", "tolerance"),
     [
         (["train.dtype=float64", "objective.layer_dropout=0"], list(LAYOUTS), 1e-12),
-        (["objective.layer_dropout=0"], ["one process", "data", "tensor", "pipeline", "zbv"], 1e-6),
+        (["objective.layer_dropout=0"], ["data", "zbv"], 1e-6),
         (["train.dtype=float64"], ["one process", "pipeline"], 1e-12),  # layers are dropped by microbatch
     ],
 )
-def test_another_layout_goes_on_with_the_same_losses(
-    file: Path, overrides: list[str], layouts: list[str], tolerance: float
+def test_another_layout_goes_on_with_the_same_losses_and_exports_the_same(
+    file: Path, overrides: list[str], layouts: list[str], tolerance: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, whole = file.parent / "run", file.parent / "whole"
+    home, run, whole = file.parent, file.parent / "run", file.parent / "whole"
     last = 2 * len(layouts) + 1
-    shared = [*overrides, f"train.steps={last}", "train.validate_every=2"]
+    shared = [*overrides, f"train.steps={last}", "train.validate_every=2", "exits.kind=mlp,norm", "exits.output=own"]
     assert train(1, file, *shared, f"checkpoint.dir={whole}")[0].code == 0
     for segment, layout in enumerate(layouts):
         world, over = LAYOUTS[layout]
-        ends = train(world, file, *shared, *over, hook=signalled(signal.SIGTERM, 2 * segment + 1))
+        ends = train(world, file, *shared, *over, hook=stopped_and_noted(home, 2 * segment + 1))
         assert [end.code for end in ends] == [0] * world, ends
     assert train(1, file, *shared)[0].code == 0
     assert losses(run) == pytest.approx(losses(whole), rel=tolerance)
     one, two = tensors(run, last), tensors(whole, last)
     assert all(torch.allclose(one[name], two[name], rtol=1e4 * tolerance, atol=10 * tolerance) for name in two)
+    for step in range(2, last, 2):
+        noted = {name: tensor for path in home.glob(f"{step}.?.pt") for name, tensor in torch.load(path).items()}
+        assert same(tensors(run, step), noted)
+        out = home / f"exported-{step}"
+        assert cli.main(["export", str(run / "checkpoints" / f"step-{step:08d}"), str(out)]) == 0
+        written = {**load_file(out / "model.safetensors"), **load_file(out / "exits.safetensors")}
+        assert same(written, {k.removeprefix("model."): v for k, v in noted.items() if k.startswith("model.")})
+        if (home / f"{step}.logits.pt").exists():
+            assert torch.equal(exitlm.load(out).model.logits(IDS), torch.load(home / f"{step}.logits.pt"))
+            assert exitlm.load(out).generate("Line", max_new_tokens=4, mode="threshold", threshold=0.0).exit_layers
+    assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("number", "only", "times"), [(signal.SIGTERM, None, 1), (signal.SIGUSR1, 1, 1), (signal.SIGTERM, 0, 3)]
-)
-def test_a_signal_saves_and_the_same_command_goes_on(file: Path, number: int, only: int | None, times: int) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(file: Path) -> None:
     """Whoever gets it, and however often, all processes save the same step and end with 0."""
-    ends = train(2, file, "checkpoint.every=0", hook=signalled(number, 3, only, times))
-    assert [end.code for end in ends] == [0, 0]
-    said = f"stopped by {signal.Signals(number).name}: step 4 of 8 is saved; start the same command again to go on"
-    assert (ends[0].out.splitlines()[-1], ends[1].out, ends[1].err) == (said, "", "")
-    assert steps(file.parent / "run") == [0, 4]
+    for step, (number, only, times) in enumerate(
+        [(signal.SIGTERM, None, 1), (signal.SIGUSR1, 1, 1), (signal.SIGTERM, 0, 3)]
+    ):
+        ends = train(2, file, "checkpoint.every=0", hook=signalled(number, step, only, times))
+        assert [(end.code, end.out) for end in ends[1:]] == [(0, "")]
+        name, done = signal.Signals(number).name, step + 1
+        said = f"stopped by {name}: step {done} of 6 is saved; start the same command again to go on"
+        assert (ends[0].code, ends[0].out.splitlines()[-1]) == (0, said)
+    assert steps(file.parent / "run") == [0, 1, 2, 3]
     ends = train(2, file)
-    assert "going on from step 4 of 8" in ends[0].out
-    assert [line["step"] for line in metrics(file.parent / "run")] == list(range(1, 9))
+    assert "going on from step 3 of 6" in ends[0].out
+    assert [line["step"] for line in metrics(file.parent / "run")] == list(range(1, 7))
 
 
 def test_a_signal_before_the_first_step_and_one_in_a_save(file: Path) -> None:
@@ -104,55 +144,56 @@ def test_a_signal_before_the_first_step_and_one_in_a_save(file: Path) -> None:
 
     (end,) = train(1, file, hook=while_starting)
     assert end.code == 0
-    assert "stopped by SIGTERM: step 0 of 8 is saved" in end.out
+    assert "stopped by SIGTERM: step 0 of 6 is saved" in end.out
     (end,) = train(1, file, hook=while_saving)
     assert end.code == 0
-    assert "stopped by SIGUSR1: step 3 of 8 is saved" in end.out
+    assert "stopped by SIGUSR1: step 3 of 6 is saved" in end.out
     assert steps(file.parent / "run") == [0, 2, 3]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(file: Path) -> None:
     run = file.parent / "run"
-    train(2, file, "train.steps=2")
+    first = train(2, file, "train.steps=2", "train.warmup=5")
+    assert [end.err.count("warning: train.warmup is cut to the 2 steps of the run") for end in first] == [1, 0]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    ends = train(2, file, "train.steps=2")
-    assert [(end.code, end.err) for end in ends] == [(0, "")] * 2
+    ends = train(2, file, "train.steps=2", "train.warmup=5")
+    assert [end.code for end in ends] == [0, 0]
     assert ends[0].out == f"{run} is a finished run already; nothing to do\n"
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_one_process_writes_what_is_worth_watching(file: Path) -> None:
     run = file.parent / "run"
-    overrides = ["parallel.data=1", "parallel.pipeline=2", "logging.tensorboard=true", "logging.every=3"]
-    ends = train(2, file, *overrides, hook=signalled(signal.SIGTERM, 5))
-    assert ends[0].err.splitlines()[-1].startswith("training: 1/8 loss")
+    overrides = ["logging.tensorboard=true", "logging.every=2"]
+    ends = train(2, file, *overrides, hook=signalled(signal.SIGTERM, 3))
+    assert ends[0].err.splitlines()[-1].startswith("training: 1/6 loss")
     lines = metrics(run, timed=True)
-    assert [line["step"] for line in lines] == [3, 4, 6]
+    assert [line["step"] for line in lines] == [2, 3, 4]
     assert {"loss", "loss/final", "accuracy/final", "confidence/final", "weight/final", "weight/1", "grad_norm", "lr",
             "tokens", "tokens_per_second", "tflops", "bubble", "memory_gib/0", "memory_gib/1", "skipped"} <= {
         name for line in lines for name in line
     }  # fmt: skip
     assert {"validation/loss/1", "validation/loss/2", "validation/loss/final"} <= set(lines[1])
     assert 0 < lines[0]["bubble"] < 1
-    (run / "metrics.jsonl").open("a").write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')  # of a step that is not saved
+    (run / "metrics.jsonl").open("a").write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # of a step that is not saved
     assert train(2, file, *overrides)[0].code == 0
-    assert [line["step"] for line in metrics(run)] == [3, 4, 6, 8]
+    assert [line["step"] for line in metrics(run)] == [2, 3, 4, 6]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
-    assert [event.step for event in board.Scalars("loss/final")] == [3, 4, 6, 8]
+    assert [event.step for event in board.Scalars("loss/final")] == [2, 3, 4, 6]
 
 
 def test_the_adapter_of_a_frozen_model_over_two_processes(file: Path, base: Path) -> None:
     """Also where the run was killed between its last checkpoint and its adapter."""
     run = file.parent / "run"
-    overrides = [f"model.base={base}", "train.parameters=exits", "exits.layers=2,3", "parallel.data=1",
-                 "parallel.pipeline=2", "objective.rotate_exits=0", "train.validate_every=0"]  # fmt: skip
+    overrides = [f"model.base={base}", "train.parameters=exits", "exits.layers=2,3"]
+    overrides += ["objective.rotate_exits=0", "train.validate_every=0"]
     ends = train(2, file, *overrides)
     assert [end.code for end in ends] == [0, 0], ends
     written = (run / "exits.safetensors").read_bytes()
-    assert json.loads((run / "exits.json").read_text())["training"]["steps"] == 8
+    assert json.loads((run / "exits.json").read_text())["training"]["steps"] == 6
     assert "validation/loss/3" in metrics(run)[-1]
     (run / "exits.json").unlink()
     (run / "exits.safetensors").unlink()

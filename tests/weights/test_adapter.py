@@ -359,7 +359,7 @@ def test_what_is_no_adapter(base: Path, tmp_path: Path) -> None:
     assert "there is no adapter directory" in refused(base, tmp_path / "nothing")
     assert "is not an exit adapter" in refused(base, base)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert "is not finished; start the same command again" in refused(base, tmp_path / "run")
+    assert "is a run and holds no exits by itself" in refused(base, tmp_path / "run")
     with pytest.raises(UserError, match="no exits to save"):
         save_adapter(tmp_path / "new", load_model(base))
     assert not (tmp_path / "new").exists()

@@ -123,7 +123,7 @@ class Roll:
         return error
 
     def _alarm(self) -> None:
-        self.store.set(f"left/{self.rank}", "1")
+        self.store.set(f"signed/{self.rank}", "1")
         self.store.set("alarm", "1")
 
     def _lost(self, error: BaseException, named: Callable[[int], str]) -> str:
@@ -131,7 +131,7 @@ class Roll:
         self._alarm()
         if dead := self._missing("alive", min(ALIVE, self.timeout)):
             return f"{' and '.join(map(named, dead))} died; {_SAFE}"
-        if slow := self._missing("left", min(SIGNED, self.timeout / 2)):
+        if slow := self._missing("signed", min(SIGNED, self.timeout / 2)):
             names = " and ".join(map(named, slow))
             return f"{names} did not answer within {self.timeout:g} seconds (parallel.timeout); {_SAFE}"
         return f"the processes lost each other ({first_line(error)}); {_SAFE}"

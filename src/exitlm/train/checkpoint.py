@@ -30,6 +30,8 @@ from exitlm.weights.tensorfile import Written, write_tensors
 FORMAT = 1
 _TENSORS = "state.safetensors"
 _META = "state.json"
+KINDS = {_META: "exitlm tune in one process", "sharded.json": "exitlm train"}
+"""The file by which a checkpoint of each kind of run is known."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,20 @@ def exclusive(out: Path) -> Iterator[None]:
         yield
 
 
-def claim(out: Path, config: RunConfig) -> None:
-    """Write the settings of a new run, or compare with those of the run that is there.
+def claim(out: Path, config: RunConfig, kind: str = _META) -> None:
+    """Write the settings of a new run, or compare with those of the run that is there. ``kind`` is the file by which
+    its checkpoints are known.
 
     Raises:
-        UserError: the directory belongs to a run with other settings (named), or to an adapter that no run made.
+        UserError: the directory belongs to a run with other settings (named), to one of the other kind, or to an
+            adapter that no such run made.
     """
-    saved = out / "run.toml"
-    begun = (out / "exits.json").exists() or bool(list_checkpoints(out))
-    if not saved.exists() or not begun:  # nothing depends yet on what was set before
-        if (out / "exits.json").exists():
+    saved, places, adapter = out / "run.toml", list_checkpoints(out), (out / "exits.json").exists()
+    for other, made_by in KINDS.items():
+        if other != kind and any((place / other).exists() for place in places):
+            raise UserError(f"{out} holds a run of {made_by}; choose another directory")
+    if not saved.exists() or not (adapter or places):  # nothing depends yet on what was set before
+        if adapter:
             raise UserError(f"{out} holds an exit adapter already; choose another directory")
         with fresh_file(saved) as path:
             path.write_text(config.to_toml(), encoding="utf-8")

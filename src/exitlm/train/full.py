@@ -123,7 +123,7 @@ class _Run:
         fresh = self.speaks and not (self.out / "run.toml").exists()
         try:
             if self.speaks and not fresh:
-                run_files.claim(self.out, self.config)
+                run_files.claim(self.out, self.config, sharded.META)
             self.text = rows_of_files(
                 self.config, self.setup.tokens, self.setup.fit.model.vocab_size, cache_directory()
             )
@@ -133,7 +133,7 @@ class _Run:
                 run_files.leave_nothing(self.out)
             raise
         if self.speaks:
-            run_files.claim(self.out, self.config)
+            run_files.claim(self.out, self.config, sharded.META)
             run_files.clean(self.out)
         self.roll.gather("claimed")
 
@@ -141,6 +141,8 @@ class _Run:
         setup, config = self.setup, self.config
         self.mesh = Mesh(setup.fit.layout, setup.device, setup.fit.config.parallel.timeout)
         found = sharded.newest(self.out)
+        if found is None and (self.out / "exits.json").exists():
+            raise UserError(f"{self.out} holds an exit adapter, but no checkpoint of its run; choose another directory")
         self.same = {
             "base_digest": setup.opened.digest() if setup.opened is not None else "none",
             "data_digest": self.text.train.digest,
@@ -157,9 +159,11 @@ class _Run:
             self._restore(*found)
         if self.trainer.progress.done < config.train.steps:
             self._loop()
+            self._say(f"{self.out} holds the run; 'exitlm export {self.out} DIR' writes the model and its exits")
         elif setup.fit.frozen and self._largest(self.speaks and not (self.out / "exits.json").exists()):
             self.measured = self.trainer.validate(*self.text.held)  # it ended before its adapter was written
             self._publish()
+            self._say(f"{self.out} holds the exits now")
         else:
             self._say(f"{self.out} is a finished run already; nothing to do")
 
@@ -227,7 +231,6 @@ class _Run:
                 self._without_space(tracker.close)
         if self.setup.fit.frozen:
             self._publish()
-        self._say(f"{self.out} holds the run; 'exitlm export {self.out} DIR' writes the model and its exits")
 
     def _publish(self) -> None:
         """Rank 0 writes the adapter of a frozen model's exits."""

@@ -73,7 +73,7 @@ class Writer:
         if problem := self._first(problem):
             self._warn(place, problem)
             return
-        storage = FileSystemWriter(staging, single_file_per_rank=True, sync_files=True)
+        storage = Storage(staging, single_file_per_rank=True, sync_files=True)
         state, options = dict(tensors), {"storage_writer": storage, "process_group": self.group}
         begun: Future[Any] = Future()
         try:
@@ -161,6 +161,20 @@ class Writer:
                 f"{place} was not saved ({reason}); the run goes on, and the checkpoints before are untouched",
                 stacklevel=4,
             )
+
+
+class Storage(FileSystemWriter):
+    """Says what the system has against writing, where torch tells of positions in a file."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """See torch's."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from error
 
 
 def _reason(error: BaseException) -> str:

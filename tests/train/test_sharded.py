@@ -1,0 +1,201 @@
+"""Checkpoints that processes write together: whole or skipped by all alike, never mixed, and the old ones safe."""
+
+import errno
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from exitlm.errors import UserError
+from exitlm.train import checkpoint, sharded
+from tests.parallel.launch import launch
+
+WORLD = 2
+ROWS = torch.arange(12.0, dtype=torch.float64).reshape(6, 2)
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    """A matrix that is cut over the processes, and a vector that all have."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    return {"cut": distribute_tensor(ROWS + value, mesh, [Shard(0)]), "whole": torch.full((3,), value)}
+
+
+def newest(out: Path) -> tuple[int | None, list[str]]:
+    """The step of what is found, and the warnings."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = sharded.newest(out)
+    return None if found is None else found[1]["step"], [str(w.message) for w in seen if w.category is UserWarning]
+
+
+def saved(writer: sharded.Writer, step: int) -> list[str]:
+    """Save ``step`` and wait; the warnings."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        writer.save(state(step), {"step": step})
+        writer.finish()
+    return [str(w.message) for w in seen if "was not saved" in str(w.message)]
+
+
+def left(out: Path) -> list[str]:
+    dist.barrier()
+    return sorted(path.name.removeprefix("step-0000000") for path in (out / "checkpoints").iterdir())
+
+
+def flip(place: Path) -> None:
+    file = place / "__1_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no index": lambda place: (place / ".metadata").unlink(),
+    "an index of another": lambda place: (place / ".metadata").write_bytes(b"other"),
+    "a part is cut": lambda place: os.truncate(place / "__0_0.distcp", 100),
+    "a part is flipped": flip,
+    "a part is gone": lambda place: (place / "__1_0.distcp").unlink(),
+    "not published": lambda place: (place / "sharded.json").unlink(),
+    "half of what was published": lambda place: os.truncate(place / "sharded.json", 50),
+    "something else": lambda place: (place / "sharded.json").write_text("[]"),
+    "another format": lambda place: (place / "sharded.json").write_text('{"format": 99}'),
+    "a stranger": lambda place: (place / "other.distcp").touch(),
+}
+
+
+def damaged(home: Path) -> list[Any]:
+    found = []
+    for name, damage in DAMAGE.items():
+        out = home / name
+        writer = sharded.Writer(out, 3, asynchronous=False)
+        saved(writer, 1)
+        saved(writer, 2)
+        if dist.get_rank() == 0:
+            damage(out / "checkpoints" / "step-00000002")
+            (out / "checkpoints" / ".step-00000003.tmp").mkdir()
+            (out / "checkpoints" / ".step-00000003.tmp" / ".metadata").touch()
+        dist.barrier()
+        found.append((name, *newest(out)))
+        saved(writer, 2)
+        assert newest(out) == (2, [])
+    return found
+
+
+def test_all_skip_a_damaged_one_and_only_the_first_says_so(tmp_path: Path) -> None:
+    first, second = launch(WORLD, damaged, tmp_path)
+    for name, step, told in first:
+        assert step == 1, name
+        assert len(told) == 1, name
+        assert "step-00000002 is damaged" in told[0]
+        assert "going on from the one before it" in told[0]
+    assert second == [(name, 1, []) for name in DAMAGE]
+
+
+def kept(home: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    writer = sharded.Writer(home / "two", 2, asynchronous=True)
+    for step in range(4):
+        saved(writer, step)
+    found["two"] = left(home / "two"), writer.saved
+
+    writer = sharded.Writer(home / "one", 1, asynchronous=False)
+    saved(writer, 6)
+    if dist.get_rank() == 0:
+        flip(home / "one/checkpoints/step-00000006")
+    dist.barrier()
+    found["none is whole"] = newest(home / "one")
+    saved(writer, 4)
+    found["one"] = left(home / "one"), newest(home / "one")[0]
+
+    writer = sharded.Writer(home / "changed", 3, asynchronous=True)
+    tensors = state(1.0)
+    writer.save(tensors, {"step": 1})
+    for tensor in tensors.values():
+        tensor.mul_(0.0)
+    writer.finish()
+    again = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    sharded.load(home / "changed/checkpoints/step-00000001", again)
+    found["changed"] = all(torch.equal(again[name], tensor) for name, tensor in state(1.0).items())
+    return found
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    for rank, found in enumerate(launch(WORLD, kept, tmp_path)):
+        assert found["two"] == (["2", "3"], 3)
+        step, told = found["none is whole"]
+        assert step is None
+        assert rank == 1 or "no other is there: the run begins again" in told[0]
+        assert found["one"] == (["4"], 4)  # not the damaged one, though its step is later
+        assert found["changed"]
+
+
+class Full(sharded.Storage):
+    """A disk that takes nothing."""
+
+    def write_data(self, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def failing(home: Path) -> list[Any]:
+    found: list[Any] = []
+    for asynchronous in (True, False):
+        for ranks in ([1], [0, 1]):
+            out = home / f"{asynchronous}-{ranks}"
+            writer = sharded.Writer(out, 3, asynchronous)
+            saved(writer, 1)
+            with pytest.MonkeyPatch.context() as patch:
+                if dist.get_rank() in ranks:
+                    patch.setattr(sharded, "Storage", Full)
+                told = saved(writer, 2)
+            found.append((told, left(out), newest(out)[0], writer.saved))
+            assert saved(writer, 3) == []
+            assert newest(out) == (3, [])
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            patch.setattr(Path, "mkdir", Full.write_data)
+        found.append((saved(writer, 4), left(out), newest(out)[0], writer.saved))
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(sharded, "_digests", Full.write_data)
+        found.append((saved(writer, 5), left(out), newest(out)[0], writer.saved))
+    return found
+
+
+def test_a_full_disk_costs_one_checkpoint_and_is_told_once(tmp_path: Path) -> None:
+    first, second = launch(WORLD, failing, tmp_path)
+    for told, names, step, done in first:
+        assert len(told) == 1
+        assert "(No space left on device); the run goes on, and the checkpoints before are untouched" in told[0]
+        assert str(step) == names[-1]
+        assert done == step
+    assert [step for _, _, step, _ in first] == [1] * 4 + [3] * 2
+    assert second == [([], *rest) for _, *rest in first]
+
+
+def read_back(home: Path) -> str:
+    writer = sharded.Writer(home, 3, asynchronous=False)
+    saved(writer, 1)
+    place = home / "checkpoints/step-00000001"
+    for lacking in ({"more": torch.zeros(1)}, {"whole": torch.zeros(4)}):
+        with pytest.raises(UserError, match="can't be read as a checkpoint of this model"):
+            sharded.load(place, lacking)
+    return str(place)
+
+
+def test_one_process_reads_what_two_wrote_in_silence(tmp_path: Path) -> None:
+    place = Path(launch(WORLD, read_back, tmp_path)[0])
+    found = {"cut": torch.zeros(6, 2, dtype=torch.float64), "whole": torch.zeros(3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sharded.load(place, found, alone=True)
+    assert torch.equal(found["cut"], ROWS + 1.0)
+    assert torch.equal(found["whole"], torch.full((3,), 1.0))
+    assert sharded.read_meta(place)["step"] == 1
+    assert checkpoint.list_checkpoints(tmp_path) == [place]
