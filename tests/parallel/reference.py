@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
@@ -46,18 +46,17 @@ class Table:
 
 
 def random_table(rows: int, length: int, vocab: int, seed: int, *, packed: bool = True) -> Table:
-    """Rows with differing numbers of labels (some have none) and, if ``packed``, of documents."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocab, (rows, length), generator=g)
-    labels = torch.randint(vocab, (rows, length), generator=g)
-    missing = torch.rand(rows, 1, generator=g)
-    missing[torch.rand(rows, 1, generator=g) < 0.1] = 1.0
-    missing[0] = 0.0
-    labels[torch.rand(rows, length, generator=g) < missing] = -100
+    """Rows with differing numbers of labels (some have none) and, if ``packed``, of documents. A row does not depend on
+    how many there are."""
+    ids, labels = torch.zeros(2, rows, length, dtype=torch.long)
     documents = torch.zeros(rows, length, dtype=torch.long)
-    for row in range(rows if packed else 0):
+    for row in range(rows):
+        g = torch.Generator().manual_seed(1_000_003 * seed + row)
+        ids[row], labels[row] = torch.randint(vocab, (2, length), generator=g)
+        missing = float(torch.rand(1, generator=g)) if row else 0.0
+        labels[row, torch.rand(length, generator=g) < (1.0 if missing > 0.9 else missing)] = -100
         for cut in (length // 3, length // 2):
-            documents[row, cut:] += int(torch.randint(2, (1,), generator=g)) * (cut > 0)
+            documents[row, cut:] += int(torch.randint(2, (1,), generator=g)) * (packed and cut > 0)
     return Table(ids=ids, labels=labels, documents=documents)
 
 
@@ -133,8 +132,8 @@ class Found:
 
 
 class Reference:
-    """A model with exits, on one process. ``bounds`` and ``owners`` say which stage a layer or an exit would be on; they
-    name the uses of tensors and change no number. ``frozen``: only what belongs to exits is trained."""
+    """A model with exits, on one process. ``bounds`` and ``owners`` say which stage a layer or an exit would be on: this
+    names the uses of tensors, and changes no number. ``frozen``: only what belongs to exits is trained."""
 
     def __init__(
         self,
@@ -233,16 +232,6 @@ class Reference:
             tap = Tap(tap.hidden) if index in dropped else Tap(*layer.parts(tap.hidden, context))
             taps[index + 1] = tap
         return taps, context
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """One parameter for every name; only where nothing is shared may a step be made with them."""
-        return {name: p for name, _, p in self.uses if isinstance(p, nn.Parameter)}
-
-    @torch.no_grad()
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Give every use of a tensor its value."""
-        for name, _, leaf in self.uses:
-            leaf.copy_(values[name])
 
 
 def _final_loss(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Sums]:

@@ -32,9 +32,7 @@ SHARED = exits_of("2 norm shared", "3 lens own", "4 mlp exits", "5 block shared"
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_gradient_is_that_of_one_process(schedule: str) -> None:
     """Eager, checkpointed and deferred exits, tied matrices and own ones."""
-    run_cases(
-        [drawn(seed, schedule, way, tied=seed == 0, layout=LAYOUTS[0]) for way in WAYS for seed in (0, 1)]
-    )
+    run_cases([drawn(seed, schedule, way, tied=seed == 0, layout=LAYOUTS[0]) for way in WAYS for seed in (0, 1)])
 
 
 @pytest.mark.slow
@@ -63,7 +61,11 @@ def test_heads_on_one_stage_may_share_a_matrix_where_the_backward_is_split(place
                 layout=dataclasses.replace(layout, schedule=schedule),
                 exits=exits_of(f"3 norm {output}", f"4 block {output}", f"6 lens {output}"),
                 model=llama(6, tie_word_embeddings=output == "shared"),
-                settings=("parallel.layers_per_stage=[1,1,3,1]", f"objective.exit_forward={way}", f"exits.place={place}"),
+                settings=(
+                    "parallel.layers_per_stage=[1,1,3,1]",
+                    f"objective.exit_forward={way}",
+                    f"exits.place={place}",
+                ),
                 microbatches=4 if schedule == "zbv" else 2,
                 size=1,
             )

@@ -161,7 +161,10 @@ def test_measuring_leaves_no_gradient_and_no_graph() -> None:
         passed = forward(stages, table, plan_of(EXITS, table, measure=True))
     assert not passed[-1][1][0].requires_grad
     expected = Reference(CONFIG, EXITS, Values()).find(
-        table, range(2), Objective(weights=dict.fromkeys(plan_of(EXITS, table).weights, 1.0)), plan_of(EXITS, table).shares
+        table,
+        range(2),
+        Objective(weights=dict.fromkeys(plan_of(EXITS, table).weights, 1.0)),
+        plan_of(EXITS, table).shares,
     )
     for head, (tokens, loss, hits, sure, _) in {h: s.tolist() for h, s in losses.take().items()}.items():
         sums = expected.sums[head]

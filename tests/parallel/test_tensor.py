@@ -60,7 +60,9 @@ def test_three_ranks_have_uneven_parts_of_the_vocabulary() -> None:
     layout = Layout(tensor=3)
     run_cases(
         [
-            Case(layout=layout, model=model, exits=HEADS, length=6, microbatches=1, settings=("objective.distill=0.5",)),
+            Case(
+                layout=layout, model=model, exits=HEADS, length=6, microbatches=1, settings=("objective.distill=0.5",)
+            ),
             Case(
                 layout=layout,
                 model=dataclasses.replace(model, vocab_size=50, tie_word_embeddings=False),
@@ -80,7 +82,13 @@ def test_every_family_that_can_be_cut_has_the_gradient_of_one_process() -> None:
     exits = exits_of("2 mlp shared", "3 block own")
     run_cases(
         [
-            Case(layout=Layout(tensor=2, sequence=name != "qwen3"), model=family(name), exits=exits, microbatches=1, size=1)
+            Case(
+                layout=Layout(tensor=2, sequence=name != "qwen3"),
+                model=family(name),
+                exits=exits,
+                microbatches=1,
+                size=1,
+            )
             for name in cut
         ]
     )

@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,16 +92,8 @@ def ranks(
 ) -> list[Ended]:
     """Run a command line in ``world`` processes, with the arguments of ``each`` rank added. One that has not ended
     after ``timeout`` seconds is killed, and its code ``HUNG``."""
-    port = port or free_port()
     with tempfile.TemporaryDirectory() as home:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        children: dict[int, int] = {}
-        for rank in range(world):
-            child = os.fork()
-            if child == 0:
-                _run(rank, world, port, Path(home), [*arguments, *(each[rank] if each else ())], hook)
-            children[child] = rank
+        children = {child: rank for rank, child in enumerate(_fork(world, arguments, Path(home), hook, each, port))}
         codes, deadline = {}, time.monotonic() + timeout
         while children and time.monotonic() < deadline:
             for child in list(children):
@@ -115,6 +107,36 @@ def ranks(
             codes[rank] = HUNG
         printed = [[(Path(home) / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(world)]
     return [Ended(codes[rank], *printed[rank]) for rank in range(world)]
+
+
+@contextmanager
+def forked(world: int, arguments: Sequence[str]) -> Iterator[list[int]]:
+    """The process ids of :func:`ranks`; at the end of the block it waits for them."""
+    with tempfile.TemporaryDirectory() as home:
+        children = _fork(world, arguments, Path(home))
+        yield children
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def _fork(
+    world: int,
+    arguments: Sequence[str],
+    home: Path,
+    hook: Hook | None = None,
+    each: Sequence[Sequence[str]] = (),
+    port: int = 0,
+) -> list[int]:
+    port = port or free_port()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            _run(rank, world, port, home, [*arguments, *(each[rank] if each else ())], hook)
+        children.append(child)
+    return children
 
 
 def _run(rank: int, world: int, port: int, home: Path, arguments: list[str], hook: Hook | None) -> None:

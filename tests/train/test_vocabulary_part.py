@@ -1,4 +1,4 @@
-"""The losses where each of two or three ranks has some rows of every matrix: the values and gradients of one process."""
+"""The losses where each of several ranks has some rows of every matrix: the values and gradients of one process."""
 
 import random
 from itertools import product

@@ -120,9 +120,8 @@ class Mesh:
     def _group(self, ranks: Tensor, dimension: int) -> dist.ProcessGroup:
         """A new group of the ranks along a dimension, for every place in the others; this process's."""
         lines = ranks.movedim(dimension, -1).reshape(-1, ranks.shape[dimension]).tolist()
-        made = [dist.new_group(line, timeout=self.timeout) for line in lines]
-        mine: dist.ProcessGroup = next(group for line, group in zip(lines, made, strict=True) if dist.get_rank() in line)
-        return mine
+        groups: list[dist.ProcessGroup] = [dist.new_group(line, timeout=self.timeout) for line in lines]
+        return next(group for line, group in zip(lines, groups, strict=True) if dist.get_rank() in line)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -206,6 +206,7 @@ def meet(rank: int, world: int, timeout: float) -> Iterator[Roll]:
     Raises:
         UserError: it does not say, another program is there, or nobody.
     """
+    timeout = min(timeout, 1e8)  # what a clock's type holds
     keeps = world > 1 and rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = HashStore() if world == 1 else _store(rank, world, timeout, keeps)
     roll = Roll(rank, world, store, timeout, keeps)

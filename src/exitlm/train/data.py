@@ -387,6 +387,8 @@ def _present(name: str) -> Path:
         raise UserError(f"the data file {name} cannot be read: {error.strerror}") from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"the data file {name} is a pipe or a device, which can't be read twice; save its text first")
+    if stat.S_ISDIR(mode):
+        _check_dataset(Path(name))  # before all in it is read
     return Path(name)
 
 
@@ -447,11 +449,14 @@ def _text_of(row: Any, where: str, tokens: Tokens) -> str:
     raise UserError(f'{where}: expected a "text" field (a string) or "messages" (a list)')
 
 
-def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _check_dataset(path: Path) -> None:
     if not ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         raise UserError(
             f"{path} is a directory, but no Hugging Face dataset; name its files, or a glob such as {path}/*.txt"
         )
+
+
+def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:

@@ -187,11 +187,11 @@ def _base(name: str) -> ModelConfig | None:
 
 
 def _vocab_size(config: RunConfig) -> int:
-    """That of the tokenizer, which is opened only where the settings don't say."""
-    name = config.data.tokenizer
-    if config.model.vocab_size:
-        return config.model.vocab_size
-    return ByteTokenizer.size if name in ("", "bytes") else len(load_tokenizer(Path(name)))
+    """That of the tokenizer, or what the settings say where it is not on this machine."""
+    name, said = config.data.tokenizer, config.model.vocab_size
+    if name in ("", "bytes"):
+        return ByteTokenizer.size
+    return said if said and not Path(name).exists() else len(load_tokenizer(Path(name)))
 
 
 # ---- in words

@@ -112,6 +112,7 @@ class HeadJob:
         self.head, self.final = position.exit, position.layer == FINAL
         self.apart = losses.splits and not plan.measure
         self.kept: tuple[Tensor | None, ...] | None = None
+        self.leaf: nn.Parameter | None = None
 
     def weights(self) -> Tensor | None:
         """See ``exitlm.parallel.pipeline.stage.Loss``."""
@@ -131,7 +132,9 @@ class HeadJob:
             hidden: Tensor = _Attach.apply(tap.hidden, loss)  # type: ignore[no-untyped-call]
             return hidden, carried
         inputs = (tap.hidden, tap.residual, tap.normed, carried)
-        weights = (self.matrix().detach(),) if self.apart else (self.matrix(), *self.parameters())
+        matrix = self.matrix()
+        self.leaf = matrix if isinstance(matrix, nn.Parameter) and not self.apart else None
+        weights = (matrix.detach(),) if self.apart else (matrix, *self.parameters())
         out = _Deferred.apply(self, *inputs, *weights)  # type: ignore[no-untyped-call]
         return (out, None) if carried is None else out
 
@@ -246,13 +249,20 @@ class HeadJob:
         full = self.gather(features)
         chunk = self.losses.chunk or tokens_at_once(len(matrix))
         job = self.loss_job(full, None if teacher is None else self.gather(teacher), chunk)
-        found = chunked_losses(job, [full], [matrix.detach()], [bool(wanted), needs[3]])
+        found = chunked_losses(
+            job,
+            [full],
+            [matrix.detach()],
+            [bool(wanted), needs[3]],
+            factor=self.factor,
+            onto=[self._gradient_so_far(job.weight_N.dtype) if needs[3] else None],
+        )
         grad_full, grad_matrix = found.grad_features[0], found.grad_weights[0]
         ends: list[Tensor] = []
         seeds: list[Tensor | None] = []
         if grad_full is not None and features.requires_grad:
             ends.append(features)
-            seeds.append(self.scatter(grad_full.to(job.weight_N.dtype) * self.factor, features).to(features.dtype))
+            seeds.append(self.scatter(grad_full.to(job.weight_N.dtype), features).to(features.dtype))
         values = Recorded(found.loss_E[0], found.correct_EN[0], found.confidence_EN[0])
         if gate is not None:
             with torch.enable_grad():
@@ -268,10 +278,18 @@ class HeadJob:
         self.losses.record(self, values)
         return Gradients(
             tap=[by_id.get(id(x)) for x in inputs[:3]],
-            matrix=None if grad_matrix is None else (grad_matrix * self.factor).to(matrix.dtype),
+            matrix=None if grad_matrix is None else grad_matrix.to(matrix.dtype),
             parameters=[by_id.get(id(x)) for x in inputs[3:]],
             features=features.detach(),
         )
+
+    def _gradient_so_far(self, dtype: torch.dtype) -> Tensor | None:
+        """What the matrix has gathered of earlier microbatches, taken out of it: the new gradient is added to it and
+        returned in its place, so that there is never a second one of its size."""
+        if self.leaf is None or self.leaf.grad is None or self.leaf.grad.dtype != dtype:
+            return None
+        gathered, self.leaf.grad = self.leaf.grad, None
+        return gathered
 
     def _over_sequence(self, value: Tensor) -> Tensor:
         if self.losses.group is not None and self.losses.sequence:

@@ -180,10 +180,17 @@ class Chunked:
 
 @torch.no_grad()
 def chunked_losses(
-    job: LossJob, features: Sequence[Tensor], weights: Sequence[Tensor], needs: Sequence[bool]
+    job: LossJob,
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    needs: Sequence[bool],
+    *,
+    factor: float = 1.0,
+    onto: Sequence[Tensor | None] = (),
 ) -> Chunked:
     """Losses and gradients, ``job.chunk`` tokens at a time. ``needs`` says for features and matrix of each head in turn
-    whether its gradient is wanted."""
+    whether its gradient is wanted. Gradients are those of ``factor`` times the losses; those of a matrix are added to
+    its tensor in ``onto``, in place, where there is one."""
     N, E, device = len(job.weight_N), len(features), features[0].device
     wide = torch.promote_types(features[0].dtype, torch.float32)
     buffers = Scratch(min(job.chunk, N), device)
@@ -191,7 +198,11 @@ def chunked_losses(
     correct_EN = torch.zeros(E, N, dtype=torch.bool, device=device)
     confidence_EN = torch.zeros(E, N, dtype=wide, device=device)
     grad_features = [torch.empty_like(f) if needs[2 * e] else None for e, f in enumerate(features)]
-    grad_weights = [torch.zeros_like(w, dtype=wide) if needs[2 * e + 1] else None for e, w in enumerate(weights)]
+    before = onto or [None] * E
+    grad_weights = [
+        (torch.zeros_like(w, dtype=wide) if b is None else b) if needs[2 * e + 1] else None
+        for e, (w, b) in enumerate(zip(weights, before, strict=True))
+    ]
     for start in range(0, N, job.chunk):
         span = slice(start, start + job.chunk)
         teacher = _TeacherChunk(job, span, wide, buffers)
@@ -209,7 +220,7 @@ def chunked_losses(
                 continue
             if x.dtype != wide:
                 grad = buffers.get("logits", len(x), len(W), x.dtype).copy_(grad)
-            weight_n1 = weight_n[:, None].to(x.dtype)
+            weight_n1 = (weight_n if factor == 1.0 else weight_n * factor)[:, None].to(x.dtype)
             if (into := grad_features[e]) is not None:
                 into[span] = (grad @ W) * weight_n1
             if (sums := grad_weights[e]) is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,6 @@ class Fit:
             teacher=self.teacher,
         )
 
-
     def times(self, costs: Sequence[StageCost], *, useful: bool = False) -> tuple[list[float], list[float]]:
         """FLOPs per token of a forward and of a backward by stage. Deferred heads run in the backward, as do all of a
         frozen model, which sends its hidden states on before. ``useful`` leaves out what is done again."""
@@ -108,8 +107,6 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
     """
     config.check()
     p = config.parallel
-    if not config.checkpoint.dir:
-        raise UserError("checkpoint.dir is not set: name a directory for the run")
     if self_tokens(config) is not None:
         raise UserError("text that the model writes itself is for exitlm tune on one process; name files in data.files")
     world = p.data * p.tensor * p.pipeline
@@ -119,6 +116,8 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
             f"{'is 1 process' if launch.world == 1 else f'are {launch.world} processes'}; start "
             f"{world} (torchrun --nproc-per-node {world} -m exitlm train ...), or change [parallel]"
         )
+    if config.train.parameters == "exits" and not config.model.base:
+        raise UserError("train.parameters is 'exits', which are tuned on a model that is there: set model.base")
     opened, tokens = _opened(config)
     model = opened.model_config if opened is not None else model_config(config, tokens.size, tokens.eos_id)
     device = _device(config.model.device, launch)
@@ -153,6 +152,13 @@ def fit(config: RunConfig, model: ModelConfig) -> Fit:
     config = _with_exits(config, model)
     p, t, o = config.parallel, config.train, config.objective
     exits, frozen, teacher = exit_configs(config), t.parameters == "exits", needs_final(config)
+    if not config.checkpoint.dir:
+        raise UserError("checkpoint.dir is not set: name a directory for the run")
+    if 0 < t.spike <= 1:
+        raise UserError(f"train.spike is {t.spike:g}, which skips usual steps; give more than 1, or 0 for none")
+    if t.seed >= 1 << 62:
+        raise UserError(f"train.seed is {t.seed}, but must be less than 2**62")
+    check_heads(exits, model)
     if teacher and o.exit_forward != "deferred":
         raise UserError(
             f"objective.exit_forward is '{o.exit_forward}', but exits that learn from the final head (distill, gate) "
@@ -200,6 +206,8 @@ def _opened(config: RunConfig) -> tuple[Checkpoint | None, Tokens]:
     opened = open_checkpoint(base) if base else None
     if name == "bytes" or (not name and opened is None):
         return opened, ByteTokenizer()
+    if name and not Path(name).exists():
+        raise UserError(f"data.tokenizer {name} does not exist; give a directory with a tokenizer, or 'bytes'")
     found = load_tokenizer(Path(name)) if name else opened.tokenizer() if opened is not None else None
     if found is None:
         raise UserError(
@@ -217,6 +225,12 @@ def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
     check_layers(layers, depth)
     if list(layers) != sorted(layers):
         raise UserError(f"exits {list(layers)} are not in ascending order; write {sorted(layers)}")
+    if not layers:
+        lists = {f"exits.{f.name}": getattr(config.exits, f.name) for f in fields(config.exits) if f.name != "layers"}
+        lists |= {f"objective.{name}": getattr(config.objective, name) for name in ("weight", "weight_init")}
+        for key, many in lists.items():
+            if isinstance(many, tuple):
+                raise UserError(f"{key} has {len(many)} values for 0 exits; give one value, or name exits.layers")
     inits = config.exits.init if isinstance(config.exits.init, tuple) else (config.exits.init,)
     if "closed_form" in inits:
         raise UserError("exits.init 'closed_form' is for exitlm tune on one process; use 'identity' or 'copy'")
@@ -235,6 +249,29 @@ def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
     )
     resolved.check()
     return resolved
+
+
+def check_heads(exits: Sequence[ExitConfig], model: ModelConfig) -> None:
+    """Refuse heads that do not fit a model.
+
+    Raises:
+        UserError: more candidates than tokens, a rank above the hidden size, or one matrix for different candidates.
+    """
+    for e in exits:
+        if e.candidates > model.vocab_size:
+            raise UserError(
+                f"exit {e.layer}: {e.candidates} candidates, but the vocabulary has {model.vocab_size} tokens; use "
+                "fewer"
+            )
+        if e.output == "low_rank" and e.rank > model.hidden_size:
+            raise UserError(
+                f"exit {e.layer}: rank {e.rank} exceeds the hidden size {model.hidden_size}; use a smaller one"
+            )
+    sharing = {e.candidates for e in exits if e.output == "exits"}
+    if len(sharing) > 1:
+        raise UserError(
+            f"exits with output 'exits' share one matrix, but have {sorted(sharing)} candidates; give all the same"
+        )
 
 
 def _device(name: str, launch: Launch) -> torch.device:
