@@ -110,10 +110,10 @@ def ranks(
 
 
 @contextmanager
-def forked(world: int, arguments: Sequence[str]) -> Iterator[list[int]]:
+def forked(world: int, arguments: Sequence[str], hook: Hook) -> Iterator[list[int]]:
     """The process ids of :func:`ranks`; at the end of the block it waits for them."""
     with tempfile.TemporaryDirectory() as home:
-        children = _fork(world, arguments, Path(home))
+        children = _fork(world, arguments, Path(home), hook)
         yield children
         for child in children:
             os.waitpid(child, 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.ranks import forked, losses, metrics, run_file, same, steps, tensors, train
+from tests.train.ranks import forked, impatient, losses, metrics, run_file, same, steps, tensors, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 STEPS = ["train.steps=200", "checkpoint.every=50", "train.validate_every=0"]
@@ -117,16 +117,16 @@ def test_a_mistake_is_told_once(file: Path) -> None:
 def test_kills_at_any_instant_lose_nothing(file: Path, asynchronous: str) -> None:
     run, whole, rng = file.parent / "run", file.parent / "whole", random.Random(3)
     settings = ["train.steps=30", "checkpoint.every=3", "checkpoint.keep=2", f"checkpoint.async={asynchronous}"]
+    settings += ["parallel.timeout=10"]
     started = time.monotonic()
     train(2, file, *settings, f"checkpoint.dir={whole}")
-    longest, hits = time.monotonic() - started, 0
-    while hits < 12:
-        with forked(2, ["train", str(file), "--set", "parallel.pipeline=2", *settings]) as children:
+    longest, call = time.monotonic() - started, ["train", str(file), "--set", "parallel.pipeline=2", *settings]
+    for _ in range(10):
+        with forked(2, call, lambda _: impatient()) as children:
             time.sleep(rng.uniform(0.0, longest))
             victims = [child for child in children if rng.random() < 0.7]
             for child in victims or children[:1]:
                 os.kill(child, signal.SIGKILL)
-        hits += 1
     assert [end.code for end in train(2, file, *settings)] == [0, 0]
     assert losses(run) == losses(whole)
     assert same(tensors(run, 30), tensors(whole, 30))

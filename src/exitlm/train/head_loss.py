@@ -112,7 +112,7 @@ class HeadJob:
         self.head, self.final = position.exit, position.layer == FINAL
         self.apart = losses.splits and not plan.measure
         self.kept: tuple[Tensor | None, ...] | None = None
-        self.leaf: nn.Parameter | None = None
+        self.leaf: Tensor | None = None
 
     def weights(self) -> Tensor | None:
         """See ``exitlm.parallel.pipeline.stage.Loss``."""
@@ -133,7 +133,7 @@ class HeadJob:
             return hidden, carried
         inputs = (tap.hidden, tap.residual, tap.normed, carried)
         matrix = self.matrix()
-        self.leaf = matrix if isinstance(matrix, nn.Parameter) and not self.apart else None
+        self.leaf = matrix if matrix.is_leaf and matrix.requires_grad else None
         weights = (matrix.detach(),) if self.apart else (matrix, *self.parameters())
         out = _Deferred.apply(self, *inputs, *weights)  # type: ignore[no-untyped-call]
         return (out, None) if carried is None else out
@@ -278,15 +278,20 @@ class HeadJob:
         self.losses.record(self, values)
         return Gradients(
             tap=[by_id.get(id(x)) for x in inputs[:3]],
-            matrix=None if grad_matrix is None else grad_matrix.to(matrix.dtype),
+            matrix=None if grad_matrix is None else grad_matrix.to(self._summed_in(matrix)),
             parameters=[by_id.get(id(x)) for x in inputs[3:]],
             features=features.detach(),
         )
 
+    def _summed_in(self, matrix: Tensor) -> torch.dtype:
+        """The dtype that the matrix's gradient has: that of its sums over microbatches (see :func:`sum_in`)."""
+        dtype: torch.dtype | None = getattr(self.leaf, "grad_dtype", None)
+        return dtype or matrix.dtype
+
     def _gradient_so_far(self, dtype: torch.dtype) -> Tensor | None:
         """What the matrix has gathered of earlier microbatches, taken out of it: the new gradient is added to it and
         returned in its place, so that there is never a second one of its size."""
-        if self.leaf is None or self.leaf.grad is None or self.leaf.grad.dtype != dtype:
+        if self.apart or self.leaf is None or self.leaf.grad is None or self.leaf.dtype != dtype:
             return None
         gathered, self.leaf.grad = self.leaf.grad, None
         return gathered
