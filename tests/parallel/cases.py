@@ -369,6 +369,13 @@ def drawn(seed: int, schedule: str, way: str, *, tied: bool, layout: Layout, rou
         f"train.recompute={draw.choice(('none', 'none', 'layers'))}",
         f"parallel.layers_per_stage={counts if draw.random() < 0.7 else 'balanced'}",
     ]
+    if way == "deferred" and schedule != "filled" and draw.random() < 0.4:
+        exits = [replace(e, gate=draw.random() < 0.5) for e in exits]
+        settings += [f"objective.distill={draw.choice((0.0, 0.5, 1.0))}", f"objective.gate={draw.choice((0.0, 0.7))}"]
+        settings += [f"objective.distill_temperature={draw.choice((1.0, 2.5))}"]
+    drops = draw.random() < 0.2
+    if drops:
+        settings += ["objective.layer_dropout=0.7", "train.steps=2"]
     least = 2 * layout.pipeline if schedule in ("zbv", "zero_bubble") and draw.random() < 0.5 else layout.pipeline
     return Case(
         layout=layout,
@@ -381,4 +388,5 @@ def drawn(seed: int, schedule: str, way: str, *, tied: bool, layout: Layout, rou
         seed=seed,
         packed=draw.random() < 0.7,
         candidate_ids=tuple(draw.sample(range(vocab), 20)),
+        step=int(drops),
     )

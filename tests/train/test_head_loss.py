@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import exitlm.train.head_loss as head_loss
+from exitlm.model.exits import ExitConfig
 from exitlm.parallel.mesh import Layout
 from exitlm.parallel.pipeline.stage import FINAL
 from exitlm.train.head_loss import HeadLosses
@@ -147,6 +148,45 @@ def learning(splits: bool) -> HeadLosses:
     """Everything an exit can learn from."""
     settings = LossSettings(distill=0.4, temperature=1.7, confidence_weighted=True, confidence_temperature=0.8)
     return HeadLosses(settings=settings, gate_weight=0.6, splits=splits)
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.7])
+@pytest.mark.parametrize("confidence", [None, 1.0, 0.6])
+@pytest.mark.parametrize(("distill", "temperature"), [(0.0, 1.0), (0.4, 1.0), (0.4, 2.5), (1.0, 1.0), (1.0, 0.7)])
+def test_whatever_an_exit_learns_from_it_has_the_gradient_of_the_reference(
+    distill: float, temperature: float, confidence: float | None, gate: float
+) -> None:
+    """Labels, the final head at some temperature, or both; tokens weighted by their confidence; a gate; candidates."""
+    few = ExitConfig(layer=1, kind="norm", candidates=9, gate=True)
+    exits, table = (few, *GATED), random_table(3, 8, 48, 2)
+    ids = torch.arange(3, 30, 3)
+    settings = LossSettings(
+        distill=distill,
+        temperature=temperature,
+        confidence_weighted=confidence is not None,
+        confidence_temperature=confidence or 1.0,
+    )
+    losses = HeadLosses(settings=settings, gate_weight=gate, chunk=5)
+    carries = distill > 0 or gate > 0
+    stages = stages_of(CONFIG, exits, split_of(CONFIG, exits, COUNTS), losses, carries=carries, candidate_ids=ids)
+    plan = plan_of(exits, table)
+    backward(forward(stages, table, plan))
+    objective = Objective(
+        weights=plan.weights,
+        distill=distill,
+        temperature=temperature,
+        weighted=settings.confidence_weighted,
+        confidence_temperature=settings.confidence_temperature,
+        gate=gate,
+    )
+    reference = Reference(CONFIG, exits, Values(), candidate_ids=ids)
+    expected, found = reference.find(table, range(3), objective, plan.shares), gradients(stages, CONFIG, exits)
+    for name, gradient in expected.gradients().items():
+        torch.testing.assert_close(found.get(name, torch.zeros_like(gradient)), gradient, rtol=0, atol=1e-12)
+    for head, sums in losses.take().items():
+        wanted = expected.sums[head]
+        values = [wanted.tokens, wanted.loss, wanted.accuracy, wanted.confidence, wanted.gate_loss]
+        assert sums.tolist() == pytest.approx(values, rel=1e-12)
 
 
 @pytest.mark.parametrize("splits", [False, True])

@@ -62,7 +62,7 @@ REFUSED = [
     ("train.steps=1.5", "train.steps is 1.5, but must be a whole number"),
     ("train.steps=0", "must be at least 1"),
     ("train.spike=0.5", "train.spike is 0.5, which skips usual steps"),
-    ("train.seed=99999999999999999999", "must be less than 2**62"),
+    ("train.seed=99999999999999999999", "must be less than 2**32"),
     ("train.stepps=3", "unknown key 'train.stepps' in the run's settings; did you mean 'steps'?"),
     ("parallel.pipeline=5", "5 pipeline stages can't share 4 layers; use 1 to 4 stages"),
     ("parallel.pipeline=2 parallel.schedule=zbv model.num_hidden_layers=3", "4 pipeline stages can't share 3 layers"),
@@ -149,9 +149,9 @@ def test_what_is_left_to_the_model_and_the_machine() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_a_dry_run_of_every_run_file(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.chdir(path.parents[1])
-    started = time.perf_counter()
+    started = time.process_time()
     assert cli.main(["train", str(path), "--dry-run"]) == 0
-    assert time.perf_counter() - started < 5  # one or two seconds on an idle machine
+    assert time.process_time() - started < 3
     shown = capsys.readouterr()
     assert shown.out.startswith("model  ")
     assert shown.err == ""

@@ -21,8 +21,8 @@ from exitlm.train.data import ByteTokenizer
 from exitlm.train.initial import has_shape, model_config
 from exitlm.train.memory import Memory, MemoryModel
 from exitlm.train.run import RunConfig
-from exitlm.train.setup import fit
-from exitlm.weights.checkpoint import load_tokenizer, open_checkpoint, read_json
+from exitlm.train.setup import fit, tokenizer_in
+from exitlm.weights.checkpoint import open_checkpoint, read_json
 from exitlm.weights.source import PACKAGED
 
 _BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -191,7 +191,7 @@ def _vocab_size(config: RunConfig) -> int:
     name, said = config.data.tokenizer, config.model.vocab_size
     if name in ("", "bytes"):
         return ByteTokenizer.size
-    return said if said and not Path(name).exists() else len(load_tokenizer(Path(name)))
+    return said if said and not Path(name).exists() else len(tokenizer_in(name))
 
 
 # ---- in words

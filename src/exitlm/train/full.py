@@ -26,7 +26,7 @@ from exitlm.train import sharded
 from exitlm.train.corpus import rows_of_files
 from exitlm.train.initial import InitialValues
 from exitlm.train.loop import Clock, Interrupted, StopSignal, stop_signal
-from exitlm.train.metrics import Tracker, open_trackers, progress
+from exitlm.train.metrics import Tracker, memory_gib, open_trackers, peak_flops, progress
 from exitlm.train.objective import candidate_vocabulary
 from exitlm.train.run import TRAINING, RunConfig
 from exitlm.train.setup import Setup, resolve
@@ -35,8 +35,6 @@ from exitlm.train.trainer import Job, Report, Trainer, head_name
 from exitlm.weights.adapter import save_adapter
 from exitlm.weights.store import cache_directory
 
-# The largest rate of dense bfloat16 products, in FLOP/s, as the makers state it.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 # How long a process waits for others that may have found the same mistake.
 REFUSAL_SECONDS = 10.0
 
@@ -381,9 +379,7 @@ class _Run:
         """Tokens and FLOPs per second, and the memory of every process."""
         flops = constant["flops"] * rate / max(1, report.tokens) / self.setup.fit.layout.world
         values = {"tokens_per_second": rate, "tflops": flops / 1e12, "bubble": constant["bubble"]}
-        name = torch.cuda.get_device_name(self.setup.device) if self.setup.device.type == "cuda" else ""
-        peak = next((peak for part, peak in PEAKS.items() if part in name), None)
-        if peak is not None:
+        if peak := peak_flops(self.setup.device):
             values["mfu"] = flops / peak
         used: list[Any] = [None] * self.setup.fit.layout.world
         mine = torch.tensor([memory_gib(self.setup.device)], dtype=torch.float64, device=self.setup.device)
@@ -391,15 +387,6 @@ class _Run:
         dist.all_gather(every, mine)
         values.update({f"memory_gib/{rank}": float(value) for rank, value in enumerate(every)})
         return values
-
-
-def memory_gib(device: torch.device) -> float:
-    """The most memory that this process has held: on its GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def total_loss(report: Report) -> float:

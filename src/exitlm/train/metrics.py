@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import torch
+
 from exitlm.errors import UserError
 from exitlm.train.run import RunConfig
 from exitlm.train.sections import LoggingSection
 from exitlm.weights.publish import fresh_file
 
 PLAIN_SECONDS = 10.0
+# The largest rate of dense bfloat16 products, in FLOP/s, as the makers state it.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
 
 class Tracker(Protocol):
@@ -179,3 +184,16 @@ def step_note(losses: Mapping[int, float], agreement: Mapping[int, float], token
     """Loss and agreement of each exit, and the speed, for the bar."""
     exits = "  ".join(f"{layer}: {losses[layer]:.2f}/{agreement[layer]:.0%}" for layer in losses)
     return f"exit: loss/agreement  {exits}  {tokens_per_second:,.0f} tok/s"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What a GPU could do at most, in FLOP/s; None for one that is not known, and for a CPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory that this process has held: on its GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -156,8 +156,8 @@ def fit(config: RunConfig, model: ModelConfig) -> Fit:
         raise UserError("checkpoint.dir is not set: name a directory for the run")
     if 0 < t.spike <= 1:
         raise UserError(f"train.spike is {t.spike:g}, which skips usual steps; give more than 1, or 0 for none")
-    if t.seed >= 1 << 62:
-        raise UserError(f"train.seed is {t.seed}, but must be less than 2**62")
+    if t.seed >= 1 << 32:
+        raise UserError(f"train.seed is {t.seed}, but must be less than 2**32")
     check_heads(exits, model)
     if teacher and o.exit_forward != "deferred":
         raise UserError(
@@ -206,14 +206,23 @@ def _opened(config: RunConfig) -> tuple[Checkpoint | None, Tokens]:
     opened = open_checkpoint(base) if base else None
     if name == "bytes" or (not name and opened is None):
         return opened, ByteTokenizer()
-    if name and not Path(name).exists():
-        raise UserError(f"data.tokenizer {name} does not exist; give a directory with a tokenizer, or 'bytes'")
-    found = load_tokenizer(Path(name)) if name else opened.tokenizer() if opened is not None else None
+    found = tokenizer_in(name) if name else opened.tokenizer() if opened is not None else None
     if found is None:
         raise UserError(
             f"{name or base} came without a tokenizer; give one with data.tokenizer (a directory, or 'bytes')"
         )
     return opened, TextTokenizer(found)
+
+
+def tokenizer_in(name: str) -> Any:
+    """The tokenizer of a directory, as ``data.tokenizer`` names it.
+
+    Raises:
+        UserError: it is not there, or can't be loaded.
+    """
+    if not Path(name).exists():
+        raise UserError(f"data.tokenizer {name} does not exist; give a directory with a tokenizer, or 'bytes'")
+    return load_tokenizer(Path(name))
 
 
 def _with_exits(config: RunConfig, model: ModelConfig) -> RunConfig:
