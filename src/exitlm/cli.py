@@ -401,13 +401,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal's encoding may lack characters of the text
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        verb = ""
         try:
             verb, values = _parse(sys.argv[1:] if arguments is None else arguments)
             return VERBS[verb](**values)
         except AlreadyTold:
             return 2
         except UserError as error:
-            return _refuse(str(error))
+            # torchrun gives all processes of a node the same words
+            alike = not verb and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+            return 2 if alike else _refuse(str(error))
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output went away; leave quietly, as other programs do
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

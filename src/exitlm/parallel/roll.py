@@ -130,7 +130,7 @@ class Roll:
         """The sentence for a message that did not get through."""
         self._alarm()
         if dead := self._missing("alive", min(ALIVE, self.timeout)):
-            return f"{' and '.join(map(named, dead))} died; {_SAFE}"
+            return f"{' and '.join(map(named, dead))} died or can't be reached; {_SAFE}"
         if slow := self._missing("signed", min(SIGNED, self.timeout / 2)):
             names = " and ".join(map(named, slow))
             return f"{names} did not answer within {self.timeout:g} seconds (parallel.timeout); {_SAFE}"

@@ -8,7 +8,9 @@ outside: the model states maths only.
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -65,6 +67,7 @@ def cut(model: EarlyExitModel, mesh: DeviceMesh, *, sequence: bool) -> None:
     if "embed_tokens" in parts:
         style = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
         parallelize_module(parts["embed_tokens"], mesh, style)
+        parts["embed_tokens"].register_forward_hook(_arrived)
     for layer in model.model.layers.values():
         parallelize_module(layer, mesh, _layer_plan(layer, between))
     if "norm" in parts and sequence:
@@ -73,6 +76,11 @@ def cut(model: EarlyExitModel, mesh: DeviceMesh, *, sequence: bool) -> None:
         parallelize_module(model.lm_head, mesh, ColwiseParallel())
     for head in model.exit_heads().values():
         parallelize_module(head, mesh, _head_plan(head, between))
+
+
+def _arrived(module: nn.Module, inputs: Any, hidden: Tensor) -> Tensor:
+    """A tensor that no collective is under way in: the gradient of a compiled layer can't pass one that may be."""
+    return hidden.clone()
 
 
 def _whole() -> SequenceParallel:

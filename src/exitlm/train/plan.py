@@ -162,8 +162,9 @@ def dropped_layers(
     config: RunConfig, exits: Sequence[ExitConfig], split: Split, step: int, microbatches: int
 ) -> dict[int, frozenset[int]]:
     """Which layers (0-based) each microbatch of a step skips: layer l of L with the probability
-    ``rate * (2^(l / (L - 1)) - 1) * (2^(step / (steps - 1)) - 1)`` (LayerSkip, arXiv 2404.16710, section 4.1.1). All
-    processes draw the same. A layer whose inside an ``mlp`` exit reads stays."""
+    ``rate * (2^(l / (L - 1)) - 1) * (2^(step / (steps - 1)) - 1)`` (LayerSkip, arXiv 2404.16710, section 4.1.1). One
+    draw for the whole batch, so that no layout of processes changes it. A layer inside which an ``mlp`` exit reads
+    stays."""
     rate, depth = config.objective.layer_dropout, split.bounds[-1]
     if rate == 0.0:
         return {}
@@ -172,10 +173,8 @@ def dropped_layers(
     layers = [layer for layer in range(depth) if layer not in stays]
     chances = {layer: rate * time * (2.0 ** (layer / max(1, depth - 1)) - 1.0) for layer in layers}
     seed = config.train.seed
-    return {
-        m: frozenset(layer for layer, chance in chances.items() if _uniform(seed, step, m, layer) < chance)
-        for m in range(microbatches)
-    }
+    dropped = frozenset(layer for layer, chance in chances.items() if _uniform(seed, step, layer) < chance)
+    return dict.fromkeys(range(microbatches), dropped)
 
 
 def _uniform(*numbers: int) -> float:

@@ -17,6 +17,7 @@ from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
 from exitlm.model.exits import ExitConfig, check_layers
 from exitlm.parallel.mesh import Launch, Layout, stages_per_rank
+from exitlm.parallel.pipeline.runner import SPLIT
 from exitlm.parallel.pipeline.split import Split, StageCost, make_split, stage_costs
 from exitlm.parallel.tensor import check_tensor
 from exitlm.train.corpus import check_context, self_tokens
@@ -170,6 +171,13 @@ def fit(config: RunConfig, model: ModelConfig) -> Fit:
                 f"exit {e.layer}: candidates with an output matrix of its own need parallel.tensor = 1; use output "
                 "'shared', or candidates = 0"
             )
+    if frozen and all(e.kind == "embed" and e.output == "shared" and not e.gate for e in exits):
+        raise UserError("these exits have nothing to tune (kind 'embed' with a shared matrix); choose another kind")
+    if t.compile and (p.tensor > 1 or (p.pipeline > 1 and p.schedule in SPLIT)):
+        raise UserError(
+            "train.compile can't be used with parallel.tensor > 1 or a schedule that splits the backward "
+            "(zero_bubble, zbv); set it to false, or use parallel.tensor = 1 and schedule '1f1b'"
+        )
     check_tensor(model, exits, p.tensor, p.sequence, config.data.seq_len)
     layout = Layout(
         data=p.data,

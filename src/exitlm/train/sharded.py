@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -56,12 +57,15 @@ class Writer:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.pending: _Pending | None = None
+        life = [secrets.token_hex(4)]
+        dist.broadcast_object_list(life, src=0, group=self.group)
+        self.life = life[0]  # a process that outlives the run before writes elsewhere
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Begin to save, after any save before has ended. Tensors may change once this returns."""
         self.finish()
         place = self.out / "checkpoints" / f"step-{int(meta['step']):08d}"
-        staging = place.with_name(f".{place.name}.tmp")
+        staging = place.with_name(f".{place.name}.{self.life}.tmp")
         problem = ""
         if self.rank == 0:
             try:

@@ -74,6 +74,8 @@ def tune(
     for section, values in changes.items():
         given = {name: value for name, value in values.items() if value is not None}
         config = replace(config, **{section: replace(getattr(config, section), **given)})
+    if Launch.from_environment().world > 1:  # which all check together
+        return train(config, overrides=[*overrides, "train.parameters=exits"])
     config = config.with_overrides(overrides)
     config.check()
     if not config.model.base:
@@ -81,7 +83,7 @@ def tune(
     if not config.checkpoint.dir:
         raise UserError("checkpoint.dir is not set: name a directory for the run (--out DIR)")
     p = config.parallel
-    if Launch.from_environment().world > 1 or p.data * p.tensor * p.pipeline > 1:
+    if p.data * p.tensor * p.pipeline > 1:
         return train(replace(config, train=replace(config.train, parameters="exits")))
     if config.train.dtype == "float16":
         raise UserError("train.dtype = 'float16' is for exitlm train; tune exits in bfloat16 or float32")
