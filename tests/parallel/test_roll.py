@@ -152,6 +152,9 @@ def test_what_was_told_stays_told() -> None:
         told = AlreadyTold("elsewhere")
         assert met.failed(told, str) is told
     assert isinstance(told, UserError)
-    with pytest.raises(UserError, match="MASTER_ADDR"), pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MASTER_ADDR", raising=False)
-        roll.meet(1, 2, 1.0).__enter__()
+
+
+def test_processes_without_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="start them with torchrun"), roll.meet(1, 2, 1.0):
+        pass

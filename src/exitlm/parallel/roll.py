@@ -177,13 +177,13 @@ class Roll:
         """End the thread. The process that keeps the store stays until the others have heard why it leaves, or left."""
         if self.world == 1:
             return
+        self._left.set()
         with suppress(RuntimeError):
             if not self._down and (not self.told or self._tells):
                 self.store.set(f"left/{self.rank}", "1")
             deadline = time.monotonic() + LINGER
             while self.keeps and self._missing("heard", 0.0) and time.monotonic() < deadline:
                 time.sleep(TICK / 2)
-        self._left.set()
         self._thread.join(ALIVE)
 
 

@@ -5,6 +5,7 @@ What can't work is refused here, saying what would. Nothing here talks to other 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -124,7 +125,13 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
     device = _device(config.model.device, launch)
     compute = resolve_dtype(config.train.dtype, device, torch.float32)
     name: Any = str(compute).removeprefix("torch.")
-    found = fit(replace(config, train=replace(config.train, dtype=name)), model)
+    config = replace(
+        config,
+        model=replace(config.model, base=_from_anywhere(config.model.base)),
+        data=replace(config.data, tokenizer=_from_anywhere(config.data.tokenizer)),
+        train=replace(config.train, dtype=name),
+    )
+    found = fit(config, model)
     config = found.config
     if config.train.warmup > config.train.steps:
         warnings.warn(f"train.warmup is cut to the {config.train.steps} steps of the run", stacklevel=2)
@@ -141,6 +148,12 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
         compute=compute,
         master=torch.promote_types(compute, torch.float32),
     )
+
+
+def _from_anywhere(name: str) -> str:
+    """A path that the run can be gone on with, and exported, from any directory; other names as they are."""
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if name not in ("", "bytes") and path.exists() else name
 
 
 def fit(config: RunConfig, model: ModelConfig) -> Fit:
