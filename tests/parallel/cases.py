@@ -242,14 +242,15 @@ def truth(case: Case, step: int | None = None, values: Any = None) -> Truth:
 class Meshes:
     """The process groups of this launch, one set for each number of ranks of each kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = TIMEOUT) -> None:
         self.made: dict[tuple[int, int, int, bool], Mesh] = {}
+        self.timeout = timeout
 
     def of(self, layout: Layout) -> Mesh:
         """A mesh of this layout; groups are those of one made before where they can be."""
         key = (layout.data, layout.tensor, layout.pipeline, layout.shard)
         if key not in self.made:
-            self.made[key] = Mesh(layout, torch.device("cpu"), TIMEOUT)
+            self.made[key] = Mesh(layout, torch.device("cpu"), self.timeout)
         mesh = copy.copy(self.made[key])
         mesh.layout = layout
         return mesh
@@ -265,7 +266,7 @@ def trainer_of(case: Case, mesh: Mesh, table: Table | None = None) -> Trainer:
         return Trainer(job, mesh, stream, values, Progress(done=case.step))
 
 
-def compare(cases: Sequence[Case]) -> list[str]:
+def compare(cases: Sequence[Case], timeout: float) -> list[str]:
     """What differs from the reference in any case, in words; run by every process."""
     import logging
 
@@ -274,7 +275,7 @@ def compare(cases: Sequence[Case]) -> list[str]:
     rank, world = dist.get_rank(), dist.get_world_size()
     shared: list[Any] = [None] * world
     dist.all_gather_object(shared, [truth(case) for case in cases[rank::world]])
-    meshes = Meshes()
+    meshes = Meshes(timeout)
     wrong = []
     for number, case in enumerate(cases):
         try:
@@ -313,7 +314,7 @@ def differences(trainer: Trainer, report: Report, truth: Truth) -> list[str]:
     return wrong
 
 
-def run_cases(cases: Sequence[Case]) -> None:
+def run_cases(cases: Sequence[Case], timeout: float = TIMEOUT) -> None:
     """Compare all cases (of one number of processes) in one launch.
 
     Raises:
@@ -322,7 +323,7 @@ def run_cases(cases: Sequence[Case]) -> None:
     (world,) = {case.layout.world for case in cases}
     for case in cases:
         _ = case.config  # once, and not in every process
-    wrong = sorted({what for out in launch(world, compare, cases) for what in out})
+    wrong = sorted({what for out in launch(world, compare, cases, timeout, timeout=timeout) for what in out})
     assert not wrong, "\n".join(wrong[:40])
 
 

@@ -76,6 +76,17 @@ def test_heads_on_one_stage_may_share_a_matrix_where_the_backward_is_split(place
     )
 
 
+def test_a_gate_that_nothing_trains_rests_where_the_backward_is_split() -> None:
+    layout = Layout(pipeline=2, schedule="zbv", stages_per_rank=2)
+    gated = (dataclasses.replace(SHARED[0], gate=True), SHARED[1])
+    run_cases(
+        [
+            Case(layout=layout, exits=gated, model=llama(4), settings=("objective.gate=0.0", f"objective.distill={d}"))
+            for d in (0.0, 0.5)
+        ]
+    )
+
+
 # ---- bubble filling
 
 

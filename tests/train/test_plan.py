@@ -85,6 +85,18 @@ def test_filled_bubbles_and_a_teacher_are_refused() -> None:
         geometry(config, Layout(pipeline=4, schedule="filled"), frozen=False, teacher=True)
 
 
+@pytest.mark.parametrize("schedule", ["zero_bubble", "zbv"])
+def test_compiled_layers_and_backwards_in_two_halves_are_refused(schedule: str) -> None:
+    """The buffers of a compiled backward are gone after its first run."""
+    with pytest.raises(UserError, match="use schedule 'interleaved'"):
+        geometry(
+            config_of("train.compile=true", "parallel.pipeline=2", f"parallel.schedule={schedule}"),
+            Layout(pipeline=2, schedule=schedule, stages_per_rank=2),
+            frozen=False,
+            teacher=False,
+        )
+
+
 def test_a_frozen_model_has_schedules_of_its_own() -> None:
     config, _ = four("parallel.schedule=zbv")
     layout = Layout(pipeline=4)
