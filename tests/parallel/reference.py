@@ -132,7 +132,7 @@ class Found:
 
 
 class Reference:
-    """A model with exits, on one process. ``bounds`` and ``owners`` say which stage a layer or an exit would be on: this
+    """A model with exits, on one process. ``bounds`` and ``owners`` say on which stage a layer or exit would be: this
     names the uses of tensors, and changes no number. ``frozen``: only what belongs to exits is trained."""
 
     def __init__(

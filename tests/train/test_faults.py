@@ -140,7 +140,7 @@ def test_a_rank_that_sleeps_is_named_at_the_timeout(file: Path) -> None:
             before_step(3, lambda _: time.sleep(60))
 
     started = time.monotonic()
-    ends = train(3, file, "parallel.timeout=8", hook=hook)
+    ends = train(3, file, "parallel.timeout=8", "checkpoint.async=false", hook=hook)
     told_once(ends, "rank 2 (pipeline 2, data 0, tensor 0) did not answer within 8 seconds (parallel.timeout);")
     assert time.monotonic() - started < 30
     assert 2 in steps(file.parent / "run")
@@ -183,7 +183,8 @@ def test_data_that_changes_in_mid_run(tmp_path: Path, text: Path, cache: Path) -
 
     assert train(1, file, hook=lambda rank: before_step(3, lambda _: mine.unlink()))[0].code == 0
     mine.write_text(text.read_text())
-    ends = train(2, file, f"checkpoint.dir={tmp_path / 'other'}", hook=lambda rank: before_step(3, cut))
+    other = [f"checkpoint.dir={tmp_path / 'other'}", "checkpoint.async=false"]
+    ends = train(2, file, *other, hook=lambda rank: before_step(3, cut))
     told_once(ends, "the token cache", "changed while the run was reading it; start again")
     assert 2 in steps(tmp_path / "other")
 
