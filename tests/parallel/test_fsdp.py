@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from exitlm.parallel.mesh import Layout
 from tests.parallel.cases import SCHEDULES, Case, Meshes, exits_of, llama, run_cases, trainer_of, truth
 from tests.parallel.launch import launch
+from tests.parallel.reference import Values
 
 EXITS = exits_of("1 norm shared", "2 lens own", "3 mlp exits", "4 block exits")
 
@@ -79,20 +80,20 @@ def test_data_ranks_have_the_gradient_of_one_process(shard: bool) -> None:
 
 def test_a_stage_that_skips_all_its_layers_in_the_last_backward_loses_no_gradient() -> None:
     """That backward reduces the gradients of all others over the data ranks."""
-    case = Case(
-        layout=Layout(data=2, pipeline=4, schedule="filled"),
-        exits=exits_of("4 norm shared"),
-        model=llama(4),
-        settings=("objective.layer_dropout=1.0", "train.steps=2", "train.seed=1"),
-        step=1,
-        size=1,
-        length=4,
-    )
-    (last,) = (m for m, (lo, _) in case.job().geometry.schedule.spans.items() if lo == 3)
-    before = last - 1
-    assert case.job().geometry.schedule.spans[before] == (2, 3)
-    assert 2 in case.dropped(1, before), "the case is not what it is for"
-    run_cases([case])
+    cases = [
+        Case(
+            layout=Layout(data=2, pipeline=4, schedule="filled"),
+            exits=exits_of("4 norm shared"),
+            model=llama(4),
+            settings=("objective.layer_dropout=1.0", "train.steps=2", f"train.seed={seed}"),
+            step=1,
+            size=1,
+            length=4,
+        )
+        for seed in range(4)
+    ]
+    assert any(case.dropped(1, 0) & {0, 1, 2} for case in cases), "the cases are not what they are for"
+    run_cases(cases)
 
 
 def gathered(case: Case) -> dict[str, bool]:
@@ -174,9 +175,9 @@ def off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return (wrong / sum(float(g.double().pow(2).sum()) for g in expected.values())) ** 0.5
 
 
-@pytest.mark.parametrize(("dtype", "tolerance", "scale"), [("bfloat16", 5e-2, 1.0), ("float16", 1e-2, 256.0)])
-def test_half_precision_is_close_to_float64(dtype: str, tolerance: float, scale: float) -> None:
-    """To 5% and 1% of the gradient's norm; a plain model in these dtypes is as far off (3% and 0.6%)."""
+@pytest.mark.parametrize(("dtype", "scale"), [("bfloat16", 1.0), ("float16", 256.0)])
+def test_half_precision_is_as_close_to_float64_as_a_plain_model_in_it(dtype: str, scale: float) -> None:
+    """To 1.5 times the error of a plain model whose weights and work are in this dtype (3% and 0.4% of the norm)."""
     layouts = [
         Layout(data=2, pipeline=2),
         Layout(data=2, pipeline=2, schedule="zbv", stages_per_rank=2),
@@ -184,12 +185,13 @@ def test_half_precision_is_close_to_float64(dtype: str, tolerance: float, scale:
         Layout(data=4, shard=False),
     ]
     cases = [
-        Case(layout=layout, exits=EXITS, model=llama(4), microbatches=2, settings=(f"train.dtype={dtype}",))
+        Case(layout=layout, exits=EXITS, model=llama(4), microbatches=2, seed=1, settings=(f"train.dtype={dtype}",))
         for layout in layouts
     ]
     for case, found in zip(cases, launch(4, everything, cases, scale)[0], strict=True):
         exact = truth(dataclasses.replace(case, settings=("train.dtype=float64",))).gradients
-        assert off(found, exact) < tolerance, case
+        plain = truth(case, values=Values(case.seed, getattr(torch, dtype))).gradients
+        assert off(found, exact) < 1.5 * off(plain, exact) < 0.06, case
 
 
 def test_gradients_are_summed_in_float32() -> None:
