@@ -93,7 +93,7 @@ def make_trainer(
         model=model,
         exits=exits,
         split=split,
-        geometry=geometry(config, layout, frozen=False, teacher=False),
+        geometry=geometry(config, layout, split, frozen=False, teacher=False),
         compute=compute,
         master=torch.promote_types(compute, torch.float32),
     )

@@ -143,7 +143,7 @@ class Case:
             model=self.model,
             exits=self.exits,
             split=split,
-            geometry=geometry(config, self.layout, frozen=self.frozen, teacher=self.teacher),
+            geometry=geometry(config, self.layout, split, frozen=self.frozen, teacher=self.teacher),
             compute=dtype,
             master=torch.promote_types(dtype, torch.float32),
             frozen=self.frozen,

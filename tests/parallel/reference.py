@@ -103,6 +103,7 @@ class Sums:
     accuracy: float = 0.0
     confidence: float = 0.0
     gate_loss: float = 0.0
+    confidence_weight: float = 0.0
 
 
 @dataclass
@@ -254,8 +255,9 @@ def _exit_loss(
     mass = log_p.exp().sum(-1, keepdim=True)
     kl_N = (log_p.exp() * (log_p - mass.log() - (logits_NK / o.temperature).log_softmax(-1))).sum(-1)
     loss_N = (1 - o.distill) * ce_N + o.distill * o.temperature**2 * kl_N
+    weight_N = (logits_NK.detach() / o.confidence_temperature).softmax(-1).amax(-1)
     if o.weighted:
-        loss_N = loss_N * (logits_NK.detach() / o.confidence_temperature).softmax(-1).amax(-1)
+        loss_N = loss_N * weight_N
     loss = (loss_N * valid).sum()
     teaches = o.distill > 0 or o.gate > 0
     right_N = ids_K[logits_NK.argmax(-1)] == (final_NV.argmax(-1) if teaches else labels_N)
@@ -265,5 +267,12 @@ def _exit_loss(
         p_N = torch.where(right_N, logit_N.sigmoid(), (-logit_N).sigmoid())
         gate = -(p_N.log() * valid).sum()
     sure = log_q.detach().exp().amax(-1)
-    counts = [valid.sum(), loss.detach(), (right_N & valid).sum(), sure[valid].sum(), gate.detach()]
+    counts = [
+        valid.sum(),
+        loss.detach(),
+        (right_N & valid).sum(),
+        sure[valid].sum(),
+        gate.detach(),
+        weight_N[valid].sum(),
+    ]
     return loss, gate, Sums(*map(float, counts))

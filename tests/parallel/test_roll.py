@@ -128,7 +128,7 @@ def test_a_program_may_meet_again() -> None:
         sums = []
         for settings in ("a", "b"):
             with roll.meet(rank, 2, 20.0) as met:
-                met.agree(settings, lambda mine, first: f"{mine} {first}")
+                met.agree("settings", settings, lambda mine, first: f"{mine} {first}")
                 met.gather("claimed")
                 with group(met, CPU):
                     ones = torch.ones(1)
@@ -141,7 +141,7 @@ def test_a_program_may_meet_again() -> None:
 
 def test_one_alone_needs_no_one() -> None:
     with roll.meet(0, 1, 1.0) as met:
-        met.agree("a", lambda mine, first: "")
+        met.agree("settings", "a", lambda mine, first: "")
         met.gather("data")
         mistake = UserError("a mistake")
         assert met.failed(mistake, str) is mistake

@@ -69,6 +69,15 @@ def test_how_many_fit() -> None:
     assert [fill_room(pipeline, 2.0) for pipeline in (1, 2, 4, 8, 16)] == [0, 0, 2, 4, 10]
 
 
+def test_a_top_microbatch_reaches_an_exit() -> None:
+    for first, tops in ((0, [2, 1, 0]), (1, [2, 1]), (2, [2]), (3, []), (7, [])):
+        made = filled(8, 8, 3, 1, first_exit=first)
+        check(made)
+        assert [hi for lo, hi in made.spans.values() if hi < 7] == tops
+        assert (made.filled_warmup, made.filled_cooldown) == (len(tops), 1)
+        assert simulate(made).makespan == simulate(make("1f1b", 8, 8)).makespan
+
+
 def test_one_more_than_fits_takes_longer() -> None:
     for warmup, cooldown in ((3, 0), (0, 3)):
         assert simulate(filled(4, 8, warmup, cooldown), 1.0, 2.0).makespan > 33.0

@@ -166,7 +166,7 @@ def test_measuring_leaves_no_gradient_and_no_graph() -> None:
         Objective(weights=dict.fromkeys(plan_of(EXITS, table).weights, 1.0)),
         plan_of(EXITS, table).shares,
     )
-    for head, (tokens, loss, hits, sure, _) in {h: s.tolist() for h, s in losses.take().items()}.items():
+    for head, (tokens, loss, hits, sure, *_) in {h: s.tolist() for h, s in losses.take().items()}.items():
         sums = expected.sums[head]
         assert (tokens, hits) == (sums.tokens, sums.accuracy)
         assert (loss, sure) == pytest.approx((sums.loss, sums.confidence), rel=1e-12)

@@ -273,6 +273,20 @@ def test_what_one_of_them_finds_ends_all(file: Path, each: list[list[str]], word
     assert not (file.parent / "run").exists()
 
 
+def test_machines_with_other_files_of_the_same_name(file: Path, tmp_path: Path, text: Path) -> None:
+    for number, content in enumerate([text.read_text(), text.read_text()[1:]]):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "text.txt").write_text(content)
+
+    def hook(rank: int) -> None:
+        quiet(rank)
+        os.chdir(tmp_path / str(rank // 2))
+
+    ends = train(3, file, "data.files=text.txt", hook=hook)
+    told_once(ends, "rank 2 reads another data than rank 0 under the same name; give all machines the same files")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_directory_that_belongs_to_another(file: Path, text: Path, base: Path) -> None:
     run = file.parent / "run"
     with checkpoint.exclusive(run):

@@ -185,7 +185,8 @@ def test_whatever_an_exit_learns_from_it_has_the_gradient_of_the_reference(
         torch.testing.assert_close(found.get(name, torch.zeros_like(gradient)), gradient, rtol=0, atol=1e-12)
     for head, sums in losses.take().items():
         wanted = expected.sums[head]
-        values = [wanted.tokens, wanted.loss, wanted.accuracy, wanted.confidence, wanted.gate_loss]
+        weight = wanted.confidence_weight if confidence is not None and head != FINAL else wanted.tokens
+        values = [wanted.tokens, wanted.loss, wanted.accuracy, wanted.confidence, weight, wanted.gate_loss]
         assert sums.tolist() == pytest.approx(values, rel=1e-12)
 
 

@@ -75,6 +75,9 @@ REFUSED = [
     ("parallel.pipeline=2 parallel.schedule=interleaved train.global_batch=10", "can't run 5 microbatches on 2 ranks"),
     ("parallel.pipeline=2 parallel.schedule=filled objective.distill=0.5", "never reach the final head"),
     ("parallel.pipeline=2 parallel.schedule=filled parallel.fill_warmup=-1", "use 0 to 0"),
+    ("train.compile=true parallel.tensor=2", "train.compile can't be used with parallel.tensor > 1"),
+    ("train.compile=true parallel.pipeline=2 parallel.schedule=zero_bubble", "a schedule that splits the backward"),
+    ("train.compile=true parallel.pipeline=2 parallel.schedule=zbv", "use parallel.tensor = 1 and schedule '1f1b'"),
     ("parallel.tensor=3", "parallel.tensor is 3, but must divide num_attention_heads = 2; use 1 or 2"),
     ("parallel.tensor=2 data.seq_len=25", "must divide data.seq_len (parallel.sequence splits it) = 25"),
     ("parallel.data=0", "parallel.data is 0, but must be at least 1"),
@@ -134,6 +137,8 @@ def test_what_has_no_effect_is_said() -> None:
         resolved("train.warmup=9")
     with pytest.warns(UserWarning, match=r"objective.candidate_loss is for exitlm tune on one process"):
         resolved("objective.candidate_loss=true")
+    with pytest.warns(UserWarning, match=r"parallel.fill_\* has no effect on schedule '1f1b'"):
+        resolved("parallel.fill_warmup=1")
 
 
 def test_what_is_left_to_the_model_and_the_machine() -> None:

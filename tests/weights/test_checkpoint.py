@@ -1,10 +1,12 @@
 """Hugging Face directories: what is in them is what is loaded, and what can't be trusted is one sentence."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -303,6 +305,32 @@ def test_a_file_that_may_still_change_is_not_remembered(tmp_path: Path) -> None:
     for text in ("one", "two", "six"):  # within one tick of the clock, perhaps
         file.write_text(text)
         assert kept_digest([file], "test", lambda text=text: text) == text
+
+
+def test_processes_that_need_a_digest_at_once_compute_it_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(tmp_path, monkeypatch)
+    file, log = tmp_path / "x", tmp_path / "log"
+    file.write_text("text")
+
+    def compute() -> str:
+        with log.open("a") as lines:
+            lines.write("once\n")
+        time.sleep(0.5)
+        return "digest"
+
+    def ask() -> None:
+        os._exit(0 if kept_digest([file], "test", compute) == "digest" else 1)
+
+    children = [multiprocessing.get_context("fork").Process(target=ask) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(20)
+        assert child.exitcode == 0
+    assert log.read_text() == "once\n"
+    assert [path.suffix for path in (cache / "digests").iterdir()] == [".json"]
 
 
 def test_a_broken_cache_is_no_error(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,9 +50,9 @@ class Roll:
 
     # ---- before the work
 
-    def agree(self, settings: str, differ: Callable[[str, str], str]) -> None:
-        """Refuse to start where processes were given other ``settings`` than rank 0; ``differ`` says, of this one's and
-        those of rank 0, in what.
+    def agree(self, mark: str, mine: str, differ: Callable[[str, str], str]) -> None:
+        """Refuse to go on where processes have something else than rank 0; ``differ`` says, of what this one and rank 0
+        have, in what. ``mark`` is the name of the place in the program.
 
         Raises:
             UserError: they differ, or rank 0 did not come.
@@ -61,14 +61,11 @@ class Roll:
         if self.world == 1:
             return
         if self.rank == 0:
-            self.store.set("settings", settings)
-        self._until(lambda: [] if self.store.check(["settings"]) else [0], time.monotonic() + self.timeout)
-        first = self.store.get("settings").decode()
-        if settings != first:
-            raise UserError(
-                f"rank {self.rank} was started with other settings than rank 0 ({differ(settings, first)}); start "
-                "all processes with the same run file"
-            )
+            self.store.set(mark, mine)
+        self._until(lambda: [] if self.store.check([mark]) else [0], time.monotonic() + self.timeout)
+        first = self.store.get(mark).decode()
+        if mine != first:
+            raise UserError(f"rank {self.rank} {differ(mine, first)}")
 
     def gather(self, mark: str) -> None:
         """Wait until all processes have come to this place in the program.

@@ -6,6 +6,7 @@ directory. What one step does is ``trainer.py``, what is kept is ``sharded.py``.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import warnings
@@ -60,7 +61,7 @@ def train(config: RunConfig | str | os.PathLike[str], *, overrides: Sequence[str
             try:
                 if isinstance(setup, UserError):
                     raise setup
-                roll.agree(setup.fit.config.to_toml(), _difference)
+                roll.agree("settings", setup.fit.config.to_toml(), _other_settings)
                 _Run(setup, roll, stop).run()
             except Exception as error:
                 found = roll.failed(error, setup.fit.layout.named if isinstance(setup, Setup) else "rank {}".format)
@@ -91,11 +92,21 @@ def _met(setup: Setup | UserError, launch: Launch) -> Iterator[Roll]:
         yield roll
 
 
-def _difference(mine: str, first: str) -> str:
+def _other_settings(mine: str, first: str) -> str:
     """The first setting in which two run files differ, in words."""
     here, there = RunConfig.from_text(mine).flat(), RunConfig.from_text(first).flat()
     key = next(key for key, value in here.items() if there[key] != value)
-    return f"{key} is {here[key]!r} there and {there[key]!r} on rank 0"
+    return (
+        f"was started with other settings than rank 0 ({key} is {here[key]!r} there and {there[key]!r} on rank 0); "
+        "start all processes with the same run file"
+    )
+
+
+def _other_files(mine: str, first: str) -> str:
+    """Which of the digests differ, in words."""
+    here, there = json.loads(mine), json.loads(first)
+    names = " and ".join(name.removesuffix("_digest") for name in here if here[name] != there.get(name))
+    return f"reads another {names} than rank 0 under the same name; give all machines the same files"
 
 
 class _Run:
@@ -125,6 +136,12 @@ class _Run:
             self.text = rows_of_files(
                 self.config, self.setup.tokens, self.setup.fit.model.vocab_size, cache_directory()
             )
+            self.same = {
+                "base_digest": self.setup.opened.digest() if self.setup.opened is not None else "none",
+                "data_digest": self.text.train.digest,
+                "rows_of_a_step": str(self.setup.fit.geometry.rows),
+            }
+            self.roll.agree("files", json.dumps(self.same), _other_files)
             self.roll.gather("data")
         except BaseException:
             if fresh:
@@ -141,11 +158,6 @@ class _Run:
         found = sharded.newest(self.out)
         if found is None and (self.out / "exits.json").exists():
             raise UserError(f"{self.out} holds an exit adapter, but no checkpoint of its run; choose another directory")
-        self.same = {
-            "base_digest": setup.opened.digest() if setup.opened is not None else "none",
-            "data_digest": self.text.train.digest,
-            "rows_of_a_step": str(setup.fit.geometry.rows),
-        }
         if found is not None:
             run_files.check_same(self.out, found[1], self.same)
             run_files.check_same_model(self.out, found[1]["model"], setup.fit.model.hf)

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from exitlm.model.layers import Tap
 from exitlm.parallel.pipeline.stage import FINAL, Position, StepPlan
 from exitlm.train.objective import (
+    Chunked,
     LossJob,
     LossSettings,
     Teacher,
@@ -42,7 +43,7 @@ CHUNK_BYTES = 64 << 20
 """The most that a chunk of logits takes in float32; every chunk reads the output matrix twice, and adds to its
 gradient."""
 
-COUNTED = ("tokens", "loss", "accuracy", "confidence", "gate_loss")
+COUNTED = ("tokens", "loss", "accuracy", "confidence", "confidence_weight", "gate_loss")
 
 
 def tokens_at_once(rows: int) -> int:
@@ -79,6 +80,7 @@ class HeadLosses:
             values.loss / job.share,
             (values.correct_N * counted).sum(),
             (values.confidence_N * counted).sum(),
+            values.weight / job.share,
             values.gate / job.share,
         ]
         added = torch.stack([torch.as_tensor(x, device=counted.device).double() for x in new])
@@ -86,7 +88,7 @@ class HeadLosses:
         self.sums[layer] = self.sums[layer] + added if layer in self.sums else added
 
     def take(self) -> dict[int, Tensor]:
-        """The sums since the last call by head: tokens, loss, accuracy, confidence, gate loss (``COUNTED``)."""
+        """The sums since the last call by head, in the order of ``COUNTED``."""
         sums, self.sums = self.sums, {}
         return sums
 
@@ -96,9 +98,15 @@ class Recorded:
     """Detached values of one microbatch."""
 
     loss: Tensor
+    weight: Tensor
     correct_N: Tensor
     confidence_N: Tensor
     gate: Tensor | float = 0.0
+
+
+def recorded(found: Chunked) -> Recorded:
+    """The values of one head."""
+    return Recorded(found.loss_E[0], found.weight_E[0], found.correct_EN[0], found.confidence_EN[0])
 
 
 class HeadJob:
@@ -142,8 +150,8 @@ class HeadJob:
         """What the features depend on besides the tap, and is trained."""
         if self.head is None:
             return [p for p in self.position.model.model.norm.parameters() if p.requires_grad]
-        named = self.head.named_parameters()
-        return [p for name, p in named if not name.startswith(("output.", "output_up.")) and p.requires_grad]
+        others = ("output.", "output_up.", *(() if self.losses.gate_weight else ("gate.",)))
+        return [p for name, p in self.head.named_parameters() if not name.startswith(others) and p.requires_grad]
 
     def matrix(self) -> Tensor:
         """This rank's rows of the output matrix, ``[K, D]`` (low rank: ``[K, rank]``); differentiable."""
@@ -263,7 +271,7 @@ class HeadJob:
         if grad_full is not None and features.requires_grad:
             ends.append(features)
             seeds.append(self.scatter(grad_full.to(job.weight_N.dtype), features).to(features.dtype))
-        values = Recorded(found.loss_E[0], found.correct_EN[0], found.confidence_EN[0])
+        values = recorded(found)
         if gate is not None:
             with torch.enable_grad():
                 right = self.part_of_sequence(found.correct_EN[0], gate)
@@ -306,22 +314,22 @@ class HeadJob:
         full, matrix = self.gather(self.features(tap)), self.matrix()
         job = self.loss_job(full, None, self.losses.chunk or tokens_at_once(len(matrix)))
         found = chunked_losses(replace(job, settings=LossSettings()), [full], [matrix], [False, False])
-        self.losses.record(self, Recorded(found.loss_E[0], found.correct_EN[0], found.confidence_EN[0]))
+        self.losses.record(self, recorded(found))
 
     def eager(self, tap: Tap) -> Tensor:
         """The loss with its logits' gradient kept, or computed again in the backward (``how`` "checkpoint")."""
 
-        def run(hidden: Tensor, residual: Tensor | None, normed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        def run(hidden: Tensor, residual: Tensor | None, normed: Tensor | None) -> tuple[Tensor, ...]:
             matrix = self.matrix().detach() if self.apart else self.matrix()
             out = _Eager.apply(self, self.features(Tap(hidden, residual, normed)), matrix)  # type: ignore[no-untyped-call]
-            return out[0], out[1], out[2]
+            return tuple(out)
 
         taps = (tap.hidden, tap.residual, tap.normed)
         if self.losses.how == "checkpoint":
-            loss, correct, confidence = checkpoint(run, *taps, use_reentrant=False, preserve_rng_state=False)
+            loss, *values = checkpoint(run, *taps, use_reentrant=False, preserve_rng_state=False)
         else:
-            loss, correct, confidence = run(*taps)
-        self.losses.record(self, Recorded(loss.detach(), correct, confidence))
+            loss, *values = run(*taps)
+        self.losses.record(self, Recorded(loss.detach(), *values))
         attached: Tensor = loss
         return attached
 
@@ -356,16 +364,16 @@ class _Attach(torch.autograd.Function):
 
 
 class _Eager(torch.autograd.Function):
-    """Loss, and correct and confidence by token; keeps the gradient of the logits, as wide as the vocabulary."""
+    """The fields of :class:`Recorded`; keeps the gradient of the logits, as wide as the vocabulary."""
 
     @staticmethod
-    def forward(ctx: Any, job: HeadJob, features: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, job: HeadJob, features: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
         full = job.gather(features)
-        loss, correct_N, confidence_N, grad_NK = whole_loss(job.loss_job(full, None, len(full)), full, matrix)
+        loss, correct_N, confidence_N, grad_NK, weight = whole_loss(job.loss_job(full, None, len(full)), full, matrix)
         ctx.job, ctx.like = job, features
         ctx.save_for_backward(full, matrix, grad_NK.to(full.dtype))
-        ctx.mark_non_differentiable(correct_N, confidence_N)
-        return loss, correct_N, confidence_N
+        ctx.mark_non_differentiable(weight, correct_N, confidence_N)
+        return loss, weight, correct_N, confidence_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable

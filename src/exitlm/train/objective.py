@@ -169,9 +169,11 @@ class Scratch:
 @dataclass(frozen=True, kw_only=True)
 class Chunked:
     """Values as in :class:`LossResult`, and the gradients of each loss for features and matrix (None where not asked
-    for); under tensor parallelism those for the features are this rank's part of a sum."""
+    for); under tensor parallelism those for the features are this rank's part of a sum. ``weight_E`` is the sum of the
+    tokens' weights, confidences among their factors where these weigh."""
 
     loss_E: Tensor
+    weight_E: Tensor
     correct_EN: Tensor
     confidence_EN: Tensor
     grad_features: list[Tensor | None]
@@ -194,13 +196,13 @@ def chunked_losses(
     N, E, device = len(job.weight_N), len(features), features[0].device
     wide = torch.promote_types(features[0].dtype, torch.float32)
     buffers = Scratch(min(job.chunk, N), device)
-    loss_E = torch.zeros(E, dtype=wide, device=device)
+    loss_E, weight_E = torch.zeros(2, E, dtype=wide, device=device)
     correct_EN = torch.zeros(E, N, dtype=torch.bool, device=device)
     confidence_EN = torch.zeros(E, N, dtype=wide, device=device)
     grad_features = [torch.empty_like(f) if needs[2 * e] else None for e, f in enumerate(features)]
     before = onto or [None] * E
     grad_weights = [
-        (torch.zeros_like(w, dtype=wide) if b is None else b) if needs[2 * e + 1] else None
+        (torch.empty_like(w, dtype=wide) if b is None else b) if needs[2 * e + 1] else None
         for e, (w, b) in enumerate(zip(weights, before, strict=True))
     ]
     for start in range(0, N, job.chunk):
@@ -214,22 +216,22 @@ def chunked_losses(
                 job, span, logits, job.ids[e], teacher, buffers, wants
             )
             loss_E[e] += loss
+            weight_E[e] += weight_n.sum()
             correct_EN[e, span] = correct
             confidence_EN[e, span] = confidence
             if not wants:
                 continue
             if x.dtype != wide:
                 grad = buffers.get("logits", len(x), len(W), x.dtype).copy_(grad)
-            weight_n1 = (weight_n if factor == 1.0 else weight_n * factor)[:, None].to(x.dtype)
+            weight_n1 = (weight_n * factor)[:, None]  # wide: rounded, one weight of all would scale the whole gradient
             if (into := grad_features[e]) is not None:
                 into[span] = (grad @ W) * weight_n1
             if (sums := grad_weights[e]) is not None:
-                if sums.dtype == grad.dtype:
-                    sums.addmm_(grad.T, x * weight_n1)
-                else:
-                    sums += grad.T @ (x * weight_n1)
+                first = start == 0 and before[e] is None
+                add_product(sums, grad.T, (x * weight_n1).to(x.dtype), first)
     return Chunked(
         loss_E=loss_E,
+        weight_E=weight_E,
         correct_EN=correct_EN,
         confidence_EN=confidence_EN,
         grad_features=grad_features,
@@ -237,16 +239,31 @@ def chunked_losses(
     )
 
 
+def add_product(sums_KD: Tensor, a_Kn: Tensor, b_nD: Tensor, first: bool) -> None:
+    """Add ``a @ b`` to ``sums``, or put it there if it is the ``first``. Where dtypes differ, a CPU does it in blocks
+    that stay in its cache: in one piece it takes three times as long."""
+    if sums_KD.dtype == a_Kn.dtype:
+        sums_KD.addmm_(a_Kn, b_nD, beta=0 if first else 1)
+        return
+    rows = 4096 if sums_KD.device.type == "cpu" else max(1, len(sums_KD))
+    for start in range(0, len(sums_KD), rows):
+        part = a_Kn[start : start + rows] @ b_nD
+        if first:
+            sums_KD[start : start + rows] = part
+        else:
+            sums_KD[start : start + rows] += part
+
+
 @torch.no_grad()
-def whole_loss(job: LossJob, features_ND: Tensor, weight_KD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of one head on all tokens at once: the loss, correct and confidence by token as in :class:`LossResult`, and the
-    gradient of the loss with respect to the logits ``[N, K]``."""
+def whole_loss(job: LossJob, features_ND: Tensor, weight_KD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of one head on all tokens at once: the loss, correct and confidence by token as in :class:`LossResult`, the
+    gradient of the loss with respect to the logits ``[N, K]``, and the sum of the tokens' weights."""
     wide = torch.promote_types(features_ND.dtype, torch.float32)
     span, buffers = slice(0, len(features_ND)), Scratch(len(features_ND), features_ND.device)
     logits = buffers.product("logits", features_ND, weight_KD, wide)
     teacher = _TeacherChunk(job, span, wide, buffers)
     loss, correct_N, confidence_N, weight_N, grad = chunk_loss(job, span, logits, job.ids[0], teacher, buffers, True)
-    return loss, correct_N, confidence_N, grad.mul_(weight_N[:, None])
+    return loss, correct_N, confidence_N, grad.mul_(weight_N[:, None]), weight_N.sum()
 
 
 class _ChunkedLosses(torch.autograd.Function):

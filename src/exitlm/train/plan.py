@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from exitlm.errors import UserError
 from exitlm.model.exits import ExitConfig
 from exitlm.parallel.mesh import Layout
-from exitlm.parallel.pipeline.runner import SPLIT
 from exitlm.parallel.pipeline.schedule import Schedule, make
 from exitlm.parallel.pipeline.split import Split
 from exitlm.parallel.pipeline.stage import FINAL, StepPlan
@@ -55,7 +54,7 @@ class Geometry:
         return [row for slab in slabs for row in slab[data_rank * self.size : (data_rank + 1) * self.size]]
 
 
-def geometry(config: RunConfig, layout: Layout, *, frozen: bool, teacher: bool) -> Geometry:
+def geometry(config: RunConfig, layout: Layout, split: Split, *, frozen: bool, teacher: bool) -> Geometry:
     """How the steps of a run are cut.
 
     Raises:
@@ -92,11 +91,7 @@ def geometry(config: RunConfig, layout: Layout, *, frozen: bool, teacher: bool) 
             ratio=p.backward_forward_ratio,
             fill_warmup=fills[0],
             fill_cooldown=fills[1],
-        )
-    elif t.compile and p.schedule in SPLIT:
-        raise UserError(
-            f"schedule '{p.schedule}' runs the two halves of a backward apart, which a compiled layer can't; use "
-            "schedule 'interleaved' or '1f1b', or train.compile = false"
+            first_exit=min(split.owners.values(), default=split.stages - 1),
         )
     else:
         schedule = make(p.schedule, layout.pipeline, count, stages_per_rank=layout.stages_per_rank)

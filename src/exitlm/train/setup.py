@@ -135,6 +135,13 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
     config = found.config
     if config.train.warmup > config.train.steps:
         warnings.warn(f"train.warmup is cut to the {config.train.steps} steps of the run", stacklevel=2)
+    if p.schedule != "filled" and not p.fill_warmup == p.fill_cooldown == "auto":
+        warnings.warn(f"parallel.fill_* has no effect on schedule '{p.schedule}'", stacklevel=2)
+    if found.frozen and p.pipeline > 1 and p.schedule != "1f1b":
+        warnings.warn(
+            f"parallel.schedule '{p.schedule}' has no effect on a frozen model: its exits have a pipeline of their own",
+            stacklevel=2,
+        )
     if config.objective.candidate_loss:
         warnings.warn(
             "objective.candidate_loss is for exitlm tune on one process, and has no effect here", stacklevel=2
@@ -186,7 +193,7 @@ def fit(config: RunConfig, model: ModelConfig) -> Fit:
             )
     if frozen and all(e.kind == "embed" and e.output == "shared" and not e.gate for e in exits):
         raise UserError("these exits have nothing to tune (kind 'embed' with a shared matrix); choose another kind")
-    if t.compile and (p.tensor > 1 or (p.pipeline > 1 and p.schedule in SPLIT)):
+    if t.compile and (p.tensor > 1 or (p.pipeline > 1 and not frozen and p.schedule in SPLIT)):
         raise UserError(
             "train.compile can't be used with parallel.tensor > 1 or a schedule that splits the backward "
             "(zero_bubble, zbv); set it to false, or use parallel.tensor = 1 and schedule '1f1b'"
@@ -213,7 +220,7 @@ def fit(config: RunConfig, model: ModelConfig) -> Fit:
         recompute=t.recompute == "layers",
         teacher=teacher,
     )
-    cut = geometry(config, layout, frozen=frozen, teacher=teacher)
+    cut = geometry(config, layout, split, frozen=frozen, teacher=teacher)
     return Fit(config=config, model=model, layout=layout, split=split, geometry=cut, teacher=teacher)
 
 

@@ -281,9 +281,11 @@ class Trainer:
                 values = dict(zip(COUNTED, row, strict=True))
                 tokens = values.pop("tokens")
                 out[head] = {name: value / tokens for name, value in values.items()}
-        if not self.losses.gate_weight:
-            for means in out.values():
-                means.pop("gate_loss")
+        unused = [] if self.losses.gate_weight else ["gate_loss"]
+        unused += [] if self.losses.settings.confidence_weighted and not plan.measure else ["confidence_weight"]
+        for head, means in out.items():
+            for name in {*unused, "confidence_weight"} if head == FINAL else unused:
+                means.pop(name)
         return out
 
     # ---- validation

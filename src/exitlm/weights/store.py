@@ -7,11 +7,12 @@ Everything in it can be deleted at any time. ``$EXITLM_CACHE``, else ``$XDG_CACH
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from exitlm.errors import UserError
@@ -50,20 +51,43 @@ def stamp(files: Sequence[Path]) -> list[list[int | str]]:
 
 
 def kept_digest(files: Sequence[Path], label: str, compute: Callable[[], str]) -> str:
-    """``compute()``, or what it gave before for the same files in the same state.
+    """``compute()``, or what it gave before for the same files in the same state. Of several processes that ask at
+    once, one computes it while the others wait.
 
     ``label`` keeps different digests of the same files apart. A cache that can't be read or written is no error.
     """
     before = stamp(files)
     key = json.dumps([label, before])
     place = cache_directory() / "digests" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    if (digest := _kept(place, key)) is not None:
+        return digest
+    with _one_at_a_time(place.with_suffix(".lock")):
+        if (digest := _kept(place, key)) is not None:
+            return digest
+        digest = compute()
+        newest = max((int(value) for entry in before for value in entry[-2:]), default=0) / 1e9
+        if time.time() - newest > _SETTLED_SECONDS and stamp(files) == before:
+            with contextlib.suppress(UserError), fresh_file(place) as temporary:
+                temporary.write_text(json.dumps({"key": key, "digest": digest}))
+        return digest
+
+
+def _kept(place: Path, key: str) -> str | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(place.read_text())
         if kept["key"] == key:
             return str(kept["digest"])
-    digest = compute()
-    newest = max((int(value) for entry in before for value in entry[-2:]), default=0) / 1e9
-    if time.time() - newest > _SETTLED_SECONDS and stamp(files) == before:
-        with contextlib.suppress(UserError), fresh_file(place) as temporary:
-            temporary.write_text(json.dumps({"key": key, "digest": digest}))
-    return digest
+    return None
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold the operating system's lock on a file of the cache, which is gone afterwards; without a lock where the cache
+    knows none."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            stack.callback(path.unlink, missing_ok=True)
+        yield

@@ -121,11 +121,12 @@ def make(
     ratio: float = 2.0,
     fill_warmup: int | None = None,
     fill_cooldown: int | None = None,
+    first_exit: int = 0,
     stages_per_rank: int = 2,
 ) -> Schedule:
     """The schedule ``name`` for ``pipeline`` ranks. ``ratio`` is the time of a backward over that of a forward;
-    ``fill_warmup`` and ``fill_cooldown`` (``filled`` only) None are as many as fit; ``stages_per_rank`` is for
-    ``interleaved`` and ``zero_bubble``.
+    ``fill_warmup`` and ``fill_cooldown`` (``filled`` only) None are as many as fit, and ``first_exit`` is the first
+    stage with an exit; ``stages_per_rank`` is for ``interleaved`` and ``zero_bubble``.
 
     Raises:
         UserError: an unknown name, numbers out of range, or a combination that the schedule does not know.
@@ -152,7 +153,7 @@ def make(
                 f"{count} extra microbatches don't fit into the {what} of {pipeline} ranks at a ratio of {ratio:g}; "
                 f"use 0 to {room}"
             )
-    return filled(pipeline, microbatches, *counts)
+    return filled(pipeline, microbatches, *counts, first_exit=first_exit)
 
 
 def fill_room(pipeline: int, ratio: float) -> int:
@@ -174,16 +175,20 @@ def tuning(pipeline: int, microbatches: int) -> Schedule:
     return Schedule(name="tuning", stages=pipeline, ranks=tuple(map(tuple, ranks)), spans=spans, independent=True)
 
 
-def filled(pipeline: int, microbatches: int, warmup: int, cooldown: int, *, name: str = "filled") -> Schedule:
+def filled(
+    pipeline: int, microbatches: int, warmup: int, cooldown: int, *, first_exit: int = 0, name: str = "filled"
+) -> Schedule:
     """1F1B with ``warmup`` top and ``cooldown`` bottom microbatches (0 and 0: plain 1F1B).
 
     Ids: the full ones first, then the bottom ones, then the top ones. The i-th top one reaches stage
-    ``warmup - 1 - i``; the i-th bottom one goes back through the last ``cooldown - i`` stages.
+    ``warmup - 1 - i``, and is left out if that is before ``first_exit``: it would meet no loss. The i-th bottom one
+    goes back through the last ``cooldown - i`` stages.
     """
     P, passing = pipeline, microbatches + cooldown  # those that go forward through every stage
     spans = dict.fromkeys(range(microbatches), (0, P - 1))
     spans |= {microbatches + i: (P - cooldown + i, P - 1) for i in range(cooldown)}
-    spans |= {passing + i: (0, warmup - 1 - i) for i in range(warmup)}
+    warmup = max(0, warmup - first_exit)
+    spans |= {passing + i: (0, first_exit + warmup - 1 - i) for i in range(warmup)}
     ranks: list[list[Action]] = []
     for r in range(P):
         ahead = min(passing, P - r)
