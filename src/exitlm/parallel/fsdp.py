@@ -33,7 +33,8 @@ def shard(stage: Stage, mesh: Mesh, *, compute: torch.dtype, master: torch.dtype
     fully_shard(stage, **options, reshard_after_forward=False)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if mesh.layout.data > 1:  # one rank alone divides by 1, which it does not know to be nothing
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 

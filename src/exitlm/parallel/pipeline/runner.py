@@ -254,10 +254,10 @@ class Runner:
             torch.autograd.backward(end, torch.ones_like(end))
 
     def _synchronise(self, last: bool) -> None:
-        """Reduce gradients over data ranks with the last backward only. Without a pipeline they are reduced with every
-        one, so that no process holds them whole."""
+        """Reduce gradients over data ranks with the last backward only. Several ranks without a pipeline reduce them
+        with every one, so that no process holds them whole."""
         stage: Any = self.stage
-        if isinstance(stage, FSDPModule) and self.schedule.stages > 1:
+        if isinstance(stage, FSDPModule) and (self.schedule.stages > 1 or self.mesh.layout.data == 1):
             stage.set_requires_gradient_sync(last)
             stage.set_is_last_backward(last)
             stage.set_reshard_after_backward(last)
