@@ -81,7 +81,7 @@ def deferred() -> None:
     """How many microbatches' logits each stage holds, over the time of a step."""
     config = run_file("pretrain-7b.toml")
     tokens = config.train.microbatch * config.data.seq_len
-    chunk = tokens_at_once(model_shape(config).vocab_size) / tokens
+    chunk = tokens_at_once(model_shape(config).vocab_size, "cuda") / tokens
     line = simulate(make("1f1b", STAGES, MICROBATCHES))
     figure = new_figure((10.0, 4.4))
     rows = figure.subplots(STAGES, 1, sharex=True, sharey=True)

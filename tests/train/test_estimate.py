@@ -116,7 +116,8 @@ def test_how_many_microbatches_wait() -> None:
 
     assert waiting("1f1b") == [4, 3, 2, 1]
     assert waiting("gpipe") == [8, 8, 8, 8]
-    assert waiting("filled") == [6, 4, 2, 1]  # one top microbatch reaches stage 1, and both are on stage 0
+    assert waiting("filled") == [5, 4, 2, 1]  # one top microbatch, to stage 1: the first with an exit
+    assert waiting("filled", layers_per_stage=[5, 1, 1, 1]) == [6, 4, 2, 1]  # exits on stage 0: both top ones
     assert waiting("filled", fill_warmup=0) == [4, 3, 2, 1]
     assert len(waiting("interleaved", pipeline=2, stages_per_rank=4)) == 2
 
@@ -171,7 +172,7 @@ def test_time() -> None:
 def test_filled_bubbles_enlarge_the_batch() -> None:
     plain = estimate(run(parallel={"pipeline": 4}))
     found = estimate(run(parallel={"pipeline": 4, "schedule": "filled"}))
-    assert (found.extra, found.extra_tokens, found.tokens) == (4, 4 * 2 * 128, plain.tokens)
+    assert (found.extra, found.extra_tokens, found.tokens) == (3, 3 * 2 * 128, plain.tokens)
     assert found.baseline == pytest.approx(plain.makespan)
     assert found.makespan == pytest.approx(plain.makespan, rel=0.05)
     assert found.utilisation > plain.utilisation
@@ -221,7 +222,7 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "6.95 G parameters, 6.95 G of them trained; exits after 8, 16" in text
     assert "64 = data 16 x tensor 1 x pipeline 4; each data rank has 64 x 2 x 2048 tokens a step" in text
-    assert "4 partial microbatches on each data rank (262 k tokens, 6.2% of the batch) in the bubbles" in text
+    assert "3 partial microbatches on each data rank (197 k tokens, 4.7% of the batch) in the bubbles" in text
     assert "assuming 200 TFLOP/s per process" in text
     show(estimate(published("pretrain-7b.toml")))
     assert "assuming" not in capsys.readouterr().out

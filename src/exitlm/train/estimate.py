@@ -112,6 +112,7 @@ def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
         compute=_BYTES[t.dtype],
         master=max(4, _BYTES[t.dtype]),
         backbone=_BYTES[config.model.dtype],
+        device="cpu" if config.model.device == "cpu" else "cuda",
         exit_forward=config.objective.exit_forward,
         frozen=frozen,
         recompute=recompute,

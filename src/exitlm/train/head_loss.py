@@ -39,16 +39,16 @@ from exitlm.train.objective import (
     whole_loss,
 )
 
-CHUNK_BYTES = 64 << 20
-"""The most that a chunk of logits takes in float32; every chunk reads the output matrix twice, and adds to its
-gradient."""
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+"""The most that a chunk of logits takes in float32, by type of device. Every chunk reads the output matrix twice and
+adds to its gradient: what computes faster needs more tokens for the time of that."""
 
 COUNTED = ("tokens", "loss", "accuracy", "confidence", "confidence_weight", "gate_loss")
 
 
-def tokens_at_once(rows: int) -> int:
-    """How many tokens a head with an output matrix of so many rows works on at once."""
-    return chunk_tokens(max(1, rows), CHUNK_BYTES)
+def tokens_at_once(rows: int, device: str) -> int:
+    """How many tokens a head with an output matrix of so many rows works on at once on a type of device."""
+    return chunk_tokens(max(1, rows), CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]))
 
 
 @dataclass(kw_only=True)
@@ -255,7 +255,7 @@ class HeadJob:
         inputs = [tap.hidden, tap.residual, tap.normed, *self.parameters()]
         wanted = [x for x, need in zip(inputs, [*needs[:3], *needs[4:]], strict=True) if need and x is not None]
         full = self.gather(features)
-        chunk = self.losses.chunk or tokens_at_once(len(matrix))
+        chunk = self.losses.chunk or tokens_at_once(len(matrix), matrix.device.type)
         job = self.loss_job(full, None if teacher is None else self.gather(teacher), chunk)
         found = chunked_losses(
             job,
@@ -312,7 +312,8 @@ class HeadJob:
     def measure(self, tap: Tap) -> None:
         """Count cross-entropy, accuracy and confidence."""
         full, matrix = self.gather(self.features(tap)), self.matrix()
-        job = self.loss_job(full, None, self.losses.chunk or tokens_at_once(len(matrix)))
+        chunk = self.losses.chunk or tokens_at_once(len(matrix), matrix.device.type)
+        job = self.loss_job(full, None, chunk)
         found = chunked_losses(replace(job, settings=LossSettings()), [full], [matrix], [False, False])
         self.losses.record(self, recorded(found))
 

@@ -62,8 +62,9 @@ class _Head:
 @dataclass(frozen=True, kw_only=True)
 class MemoryModel:
     """All that memory depends on. ``tokens`` are those of a microbatch; ``compute``, ``master`` and ``backbone`` the
-    bytes of an element in computation, in the optimizer and in frozen weights; ``accumulates``: a step adds up the
-    gradients of several microbatches; ``teacher``: exits learn from the final head."""
+    bytes of an element in computation, in the optimizer and in frozen weights; ``device`` is the type of all devices;
+    ``accumulates``: a step adds up the gradients of several microbatches; ``teacher``: exits learn from the final head.
+    """
 
     model: ModelConfig
     exits: Sequence[ExitConfig]
@@ -74,6 +75,7 @@ class MemoryModel:
     compute: int
     master: int
     backbone: int
+    device: str = "cuda"
     exit_forward: Literal["eager", "checkpoint", "deferred"] = "deferred"
     frozen: bool = False
     recompute: bool = False
@@ -169,7 +171,8 @@ class MemoryModel:
         features = self._feature_elements(e) * self.tokens * self.compute
         logits = self.tokens * rows
         if self.exit_forward == "deferred":
-            chunk = min(self.tokens, tokens_at_once(rows)) * rows * (2 if self.teacher and e is not None else 1)
+            chunk = min(self.tokens, tokens_at_once(rows, self.device)) * rows
+            chunk *= 2 if self.teacher and e is not None else 1
             gradients = self.tokens * self.model.hidden_size + matrix
             return _Head(work=features + (chunk + gradients) * self.master, between=float(matrix * self.compute))
         work = logits * self.master + matrix * self.compute
