@@ -39,7 +39,7 @@ from exitlm.train.objective import (
     whole_loss,
 )
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 """The most that a chunk of logits takes in float32, by type of device. Every chunk reads the output matrix twice and
 adds to its gradient: what computes faster needs more tokens for the time of that."""
 
