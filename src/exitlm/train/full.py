@@ -73,8 +73,9 @@ def train(config: RunConfig | str | os.PathLike[str], *, overrides: Sequence[str
 
 @contextmanager
 def _only_first_warns(launch: Launch) -> Iterator[None]:
-    """What all processes find is said once."""
+    """What all processes find is said once; that FSDP fears for views which nothing changes in place, never."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         if launch.rank > 0:
             warnings.simplefilter("ignore", UserWarning)
         yield

@@ -99,7 +99,7 @@ class TorchRunner:
     ) -> None:
         self.stages, self.hidden, self.size = stages, hidden, hidden.shape[0]
         count = mesh.layout.stages
-        built = [PipelineStage(
+        built = [_Neighbour(
             stage, stage.index, count, mesh.device, group=mesh.pipeline, **_shapes(stage, hidden, ids)
         ) for stage in stages]  # fmt: skip
         kind = getattr(schedules, TORCH[name])
@@ -114,15 +114,25 @@ class TorchRunner:
         numbers = torch.arange(len(rows.ids)) // self.size
         inputs = (rows.ids,) if any(stage.first for stage in self.stages) else ()
         target = rows.labels if any(stage.last for stage in self.stages) else None
+        for stage in self.stages:
+            stage.plan = plan
         self.schedule.step(
             *inputs,
             target=target,
             labels=rows.labels,
             documents=rows.documents,
             microbatch=numbers,
-            plan=plan,
             **self.quiet,
         )
+
+
+class _Neighbour(PipelineStage):
+    """A stage that may have the next one on its own process (zbv). Before the first step torch 2.11 and 2.12 send a
+    number to every neighbour; to itself a process of gloo can't."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
+        others: list[Any] = super()._get_init_p2p_neighbors_ops()
+        return [op for op in others if op.group_peer != self.group_rank]
 
 
 def _end(output: Tensor, target: Tensor) -> Tensor:

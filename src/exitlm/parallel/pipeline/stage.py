@@ -119,6 +119,7 @@ class Stage(nn.Module):
         self.first, self.last = index == 0, index == split.stages - 1
         self.final, self.carries, self.frozen = split.final and self.last, carries, frozen
         self.recompute, self.across_documents = recompute, across_documents
+        self.plan: StepPlan | None = None
         self.model = EarlyExitModel(config, split.layers(index))
         mine = [e for e in exits if e.layer in split.exits(index)]
         for e in sorted(mine, key=lambda e: e.layer):
@@ -157,11 +158,14 @@ class Stage(nn.Module):
         labels: Tensor,
         documents: Tensor,
         microbatch: Tensor | int,
-        plan: StepPlan,
+        plan: StepPlan | None = None,
         taps: Mapping[int, tuple[Tensor | None, ...]] | None = None,
     ) -> Any:
         """Ids [B, T] or hidden states [B, T, D] in; out comes what :meth:`_whole`, or on a frozen stage :meth:`_layers`
-        and, given ``taps``, :meth:`_exits` say. ``documents`` [B, T] numbers the pieces of each row, on the CPU."""
+        and, given ``taps``, :meth:`_exits` say. ``documents`` [B, T] numbers the pieces of each row, on the CPU.
+        ``plan`` None is the attribute of that name: torch's schedules pass tensors only."""
+        plan = plan or self.plan
+        assert plan is not None
         number = microbatch if isinstance(microbatch, int) else int(microbatch.reshape(-1)[0])
         context = self.context(documents, labels.device)
         if taps is not None:
@@ -202,12 +206,10 @@ class Stage(nn.Module):
         if FINAL in losses:
             hidden, carried = losses[FINAL].attach(Tap(tap.hidden), carried)
             tap = Tap(hidden)
-        if self.last:
-            return Anchor.attach(None, carried, tap.hidden, *ends)
-        if ends:
-            together: Tensor | tuple[Tensor, Tensor] = _Together.apply(tap.hidden, carried, *ends)  # type: ignore[no-untyped-call]
-            return together
-        return tap.hidden if carried is None else (tap.hidden, carried)
+        out = Anchor.attach(None, carried, tap.hidden) if self.last else tap.hidden
+        if ends:  # one node that all hang on, and none of Python: what torch 2.11 can begin a second half at
+            out = out + torch.cat(ends).sum().to(out.dtype)
+        return out if self.last or carried is None else (out, carried)
 
     @torch.no_grad()
     def _layers(self, hidden: Tensor, context: AttentionContext) -> FrozenOutput:
@@ -303,16 +305,3 @@ class Anchor(torch.autograd.Function):
         if ctx.carries:
             carried = ctx.features if ctx.features is not None else zeros[0].clone()
         return (None, carried, *zeros)
-
-
-class _Together(torch.autograd.Function):
-    """Hidden states and ``carried`` as they are, with what must be back-propagated besides."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, carried: Tensor | None, *ends: Tensor) -> Any:
-        ctx.like = [(end.dtype, end.device) for end in ends]
-        return hidden.detach() if carried is None else (hidden.detach(), carried.detach())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_carried: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        return (grad, grad_carried, *(torch.zeros(1, dtype=dtype, device=device) for dtype, device in ctx.like))
