@@ -25,7 +25,8 @@ def per_rank(schedule: str) -> int:
 
 
 def test_eight_processes_have_the_gradient_of_one() -> None:
-    """Two data, two tensor and two pipeline ranks: sharded or whole, with and without sequence parallelism."""
+    """Two data, two tensor and two pipeline ranks: sharded or whole, with and without sequence parallelism; and four
+    pipeline ranks, whose bubbles have room to be filled."""
     eight = Layout(data=2, tensor=2, pipeline=2)
     layouts = [
         eight,
@@ -34,7 +35,12 @@ def test_eight_processes_have_the_gradient_of_one() -> None:
         dataclasses.replace(eight, schedule="zbv", stages_per_rank=2, shard=False, sequence=False),
     ]
     model = llama(4, vocab_size=49, tie_word_embeddings=True)
-    run_cases([Case(layout=layout, exits=EXITS, model=model, size=1, length=4, microbatches=2) for layout in layouts])
+    cases = [Case(layout=layout, exits=EXITS, model=model, size=1, length=4, microbatches=2) for layout in layouts]
+    for layout in (Layout(data=2, pipeline=4, schedule="filled"), Layout(tensor=2, pipeline=4, schedule="filled")):
+        cases.append(Case(layout=layout, exits=EXITS, model=model, size=1, length=4, microbatches=4))
+        made = cases[-1].job().geometry.schedule
+        assert (made.filled_warmup, made.filled_cooldown) == (1, 2)
+    run_cases(cases)
 
 
 @pytest.mark.slow
@@ -195,8 +201,9 @@ def test_half_precision_is_as_close_to_float64_as_a_plain_model_in_it(dtype: str
 
 
 def test_gradients_are_summed_in_float32() -> None:
-    """Whatever the schedule, the same sums of bfloat16 gradients: they are 1e-6 apart with torch 2.13 (one weight of zero_bubble 1e-4 with 2.15), and would be 2e-3 apart in bfloat16. Heads
-    that share a matrix on a stage, and weights' halves of backwards that follow each other, are part of it."""
+    """Whatever the schedule, the same sums of bfloat16 gradients: 1e-6 apart with torch 2.13 (7e-5 with 2.15), where
+    sums in bfloat16 would be 2e-3 apart. Heads that share a matrix on a stage, and weights' halves of backwards that
+    follow each other, are part of it."""
     cases = [
         Case(
             layout=Layout(pipeline=4, schedule=schedule, stages_per_rank=per_rank(schedule)),

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from exitlm.errors import UserError
-from exitlm.parallel.mesh import Layout, Mesh, stages_per_rank
+from exitlm.parallel.mesh import Launch, Layout, Mesh, stages_per_rank
 from tests.parallel.cases import Case, exits_of, trainer_of
 from tests.parallel.launch import launch
 
@@ -25,6 +25,16 @@ def test_every_stage_is_on_one_rank(schedule: str, pipeline: int) -> None:
 def test_a_rank_has_every_nth_stage_or_a_pair_of_mirror_images() -> None:
     assert Layout(pipeline=4, schedule="interleaved", stages_per_rank=2).stages_of(1) == (1, 5)
     assert Layout(pipeline=4, schedule="zbv", stages_per_rank=2).stages_of(1) == (1, 6)
+
+
+@pytest.mark.parametrize(("variables", "says"), [({"RANK": "zero"}, "RANK is 'zero'"), ({"RANK": "2"}, "WORLD_SIZE 1")])
+def test_an_environment_of_no_launcher_is_refused(
+    variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        Launch.from_environment()
 
 
 @pytest.mark.parametrize(("schedule", "asked"), [("interleaved", 1), ("zbv", 3), ("1f1b", 2), ("filled", 2)])

@@ -5,12 +5,13 @@ import multiprocessing
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from exitlm.errors import UserError
-from exitlm.train import checkpoint
+from exitlm.train import checkpoint, sharded
 from exitlm.train.run import RunConfig
 
 
@@ -31,6 +32,31 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert found.step == 10
     assert torch.equal(found.tensors["exits.1.lens.weight"], torch.full((3, 3), 10.0))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+
+
+def test_what_may_be_whole_is_not_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where all are damaged, nor where the system does not let one be read."""
+    for step in (1, 2):
+        (save(tmp_path, step) / "state.safetensors").unlink()
+    with (
+        pytest.warns(UserWarning, match="step-00000002 is damaged"),
+        pytest.raises(UserError, match="is whole; restore one, or delete that directory to begin again"),
+    ):
+        checkpoint.newest(tmp_path)
+    save(tmp_path, 3)
+
+    sharded_one = tmp_path / "checkpoints" / "step-00000004"
+    sharded_one.mkdir()
+    (sharded_one / "sharded.json").write_text('{"format": 1, "files": {"x": [0, ""]}}')
+    (sharded_one / "x").touch()
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for step, read in ((3, checkpoint.read), (4, sharded.read_meta)):
+        with pytest.raises(UserError, match=rf"step-0000000{step} can't be read \(Permission denied\); put that right"):
+            read(tmp_path / "checkpoints" / f"step-0000000{step}")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no meta", "no tensors", "format"])

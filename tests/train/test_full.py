@@ -80,7 +80,7 @@ def stopped_and_noted(home: Path, step: int) -> Any:
     [
         (["train.dtype=float64", "objective.layer_dropout=0"], list(LAYOUTS), 1e-12),
         (["objective.layer_dropout=0"], ["data", "zbv"], 1e-6),
-        (["train.dtype=float64"], ["one process", "pipeline"], 1e-12),  # layers are dropped by microbatch
+        (["train.dtype=float64"], ["one process", "pipeline"], 1e-12),
     ],
 )
 def test_another_layout_goes_on_with_the_same_losses_and_exports_the_same(

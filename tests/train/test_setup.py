@@ -56,7 +56,7 @@ REFUSED = [
     ("objective.layer_dropout=1.5", "must be in [0, 1]"),
     ("data.files=[]", "data.files is empty: name at least one file"),
     ("data.weights=[1,2]", "data.weights has 2 values for 1 files; give one per file"),
-    ("train.global_batch=7", "train.global_batch (7) must be a multiple of train.microbatch (2)"),
+    ("train.global_batch=7", "train.global_batch (7) must be a multiple of train.microbatch (2); use 6 or 8"),
     ("train.global_batch=6 parallel.data=2", "must be a multiple of train.microbatch x parallel.data (2 x 2); use 4"),
     ("train.global_batch=2 parallel.pipeline=2", "has 1 microbatches, fewer than its 2 pipeline ranks; use a "),
     ("train.steps=1.5", "train.steps is 1.5, but must be a whole number"),
@@ -74,7 +74,15 @@ REFUSED = [
     ),
     ("parallel.pipeline=2 parallel.schedule=interleaved train.global_batch=10", "can't run 5 microbatches on 2 ranks"),
     ("parallel.pipeline=2 parallel.schedule=filled objective.distill=0.5", "never reach the final head"),
-    ("parallel.pipeline=2 parallel.schedule=filled parallel.fill_warmup=-1", "use 0 to 0"),
+    ("parallel.pipeline=2 parallel.schedule=filled parallel.fill_warmup=1", "use 0 to 0"),
+    ("parallel.fill_warmup=-1", "must be at least 0, or 'auto'"),
+    ("parallel.timeout=1e14", "parallel.timeout is 100000000000000.0, but must be at most 10000000"),
+    ("data.seq_len=3000000000000", "must be at most 16777216"),
+    ("train.global_batch=4194304 train.microbatch=1", "4194304 microbatches on each data rank, more than 32768"),
+    ("train.global_batch=1000000000000", "train.global_batch is 1000000000000, but must be at most"),
+    ("objective.final=0 objective.weight=0", "every head's loss has weight 0, so that nothing is trained"),
+    ("objective.rotate_exits=3", "objective.rotate_exits is 3, but there are 2 exits; use at most that, or 0"),
+    ("model.init_std=0", "model.init_std is 0, and such a model can't learn"),
     ("train.compile=true parallel.tensor=2", "train.compile can't be used with parallel.tensor > 1"),
     ("train.compile=true parallel.pipeline=2 parallel.schedule=zero_bubble", "a schedule that splits the backward"),
     ("train.compile=true parallel.pipeline=2 parallel.schedule=zbv", "use parallel.tensor = 1 and schedule '1f1b'"),
@@ -137,6 +145,8 @@ def test_what_has_no_effect_is_said() -> None:
         resolved("train.warmup=9")
     with pytest.warns(UserWarning, match=r"objective.candidate_loss is for exitlm tune on one process"):
         resolved("objective.candidate_loss=true")
+    with pytest.warns(UserWarning, match=r"nothing trains the gates of exits.gate; set objective.gate"):
+        resolved("exits.gate=true")
     with pytest.warns(UserWarning, match=r"parallel.fill_\* has no effect on schedule '1f1b'"):
         resolved("parallel.fill_warmup=1")
 

@@ -66,7 +66,6 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "half of what was published": lambda place: os.truncate(place / "sharded.json", 50),
     "something else": lambda place: (place / "sharded.json").write_text("[]"),
     "another format": lambda place: (place / "sharded.json").write_text('{"format": 99}'),
-    "a stranger": lambda place: (place / "other.distcp").touch(),
 }
 
 
@@ -81,6 +80,7 @@ def damaged(home: Path) -> list[Any]:
             damage(out / "checkpoints" / "step-00000002")
             (out / "checkpoints" / ".step-00000003.tmp").mkdir()
             (out / "checkpoints" / ".step-00000003.tmp" / ".metadata").touch()
+            (out / "checkpoints" / "step-00000001" / ".DS_Store").touch()
         dist.barrier()
         found.append((name, *newest(out)))
         saved(writer, 2)
@@ -110,7 +110,9 @@ def kept(home: Path) -> dict[str, Any]:
     if dist.get_rank() == 0:
         flip(home / "one/checkpoints/step-00000006")
     dist.barrier()
-    found["none is whole"] = newest(home / "one")
+    with pytest.raises(UserError) as refused:
+        newest(home / "one")
+    found["none is whole"] = str(refused.value), left(home / "one")
     saved(writer, 4)
     found["one"] = left(home / "one"), newest(home / "one")[0]
 
@@ -127,11 +129,11 @@ def kept(home: Path) -> dict[str, Any]:
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
-    for rank, found in enumerate(launch(WORLD, kept, tmp_path)):
+    for found in launch(WORLD, kept, tmp_path):
         assert found["two"] == (["2", "3"], 3)
-        step, told = found["none is whole"]
-        assert step is None
-        assert rank == 1 or "no other is there: the run begins again" in told[0]
+        told, names = found["none is whole"]
+        assert "is whole; restore one, or delete that directory to begin again" in told
+        assert names == ["6"]
         assert found["one"] == (["4"], 4)  # not the damaged one, though its step is later
         assert found["changed"]
 

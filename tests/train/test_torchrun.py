@@ -106,7 +106,7 @@ def test_a_mistake_is_told_once(file: Path) -> None:
     assert out.count("error: unknown key 'train.stepps' in the run's settings; did you mean 'steps'?") == 1
     assert "exitlm/" not in out  # no traceback of ours in torchrun's report
     code, out = ended(torchrun(file, "train.steps=2", "checkpoint.every=1"))
-    lines = [line for line in out.splitlines() if not line.startswith(("training:", "W1", "[W", "*"))]
+    lines = [line for line in out.splitlines() if line and not line.startswith(("training:", "W1", "[W", "*"))]
     assert code == 0
     assert [line for line in lines if "OMP_NUM_THREADS" not in line] == [
         f"{file.parent / 'run'} holds the run; 'exitlm export {file.parent / 'run'} DIR' writes the model and its exits"

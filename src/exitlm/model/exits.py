@@ -62,7 +62,10 @@ class ExitConfig:
         if self.init == "closed_form" and self.kind != "lens":
             raise UserError(f"exit {self.layer}: init 'closed_form' belongs to kind 'lens', not to '{self.kind}'")
         if self.rank < 1 or self.candidates < 0:
-            raise UserError(f"exit {self.layer}: rank must be at least 1 and candidates at least 0")
+            raise UserError(
+                f"exit {self.layer}: rank is {self.rank} and candidates {self.candidates}, but rank must be at least 1 "
+                "and candidates at least 0"
+            )
 
 
 class ExitHead(nn.Module):

@@ -134,9 +134,22 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """What torchrun put into the environment."""
-        found = {name: os.environ.get(key) for name, key in _VARIABLES.items()}
-        return cls(**{name: int(value) for name, value in found.items() if value is not None})
+        """What torchrun put into the environment.
+
+        Raises:
+            UserError: what is there are no numbers of processes.
+        """
+        found: dict[str, int] = {}
+        for name, key in _VARIABLES.items():
+            text = os.environ.get(key)
+            if text is not None and not text.isdecimal():
+                raise UserError(f"{key} is '{text}' in the environment, but must be a number; start with torchrun")
+            if text is not None:
+                found[name] = int(text)
+        launch = cls(**found)
+        if not launch.rank < launch.world:
+            raise UserError(f"RANK is {launch.rank} but WORLD_SIZE {launch.world} in the environment; use torchrun")
+        return launch
 
 
 _VARIABLES = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world": "WORLD_SIZE"}

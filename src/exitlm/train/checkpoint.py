@@ -34,6 +34,17 @@ KINDS = {_META: "exitlm tune in one process", "sharded.json": "exitlm train"}
 """The file by which a checkpoint of each kind of run is known."""
 
 
+class Damaged(UserError):
+    """A checkpoint that is not what was written: the one before it may be."""
+
+
+def nothing_whole(out: Path) -> UserError:
+    """The sentence for a run all of whose checkpoints are damaged: nothing is thrown away for the user."""
+    return UserError(
+        f"no checkpoint in {out / 'checkpoints'} is whole; restore one, or delete that directory to begin again"
+    )
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """``tensors``: parameters as ``exits.8.lens.weight``, moments as ``optimizer.exp_avg.exits.8.lens.weight``.
@@ -147,11 +158,18 @@ def _written(name: str, tensor: Tensor) -> Written:
 
 
 def newest(out: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; a damaged one is skipped with a warning."""
-    for place in reversed(list_checkpoints(out)):
+    """The newest checkpoint that is whole; a damaged one is skipped with a warning. None where there is none yet.
+
+    Raises:
+        UserError: none is whole, or one can't be read.
+    """
+    places = list_checkpoints(out)
+    for place in reversed(places):
         try:
             return read(place)
-        except UserError as error:
+        except Damaged as error:
+            if place == places[0]:
+                raise nothing_whole(out) from error
             warnings.warn(f"{error}; going on from the one before it", stacklevel=2)
     return None
 
@@ -163,7 +181,12 @@ def is_checkpoint(place: Path) -> bool:
 
 
 def read(place: Path) -> Checkpoint:
-    """The checkpoint in its directory; a UserError says that it is damaged."""
+    """The checkpoint in its directory.
+
+    Raises:
+        Damaged: it is not what was written.
+        UserError: the system does not let it be read.
+    """
     try:
         meta = json.loads((place / _META).read_text())
         with (place / _TENSORS).open("rb") as handle:
@@ -171,8 +194,15 @@ def read(place: Path) -> Checkpoint:
         if meta["format"] != FORMAT or meta["sha256"] != digest:
             raise ValueError("its digest is wrong")
         return Checkpoint(load_file(place / _TENSORS), meta)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place} is damaged ({error})") from error
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{place} is damaged ({error})") from error
+    except OSError as error:
+        raise cannot_read(place, error) from error
+
+
+def cannot_read(place: Path, error: OSError) -> UserError:
+    """The sentence for a checkpoint that may be whole, but that the system does not give."""
+    return UserError(f"{place} can't be read ({error.strerror or error}); put that right, and start again")
 
 
 def leave_nothing(out: Path) -> None:

@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from exitlm.errors import UserError
 from exitlm.parallel.mesh import Launch, Mesh, group
-from exitlm.parallel.pipeline.schedule import simulate
-from exitlm.parallel.roll import Roll, meet
+from exitlm.parallel.pipeline.schedule import fill_room, simulate
+from exitlm.parallel.roll import Roll, first_line, meet
 from exitlm.train import checkpoint as run_files
 from exitlm.train import sharded
 from exitlm.train.corpus import rows_of_files
@@ -63,12 +63,24 @@ def train(config: RunConfig | str | os.PathLike[str], *, overrides: Sequence[str
                     raise setup
                 roll.agree("settings", setup.fit.config.to_toml(), _other_settings)
                 _Run(setup, roll, stop).run()
-            except Exception as error:
-                found = roll.failed(error, setup.fit.layout.named if isinstance(setup, Setup) else "rank {}".format)
-                if found is error:
+            except Exception as problem:
+                told = _sentence(problem)
+                found = roll.failed(told, setup.fit.layout.named if isinstance(setup, Setup) else "rank {}".format)
+                if found is problem:
                     raise
-                raise found from error
+                raise found from problem
     return setup.out
+
+
+def _sentence(error: Exception) -> Exception:
+    """The same error; where memory was not enough, what may help."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return UserError(
+            f"a process has too little memory ({first_line(error)}); a smaller train.microbatch or data.seq_len, "
+            "train.recompute = 'layers' or more ranks need less: 'exitlm train FILE --dry-run' says how much"
+        )
+    return error
 
 
 @contextmanager
@@ -119,7 +131,7 @@ class _Run:
         self.exits = setup.fit.exits
         self.started = time.perf_counter()
         self.measured: Mapping[int, Mapping[str, float]] = {}
-        self.lacking, self.stopped = False, ""
+        self.lacking, self.overdue, self.stopped = False, False, ""
 
     def run(self) -> None:
         """From the lock on the directory to the last checkpoint."""
@@ -231,7 +243,7 @@ class _Run:
                 self._steps(trackers, shown)
         except Interrupted:
             done = self.trainer.progress.done
-            kept = "is saved" if self.writer.saved == done else "could not be saved"
+            kept = "is saved" if self.writer.saved == done else "is not saved"
             self._say(
                 f"stopped by {self.stopped}: step {done} of {t.steps} {kept}; start the same command again to "
                 f"{self._from()}"
@@ -287,6 +299,8 @@ class _Run:
                 due=done == t.steps or (config.checkpoint.every > 0 and done % config.checkpoint.every == 0)
             )
         self.writer.finish()
+        if trainer.progress.skipped and self.speaks:
+            warnings.warn(f"{trainer.progress.skipped} of {t.steps} steps were skipped", stacklevel=2)
         if self.writer.saved != t.steps:
             raise UserError(
                 f"the last step could not be saved; put that right and start the same command again to {self._from()}"
@@ -302,12 +316,16 @@ class _Run:
             self.lacking = True
 
     def _stop_or_save(self, *, due: bool) -> None:
-        """Save what is ``due``, or what a signal asks for."""
+        """Save what is ``due``, or what a signal asks for. Not while steps are skipped, but for the last one: what made
+        their gradients useless may be in the parameters, and would push out the checkpoints from before."""
         stopped, written = self._vote()
         if written:
             self.writer.finish()
-        if stopped or due:
+        progress = self.trainer.progress
+        self.overdue |= bool(stopped) or due
+        if self.overdue and (not progress.in_a_row or progress.done == self.config.train.steps):
             self._save()
+            self.overdue = False
         if stopped:
             self.writer.finish()
             self.stopped = stopped
@@ -369,9 +387,14 @@ class _Run:
 
     def _tell_layout(self) -> None:
         geometry = self.setup.fit.geometry
-        extra = geometry.schedule.filled_warmup + geometry.schedule.filled_cooldown
-        if geometry.schedule.name == "filled" and not extra:
+        p, made = self.config.parallel, geometry.schedule
+        extra = made.filled_warmup + made.filled_cooldown
+        room = fill_room(p.pipeline, p.backward_forward_ratio) if made.name == "filled" else 0
+        if made.name == "filled" and not room:
             self._say("no partial microbatch fits into the bubbles of so few ranks: the schedule is 1f1b")
+        if left := (room if p.fill_warmup == "auto" else p.fill_warmup) - made.filled_warmup if room else 0:
+            first = min(self.setup.fit.split.owners.values(), default=p.pipeline)
+            self._say(f"{left} microbatches of the warm-up are left out: they would not reach an exit (stage {first})")
         if extra:
             full = geometry.microbatches - extra
             self._say(

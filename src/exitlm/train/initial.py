@@ -52,6 +52,8 @@ def model_config(config: RunConfig, vocab_size: int, eos_id: int | None = None) 
             f"model.hidden_size ({m.hidden_size}) is no multiple of model.num_attention_heads ({heads}); change one, "
             "or set model.head_dim"
         )
+    if not m.init_std:
+        raise UserError("model.init_std is 0, and such a model can't learn; use a positive number, such as 0.02")
     hf = {
         "model_type": m.family or "llama",
         "hidden_size": m.hidden_size,

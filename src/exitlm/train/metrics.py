@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -47,8 +48,9 @@ class JsonLines:
         self.file: TextIO = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append and flush one line."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append and flush one line; what is not finite is null, for JSON knows no NaN."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.file.flush()
 
     def close(self) -> None:

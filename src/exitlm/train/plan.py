@@ -23,6 +23,9 @@ from exitlm.train.loop import exit_weights
 from exitlm.train.run import RunConfig
 from exitlm.train.stream import Stream
 
+MOST = 1 << 15
+"""Microbatches of a step that a schedule is made for in reasonable time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
@@ -68,6 +71,11 @@ def geometry(config: RunConfig, layout: Layout, split: Split, *, frozen: bool, t
             f"({t.microbatch} x {p.data}); use {max(1, t.global_batch // per_round) * per_round}"
         )
     count = t.global_batch // per_round
+    if count > MOST:
+        raise UserError(
+            f"a step has {count} microbatches on each data rank, more than {MOST}; use a smaller train.global_batch "
+            "(which counts sequences), or a larger train.microbatch"
+        )
     if not frozen and p.schedule != "gpipe" and count < layout.pipeline:
         raise UserError(
             f"a step has {count} microbatches, fewer than its {layout.pipeline} pipeline ranks; use a "

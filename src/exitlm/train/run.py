@@ -52,6 +52,14 @@ _LEAST = {
     "parallel.pipeline": 1,
     "parallel.stages_per_rank": 0,
 }
+# What it must at most be: more is a mistake (of tokens for sequences, say), and would take for ever or all memory.
+_MOST = {
+    "data.seq_len": 1 << 24,
+    "train.global_batch": 1 << 24,
+    "train.microbatch": 1 << 20,
+    "train.steps": 1 << 32,
+    "parallel.timeout": 1e7,
+}
 _NUMBERS = (
     "train.lr",
     "train.min_lr",
@@ -160,6 +168,12 @@ class RunConfig:
         for key, least in _LEAST.items():
             if flat[key] < least:
                 raise UserError(f"{key} is {flat[key]}, but must be at least {least}")
+        for key, most in _MOST.items():
+            if flat[key] > most:
+                raise UserError(f"{key} is {flat[key]}, but must be at most {most:.0f}")
+        for key in ("parallel.fill_warmup", "parallel.fill_cooldown"):
+            if flat[key] != "auto" and flat[key] < 0:
+                raise UserError(f"{key} is {flat[key]}, but must be at least 0, or 'auto'")
         for key in _NUMBERS:
             for number in _as_tuple(flat[key]):
                 if not math.isfinite(number) or number < 0:
@@ -173,8 +187,10 @@ class RunConfig:
         if not all(0.0 <= beta < 1.0 for beta in t.betas):
             raise UserError(f"train.betas is {list(t.betas)}, but both must be in [0, 1)")
         if t.global_batch % t.microbatch and t.microbatch < t.global_batch:
+            less = t.global_batch - t.global_batch % t.microbatch
             raise UserError(
-                f"train.global_batch ({t.global_batch}) must be a multiple of train.microbatch ({t.microbatch})"
+                f"train.global_batch ({t.global_batch}) must be a multiple of train.microbatch ({t.microbatch}); use "
+                f"{less} or {less + t.microbatch}"
             )
         if not d.files:
             raise UserError(

@@ -116,7 +116,7 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
         raise UserError(
             f"parallel.data x tensor x pipeline is {p.data} x {p.tensor} x {p.pipeline} = {world}, but there "
             f"{'is 1 process' if launch.world == 1 else f'are {launch.world} processes'}; start "
-            f"{world} (torchrun --nproc-per-node {world} -m exitlm train ...), or change [parallel]"
+            f"{world} (torchrun --nproc-per-node {world} -m exitlm ...), or change [parallel]"
         )
     if config.train.parameters == "exits" and not config.model.base:
         raise UserError("train.parameters is 'exits', which are tuned on a model that is there: set model.base")
@@ -142,6 +142,8 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
             f"parallel.schedule '{p.schedule}' has no effect on a frozen model: its exits have a pipeline of their own",
             stacklevel=2,
         )
+    if any(e.gate for e in found.exits) and config.objective.gate == 0.0:
+        warnings.warn("nothing trains the gates of exits.gate; set objective.gate, to 1.0 for example", stacklevel=2)
     if config.objective.candidate_loss:
         warnings.warn(
             "objective.candidate_loss is for exitlm tune on one process, and has no effect here", stacklevel=2
@@ -180,6 +182,13 @@ def fit(config: RunConfig, model: ModelConfig) -> Fit:
     if t.seed >= 1 << 32:
         raise UserError(f"train.seed is {t.seed}, but must be less than 2**32")
     check_heads(exits, model)
+    trained = [o.weight] if isinstance(o.weight, float | int) else o.weight
+    if not any(trained[: len(exits)]) and (frozen or not o.final):
+        raise UserError("every head's loss has weight 0, so that nothing is trained; raise objective.weight or final")
+    if o.rotate_exits > max(1, len(exits)):
+        raise UserError(
+            f"objective.rotate_exits is {o.rotate_exits}, but there are {len(exits)} exits; use at most that, or 0"
+        )
     if teacher and o.exit_forward != "deferred":
         raise UserError(
             f"objective.exit_forward is '{o.exit_forward}', but exits that learn from the final head (distill, gate) "

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from exitlm.errors import UserError
-from exitlm.train.checkpoint import list_checkpoints, remove, retain
+from exitlm.train.checkpoint import Damaged, cannot_read, list_checkpoints, nothing_whole, remove, retain
 from exitlm.weights.publish import sync
 
 FORMAT = 1
@@ -209,16 +209,14 @@ def read_meta(place: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     """What a checkpoint says of itself, after a look at this process's share of its files.
 
     Raises:
-        UserError: it is damaged.
+        Damaged: it is not what was written. Files that nobody asked for don't matter.
+        UserError: the system does not let it be read.
     """
     try:
         meta: dict[str, Any] = json.loads((place / META).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise ValueError(f"it has format {meta['format']}")
         names = sorted(meta["files"])
-        found = {path.name for path in place.iterdir()} - {META}
-        if found != set(names):
-            raise ValueError(f"{sorted(found ^ set(names))[0]} is missing or too much")
         for name in names[part::parts]:
             size, digest = meta["files"][name]
             if (place / name).stat().st_size != size:
@@ -227,29 +225,36 @@ def read_meta(place: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
                 if hashlib.file_digest(handle, "sha256").hexdigest() != digest:
                     raise ValueError(f"the digest of {name} is wrong")
         return meta
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place} is damaged ({error})") from error
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{place} is damaged ({error})") from error
+    except OSError as error:
+        raise cannot_read(place, error) from error
 
 
 def newest(out: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, found by all processes together; damaged ones are skipped with a warning."""
+    """The newest checkpoint that is whole, found by all processes together; damaged ones are skipped with a warning.
+    None where there is none yet.
+
+    Raises:
+        UserError: none is whole, or one can't be read.
+    """
     names: list[Any] = [[p.name for p in reversed(list_checkpoints(out))]]
     dist.broadcast_object_list(names, src=0)
     for name in names[0]:
         place, problem, meta = out / "checkpoints" / name, "", {}
         try:
             meta = read_meta(place, dist.get_rank(), dist.get_world_size())
-        except UserError as error:
+        except Damaged as error:
             problem = str(error)
         problems: list[str] = ["" for _ in range(dist.get_world_size())]
         dist.all_gather_object(problems, problem)
         first = next((p for p in problems if p), "")
         if not first:
             return place, meta
+        if name == names[0][-1]:
+            raise nothing_whole(out)
         if dist.get_rank() == 0:
-            last = name == names[0][-1]
-            then = "no other is there: the run begins again" if last else "going on from the one before it"
-            warnings.warn(f"{first}; {then}", stacklevel=2)
+            warnings.warn(f"{first}; going on from the one before it", stacklevel=2)
     return None
 
 

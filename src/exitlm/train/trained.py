@@ -89,12 +89,12 @@ def _of_mesh(out: Path, config: RunConfig, places: list[Path], one: bool) -> Ear
         try:
             meta = sharded.read_meta(place)
             break
-        except UserError as error:
+        except run_files.Damaged as error:
             if one:
                 raise
+            if place == places[-1]:
+                raise run_files.nothing_whole(out) from error
             warnings.warn(f"{error}; taking the one before it", stacklevel=3)
-    else:
-        raise UserError(f"the run in {out} has no whole checkpoint; start it again")
     opened = _opened(out, config) if config.model.base else None
     if opened is not None:
         run_files.check_same(out, meta, {"base_digest": opened.digest()})

@@ -156,7 +156,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the libraries raise nearly every type
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
-            f"the tokenizer in {directory} can't be loaded ({reason}); give token ids instead of text"
+            f"the tokenizer in {directory} can't be loaded ({reason}); give another one, or token ids for text"
         ) from error
     return cast("PreTrainedTokenizerBase", tokenizer)
 
