@@ -194,22 +194,28 @@ class Writer:
             for rank in range(self.tp):
                 name = f"mp_rank_{rank:02d}_{stage:03d}" if self.pp > 1 else f"mp_rank_{rank:02d}"
                 (place / name).mkdir(parents=True)
-                with megatron_enum() as kind:
-                    self.told.model_type = kind
+                with megatron_enums() as kinds:
+                    self.told.model_type, self.told.old_model_type = kinds
                     torch.save(self.shard(stage, rank), place / name / SHARD)
         (directory / "latest_checkpointed_iteration.txt").write_text(str(self.args.iteration))
         return directory
 
 
 @contextmanager
-def megatron_enum() -> Iterator[enum.Enum]:
-    """A value of megatron/core/enums.py, whose module exists only while it is pickled."""
-    kinds = enum.Enum("ModelType", {"encoder_or_decoder": 1}, module="megatron.core.enums")  # type: ignore[misc]
+def megatron_enums() -> Iterator[list[enum.Enum]]:
+    """Values of megatron/core/enums.py, whose module exists only while they are pickled, in both ways that versions of
+    Python have."""
+    kinds = enum.Enum("ModelType", {"new": 1, "old": 2}, module="megatron.core.enums")  # type: ignore[misc]
+
+    def reduced(kind: enum.Enum, protocol: int) -> Any:
+        return (type(kind), (kind.value,)) if kind.value == 1 else (getattr, (type(kind), kind.name))
+
+    kinds.__reduce_ex__ = reduced  # type: ignore[method-assign, assignment]
     names = ("megatron", "megatron.core", "megatron.core.enums")
     sys.modules |= {name: types.ModuleType(name) for name in names}
     sys.modules[names[-1]].ModelType = kinds  # type: ignore[attr-defined]
     try:
-        yield kinds(1)
+        yield list(kinds)
     finally:
         for name in names:
             del sys.modules[name]

@@ -25,8 +25,10 @@ from exitlm.weights.load import DTYPES
 TRACKER = "latest_checkpointed_iteration.txt"
 _SHARD, _OPTIMIZER = "model_optim_rng.pt", "distrib_optim.pt"
 _RANKS = "mp_rank_*"
-# Classes of what lies beside a model and says nothing of it: enums among the settings, and numpy's random state.
+# Classes of what lies beside a model and says nothing of it: enums among the settings, which some versions of Python
+# 3.11 wrote as the getattr of a class, and numpy's random state. None of these names is looked up, getattr neither.
 _KNOWN = (
+    "builtins.getattr",
     "megatron.core.enums.ModelType",
     "megatron.core.transformer.enums.AttnMaskType",
     "megatron.core.transformer.enums.AttnType",
