@@ -27,7 +27,9 @@ def test_a_rank_has_every_nth_stage_or_a_pair_of_mirror_images() -> None:
     assert Layout(pipeline=4, schedule="zbv", stages_per_rank=2).stages_of(1) == (1, 6)
 
 
-@pytest.mark.parametrize(("variables", "says"), [({"RANK": "zero"}, "RANK is 'zero'"), ({"RANK": "2"}, "WORLD_SIZE 1")])
+@pytest.mark.parametrize(
+    ("variables", "says"), [({"RANK": "zero"}, "RANK is 'zero'"), ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE makes 1")]
+)
 def test_an_environment_of_no_launcher_is_refused(
     variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

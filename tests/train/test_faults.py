@@ -114,24 +114,48 @@ def test_a_run_stops_after_too_many_skipped_steps_in_a_row(file: Path) -> None:
     assert train(2, file)[0].code == 0  # what spoiled them is gone
 
 
-def test_parameters_that_spoil_gradients_do_not_push_out_good_ones(file: Path) -> None:
-    """The last step before they do is kept, through signals and restarts; a run that ends anyway is saved and told."""
+def test_what_is_saved_among_skipped_steps_pushes_out_nothing(file: Path) -> None:
+    """Only what a signal asks for, and the last step."""
 
     def stopped(rank: int) -> None:
         spoiled(float("nan"), 3, 99)(rank)
         before_step(5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
     run, options = file.parent / "run", ["checkpoint.every=1", "checkpoint.keep=2", "train.steps=8"]
-    for _ in range(2):
-        ends = train(2, file, *options, hook=stopped)
-        assert [end.code for end in ends] == [0, 0]
-        assert "step 6 of 8 is not saved; start the same command again to go on from step 3" in ends[0].out
-        assert steps(run) == [2, 3]
-    ends = train(2, file, *options, hook=spoiled(float("nan"), 5, 99))
+    ends = train(2, file, *options, hook=stopped)
     assert [end.code for end in ends] == [0, 0]
-    assert "warning: 3 of 8 steps were skipped" in ends[0].err
-    assert [line["grad_norm"] for line in metrics(run)][5:] == [None] * 3
-    assert steps(run) == [5, 8]
+    assert "stopped by SIGTERM: step 6 of 8 is saved; start the same command again to go on" in ends[0].out
+    assert steps(run) == [2, 3, 6]
+    ends = train(2, file, *options, "train.patience=9", hook=spoiled(float("nan"), 3, 99))
+    assert [end.code for end in ends] == [0, 0]
+    assert "warning: 5 of 8 steps were skipped" in ends[0].err
+    assert [line["grad_norm"] for line in metrics(run)][3:] == [None] * 5
+    assert steps(run) == [3, 6, 8]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parameters_that_are_no_numbers_are_not_saved(file: Path, dtype: str) -> None:
+    """Neither when they are due, nor at the end, nor while a loss scale falls."""
+
+    def hook(rank: int) -> None:
+        original = Trainer.step
+
+        def step(self: Trainer) -> Any:
+            report = original(self)
+            if rank == 1 and self.progress.done == 5:
+                self.shards.local[0].data.fill_(float("nan"))
+            return report
+
+        Trainer.step = step  # type: ignore[method-assign]
+
+    options = ["checkpoint.every=1", "checkpoint.keep=1", "checkpoint.async=false", "train.steps=8"]
+    ends = train(2, file, *options, f"train.dtype={dtype}", hook=hook)
+    said = [line for end in ends for line in end.err.splitlines() if line.startswith("error")]
+    assert [end.code for end in ends] == [2, 2]
+    assert len(said) == 1
+    assert "the parameters hold NaN or infinity, and are not saved; the checkpoints in" in said[0]
+    assert "warning: step 5 is not saved: its parameters hold NaN or infinity" in ends[0].err
+    assert steps(file.parent / "run") == [4]
 
 
 # ---- processes that die, sleep or fail

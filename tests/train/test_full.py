@@ -135,9 +135,9 @@ def test_a_signal_before_the_first_step_and_one_in_a_save(file: Path) -> None:
     def while_saving(rank: int) -> None:
         original = sharded.Writer.save
 
-        def save(self: Any, *arguments: Any) -> None:
+        def save(self: Any, *arguments: Any, **options: Any) -> None:
             signal.raise_signal(signal.SIGUSR1)
-            original(self, *arguments)
+            original(self, *arguments, **options)
             signal.raise_signal(signal.SIGUSR1)
 
         sharded.Writer.save = save  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "not published": lambda place: (place / "sharded.json").unlink(),
     "half of what was published": lambda place: os.truncate(place / "sharded.json", 50),
     "something else": lambda place: (place / "sharded.json").write_text("[]"),
-    "another format": lambda place: (place / "sharded.json").write_text('{"format": 99}'),
+    "no format": lambda place: (place / "sharded.json").write_text('{"format": null}'),
+    "nothing in it": lambda place: (place / "sharded.json").write_text('{"format": 1, "step": 2, "files": {}}'),
 }
 
 
@@ -132,10 +134,37 @@ def test_what_is_kept(tmp_path: Path) -> None:
     for found in launch(WORLD, kept, tmp_path):
         assert found["two"] == (["2", "3"], 3)
         told, names = found["none is whole"]
-        assert "is whole; restore one, or delete that directory to begin again" in told
+        assert "step-00000006 is damaged (the digest of __1_0.distcp is wrong), and no other is whole; restore" in told
         assert names == ["6"]
         assert found["one"] == (["4"], 4)  # not the damaged one, though its step is later
         assert found["changed"]
+
+
+class Evil:
+    """A pickle that makes a directory when it is read."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.place),)
+
+
+def test_nothing_that_an_index_names_is_run(tmp_path: Path) -> None:
+    out, made = tmp_path / "run", tmp_path / "made"
+    launch(WORLD, lambda: saved(sharded.Writer(out, 3, asynchronous=False), 1))
+    place = out / "checkpoints" / "step-00000001"
+    for evil in (Evil(made), [Evil(made)], getattr, os.system, checkpoint.claim):
+        (place / ".metadata").write_bytes(pickle.dumps(evil))
+        with pytest.raises(UserError, match=r"can't be read as a checkpoint of this model \(.*no (part of an )?index"):
+            sharded.load(place, {"whole": torch.zeros(3)}, alone=True)
+    assert not made.exists()
+
+
+def test_a_newer_version_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sharded.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match=r"was written by a newer version of exitlm .format 99.; update exitlm"):
+        sharded.read_meta(tmp_path)
 
 
 class Full(sharded.Storage):

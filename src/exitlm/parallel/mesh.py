@@ -148,7 +148,7 @@ class Launch:
                 found[name] = int(text)
         launch = cls(**found)
         if not launch.rank < launch.world:
-            raise UserError(f"RANK is {launch.rank} but WORLD_SIZE {launch.world} in the environment; use torchrun")
+            raise UserError(f"RANK is {launch.rank}, but WORLD_SIZE makes {launch.world} process(es); use torchrun")
         return launch
 
 

@@ -38,11 +38,23 @@ class Damaged(UserError):
     """A checkpoint that is not what was written: the one before it may be."""
 
 
-def nothing_whole(out: Path) -> UserError:
-    """The sentence for a run all of whose checkpoints are damaged: nothing is thrown away for the user."""
-    return UserError(
-        f"no checkpoint in {out / 'checkpoints'} is whole; restore one, or delete that directory to begin again"
-    )
+def nothing_whole(out: Path, last: str) -> UserError:
+    """The sentence for a run all of whose checkpoints are damaged, the ``last`` one as it says: nothing is thrown away
+    for the user."""
+    return UserError(f"{last}, and no other is whole; restore one, or delete {out / 'checkpoints'} to begin again")
+
+
+def check_format(place: Path, found: Any, known: int) -> None:
+    """Refuse a checkpoint of another format: it is whole, but not for this version.
+
+    Raises:
+        UserError: a newer version wrote it.
+        ValueError: it says nothing that could be one.
+    """
+    if isinstance(found, int) and found > known:
+        raise UserError(f"{place} was written by a newer version of exitlm (format {found}); update exitlm")
+    if found != known:
+        raise ValueError(f"it has format {found}")
 
 
 @dataclass(frozen=True)
@@ -169,7 +181,7 @@ def newest(out: Path) -> Checkpoint | None:
             return read(place)
         except Damaged as error:
             if place == places[0]:
-                raise nothing_whole(out) from error
+                raise nothing_whole(out, str(error)) from error
             warnings.warn(f"{error}; going on from the one before it", stacklevel=2)
     return None
 
@@ -191,7 +203,8 @@ def read(place: Path) -> Checkpoint:
         meta = json.loads((place / _META).read_text())
         with (place / _TENSORS).open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        if meta["format"] != FORMAT or meta["sha256"] != digest:
+        check_format(place, meta["format"], FORMAT)
+        if meta["sha256"] != digest:
             raise ValueError("its digest is wrong")
         return Checkpoint(load_file(place / _TENSORS), meta)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
@@ -222,8 +235,19 @@ def clean(out: Path) -> None:
 
 
 def list_checkpoints(out: Path) -> list[Path]:
-    """The places of a run's checkpoints, the oldest first."""
-    return sorted(p for p in (out / "checkpoints").glob("step-*") if p.is_dir())
+    """The places of a run's checkpoints, the oldest first.
+
+    Raises:
+        UserError: the system does not say what is there.
+    """
+    place = out / "checkpoints"
+    try:
+        names = os.listdir(place)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise cannot_read(place, error) from error
+    return sorted(place / name for name in names if name.startswith("step-") and (place / name).is_dir())
 
 
 def remove(place: Path) -> None:

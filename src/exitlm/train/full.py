@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from exitlm.errors import UserError
 from exitlm.parallel.mesh import Launch, Mesh, group
 from exitlm.parallel.pipeline.schedule import fill_room, simulate
-from exitlm.parallel.roll import Roll, first_line, meet
+from exitlm.parallel.roll import Roll, meet
 from exitlm.train import checkpoint as run_files
 from exitlm.train import sharded
 from exitlm.train.corpus import rows_of_files
@@ -64,21 +65,23 @@ def train(config: RunConfig | str | os.PathLike[str], *, overrides: Sequence[str
                 roll.agree("settings", setup.fit.config.to_toml(), _other_settings)
                 _Run(setup, roll, stop).run()
             except Exception as problem:
-                told = _sentence(problem)
-                found = roll.failed(told, setup.fit.layout.named if isinstance(setup, Setup) else "rank {}".format)
+                named = setup.fit.layout.named if isinstance(setup, Setup) else "rank {}".format
+                found = roll.failed(_sentence(problem, named(launch.rank)), named)
                 if found is problem:
                     raise
                 raise found from problem
     return setup.out
 
 
-def _sentence(error: Exception) -> Exception:
-    """The same error; where memory was not enough, what may help."""
+def _sentence(error: Exception, rank: str) -> Exception:
+    """The same error; where memory was not enough on a ``rank``, what may help."""
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        asked = re.search(r"allocate ([\d.]+ \w+)", text)
         return UserError(
-            f"a process has too little memory ({first_line(error)}); a smaller train.microbatch or data.seq_len, "
-            "train.recompute = 'layers' or more ranks need less: 'exitlm train FILE --dry-run' says how much"
+            f"{rank} has too little memory{f' (it asked for {asked[1]})' if asked else ''}; a smaller model, "
+            "train.microbatch or data.seq_len, train.recompute = 'layers' or more ranks need less: 'exitlm train FILE "
+            "--dry-run' says how much"
         )
     return error
 
@@ -302,6 +305,11 @@ class _Run:
         if trainer.progress.skipped and self.speaks:
             warnings.warn(f"{trainer.progress.skipped} of {t.steps} steps were skipped", stacklevel=2)
         if self.writer.saved != t.steps:
+            if self._largest(not trainer.finite()):
+                raise UserError(
+                    f"the parameters hold NaN or infinity, and are not saved; the checkpoints in {self.out} are "
+                    "intact: start another run with a lower train.lr, or look at the data"
+                )
             raise UserError(
                 f"the last step could not be saved; put that right and start the same command again to {self._from()}"
             )
@@ -316,14 +324,15 @@ class _Run:
             self.lacking = True
 
     def _stop_or_save(self, *, due: bool) -> None:
-        """Save what is ``due``, or what a signal asks for. Not while steps are skipped, but for the last one: what made
-        their gradients useless may be in the parameters, and would push out the checkpoints from before."""
+        """Save what is ``due``, or what a signal asks for. While steps make no update, only what can't wait, and beside
+        the checkpoints from before: what made gradients useless may be in the parameters."""
         stopped, written = self._vote()
         if written:
             self.writer.finish()
         progress = self.trainer.progress
-        self.overdue |= bool(stopped) or due
-        if self.overdue and (not progress.in_a_row or progress.done == self.config.train.steps):
+        self.overdue |= due
+        now = bool(stopped) or progress.done == self.config.train.steps
+        if now or (self.overdue and not progress.idle):
             self._save()
             self.overdue = False
         if stopped:
@@ -368,6 +377,12 @@ class _Run:
         trainer = self.trainer
         if self.writer.saved == trainer.progress.done:
             return
+        if self._largest(not trainer.finite()):
+            if self.speaks:
+                warnings.warn(
+                    f"step {trainer.progress.done} is not saved: its parameters hold NaN or infinity", stacklevel=2
+                )
+            return
         meta = {
             **self.same,
             "model": dict(self.setup.fit.model.hf),
@@ -377,7 +392,7 @@ class _Run:
             "updates": self._largest(trainer.updates),  # a stage without trained parameters counts none
             "seconds": round(self.before + time.perf_counter() - self.started, 3),
         }
-        self.writer.save(trainer.state(), meta)
+        self.writer.save(trainer.state(), meta, beside=trainer.progress.idle > 0)
 
     # ---- words and numbers
 
@@ -393,8 +408,9 @@ class _Run:
         if made.name == "filled" and not room:
             self._say("no partial microbatch fits into the bubbles of so few ranks: the schedule is 1f1b")
         if left := (room if p.fill_warmup == "auto" else p.fill_warmup) - made.filled_warmup if room else 0:
-            first = min(self.setup.fit.split.owners.values(), default=p.pipeline)
-            self._say(f"{left} microbatches of the warm-up are left out: they would not reach an exit (stage {first})")
+            first = min(self.setup.fit.split.owners.values(), default=None)
+            where = "the model has none" if first is None else f"the first is on stage {first}"
+            self._say(f"{left} microbatches of the warm-up are left out, which would not reach an exit ({where})")
         if extra:
             full = geometry.microbatches - extra
             self._say(

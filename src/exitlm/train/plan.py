@@ -23,8 +23,8 @@ from exitlm.train.loop import exit_weights
 from exitlm.train.run import RunConfig
 from exitlm.train.stream import Stream
 
-MOST = 1 << 15
-"""Microbatches of a step that a schedule is made for in reasonable time."""
+MOST, MOST_OF_TORCH = 1 << 14, 1 << 11
+"""Microbatches of a step that a schedule is made for in a few seconds: ours, and those with several stages a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,10 @@ def geometry(config: RunConfig, layout: Layout, split: Split, *, frozen: bool, t
             f"({t.microbatch} x {p.data}); use {max(1, t.global_batch // per_round) * per_round}"
         )
     count = t.global_batch // per_round
-    if count > MOST:
+    most = MOST if layout.stages == layout.pipeline else MOST_OF_TORCH
+    if count > most:
         raise UserError(
-            f"a step has {count} microbatches on each data rank, more than {MOST}; use a smaller train.global_batch "
+            f"a step has {count} microbatches on each data rank, more than {most}; use a smaller train.global_batch "
             "(which counts sequences), or a larger train.microbatch"
         )
     if not frozen and p.schedule != "gpipe" and count < layout.pipeline:

@@ -182,9 +182,13 @@ def fit(config: RunConfig, model: ModelConfig) -> Fit:
     if t.seed >= 1 << 32:
         raise UserError(f"train.seed is {t.seed}, but must be less than 2**32")
     check_heads(exits, model)
-    trained = [o.weight] if isinstance(o.weight, float | int) else o.weight
-    if not any(trained[: len(exits)]) and (frozen or not o.final):
-        raise UserError("every head's loss has weight 0, so that nothing is trained; raise objective.weight or final")
+    ends = [o.weight, o.weight_init] if o.warmup_steps else [o.weight]
+    trained = any(any(w) if isinstance(w, tuple) else w for w in ends) and exits
+    if not trained and (frozen or not o.final) and not (o.gate and any(e.gate for e in exits)):
+        raise UserError(
+            "every head's loss has weight 0, so that nothing is trained; raise objective.weight"
+            f"{'' if frozen else ' or objective.final'}"
+        )
     if o.rotate_exits > max(1, len(exits)):
         raise UserError(
             f"objective.rotate_exits is {o.rotate_exits}, but there are {len(exits)} exits; use at most that, or 0"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import secrets
 import shutil
 import warnings
@@ -17,24 +18,35 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from exitlm.errors import UserError
-from exitlm.train.checkpoint import Damaged, cannot_read, list_checkpoints, nothing_whole, remove, retain
+from exitlm.train.checkpoint import (
+    Damaged,
+    cannot_read,
+    check_format,
+    list_checkpoints,
+    nothing_whole,
+    remove,
+    retain,
+)
 from exitlm.weights.publish import sync
 
 FORMAT = 1
 META = "sharded.json"
 _DCP = ".metadata"
 # What can go wrong while a checkpoint is written or read.
-FAILURES = (CheckpointException, OSError, RuntimeError, ValueError)
+FAILURES = (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError)
 
 
 @dataclass
@@ -43,6 +55,7 @@ class _Pending:
     staging: Path
     meta: dict[str, Any]
     written: Future[dict[str, list[Any]]]
+    keep: int
 
 
 class Writer:
@@ -61,8 +74,9 @@ class Writer:
         dist.broadcast_object_list(life, src=0, group=self.group)
         self.life = life[0]  # a process that outlives the run before writes elsewhere
 
-    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Begin to save, after any save before has ended. Tensors may change once this returns."""
+    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, beside: bool = False) -> None:
+        """Begin to save, after any save before has ended. Tensors may change once this returns. ``beside``: it takes
+        the place of none of those that are kept."""
         self.finish()
         place = self.out / "checkpoints" / f"step-{int(meta['step']):08d}"
         staging = place.with_name(f".{place.name}.{self.life}.tmp")
@@ -89,7 +103,7 @@ class Writer:
                 begun.set_result(state_dict_saver.save(state, **options))
         except FAILURES as error:
             begun.set_exception(error)
-        self.pending = _Pending(place, staging, dict(meta), self._digested(begun, staging))
+        self.pending = _Pending(place, staging, dict(meta), self._digested(begun, staging), self.keep + beside)
         if not self.asynchronous:
             self.finish()
 
@@ -150,7 +164,7 @@ class Writer:
         except OSError as error:
             return _reason(error)
         with suppress(OSError):  # the next one tries again
-            retain(pending.place, self.keep)
+            retain(pending.place, pending.keep)
         return ""
 
     def _first(self, problem: str) -> str:
@@ -214,9 +228,10 @@ def read_meta(place: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     """
     try:
         meta: dict[str, Any] = json.loads((place / META).read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT:
-            raise ValueError(f"it has format {meta['format']}")
+        check_format(place, meta["format"], FORMAT)
         names = sorted(meta["files"])
+        if _DCP not in names or not isinstance(meta["step"], int):
+            raise ValueError(f"{META} does not say what it should")
         for name in names[part::parts]:
             size, digest = meta["files"][name]
             if (place / name).stat().st_size != size:
@@ -252,10 +267,53 @@ def newest(out: Path) -> tuple[Path, dict[str, Any]] | None:
         if not first:
             return place, meta
         if name == names[0][-1]:
-            raise nothing_whole(out)
+            raise nothing_whole(out, first)
         if dist.get_rank() == 0:
             warnings.warn(f"{first}; going on from the one before it", stacklevel=2)
     return None
+
+
+class Reader(FileSystemReader):
+    """Reads the index of a checkpoint, a pickle, without running anything that it may name: a run's directory may come
+    from elsewhere. (Tensors are read by torch with ``weights_only``.)"""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """See torch's."""
+        with (Path(self.path) / _DCP).open("rb") as file:
+            found = _Index(file).load()
+        if not isinstance(found, Metadata):
+            raise pickle.UnpicklingError("it is no index")
+        found.storage_meta = found.storage_meta or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Index(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # as some versions of Python 3.11 wrote members of enums
+            return _member
+        if "." not in name:
+            found = super().find_class(module, name)
+            plain = module == "torch" and (isinstance(found, torch.dtype) or name == "Size")
+            own = isinstance(found, type) and found.__module__ == module
+            if plain or (own and module == Metadata.__module__) or (module, name) in _HARMLESS:
+                return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
+
+
+_HARMLESS = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("collections", "OrderedDict"),
+}
+
+
+def _member(kind: Any, name: Any) -> Any:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind[name]
+    raise pickle.UnpicklingError("it asks for an attribute")
 
 
 def load(place: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
@@ -268,6 +326,6 @@ def load(place: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-            state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(place), no_dist=alone)
+            state_dict_loader.load(dict(tensors), storage_reader=Reader(place), no_dist=alone)
     except FAILURES as error:
         raise UserError(f"{place} can't be read as a checkpoint of this model ({_reason(error)})") from error

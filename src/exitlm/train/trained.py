@@ -93,7 +93,7 @@ def _of_mesh(out: Path, config: RunConfig, places: list[Path], one: bool) -> Ear
             if one:
                 raise
             if place == places[-1]:
-                raise run_files.nothing_whole(out) from error
+                raise run_files.nothing_whole(out, str(error)) from error
             warnings.warn(f"{error}; taking the one before it", stacklevel=3)
     opened = _opened(out, config) if config.model.base else None
     if opened is not None:

@@ -103,6 +103,8 @@ class Progress:
     done: int = 0
     skipped: int = 0
     in_a_row: int = 0
+    idle: int = 0
+    """Steps in a row without an update: skipped ones, and those of a loss scale that was too large."""
     usual_norm: float = 0.0
     scale: float = 1.0
     since_scaled: int = 0
@@ -255,6 +257,7 @@ class Trainer:
     def _count(self, skip: bool, norm: float) -> None:
         p = self.progress
         p.done += 1
+        p.idle = p.idle + 1 if skip else 0
         overflow = self.job.compute == torch.float16 and not math.isfinite(norm)
         if overflow and p.scale > 1.0:  # not a fault of the run: the loss scale was too large
             p.scale, p.since_scaled = p.scale / 2.0, 0
@@ -354,6 +357,10 @@ class Trainer:
         self.progress = Progress(**{key: type(getattr(self.progress, key))(value) for key, value in numbers.items()})
         for local in self.shards.local:
             self.optimizer.state[local]["step"].fill_(updates)
+
+    def finite(self) -> bool:
+        """Whether all parameters of this process are numbers."""
+        return all(bool(local.isfinite().all()) for local in self.shards.local)
 
     @property
     def updates(self) -> int:
