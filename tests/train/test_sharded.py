@@ -156,7 +156,7 @@ def test_nothing_that_an_index_names_is_run(tmp_path: Path) -> None:
     place = out / "checkpoints" / "step-00000001"
     for evil in (Evil(made), [Evil(made)], getattr, os.system, checkpoint.claim):
         (place / ".metadata").write_bytes(pickle.dumps(evil))
-        with pytest.raises(pickle.UnpicklingError, match="is no index|no part of an index"):
+        with pytest.raises(pickle.UnpicklingError, match=r"is no index|no part of an index"):
             sharded.Reader(place).read_metadata()
         with pytest.raises(UserError, match="can't be read as a checkpoint of this model"):
             sharded.load(place, {"whole": torch.zeros(3)}, alone=True)
