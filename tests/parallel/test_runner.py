@@ -161,7 +161,7 @@ def watched(case: Case) -> dict[str, Any]:
             outputs.extend(out if isinstance(out, tuple) else (out,))
             return out
 
-        stage.forward = forward  # type: ignore[method-assign]
+        stage.forward = forward
     assert isinstance(trainer.runner, TorchRunner)
     merged: list[Any] = []
     trainer.runner.schedule._merge_outputs = merged.append

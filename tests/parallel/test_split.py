@@ -113,7 +113,7 @@ def test_every_exit_has_the_owner_the_rules_say(case: dict[str, Any]) -> None:
 
 def test_an_exit_at_a_boundary() -> None:
     def owner(kind: str, place: str) -> int:
-        split = make_split(shape(), [ExitConfig(layer=4, kind=kind)], 2, place=place, layers_per_stage=[4, 4])  # type: ignore[arg-type]
+        split = make_split(shape(), [ExitConfig(layer=4, kind=kind)], 2, place=place, layers_per_stage=[4, 4])
         return split.owners[4]
 
     assert (owner("norm", "next"), owner("norm", "end"), owner("mlp", "end")) == (1, 0, 0)
@@ -150,7 +150,7 @@ def test_the_counts_are_those_of_the_modules(family: str, tied: bool) -> None:
         exits = [
             ExitConfig(
                 layer=i + 1, kind=kind, output=output, rank=3, gate=kind == "norm", branch=kind == "lens", candidates=11
-            )  # type: ignore[arg-type]
+            )
             for i, kind in enumerate(KINDS)
         ]
         real = EarlyExitModel(model)
@@ -170,7 +170,7 @@ def test_the_flops_are_those_that_torch_counts() -> None:
     T = 16
     model = shape(num_key_value_heads=1)
     exits = [
-        ExitConfig(layer=layer, kind=kind, output=output, rank=3, branch=kind == "lens")  # type: ignore[arg-type]
+        ExitConfig(layer=layer, kind=kind, output=output, rank=3, branch=kind == "lens")
         for layer, (kind, output) in enumerate(zip(KINDS, (*OUTPUTS, "shared"), strict=True), 1)
     ]
     real = EarlyExitModel(model)

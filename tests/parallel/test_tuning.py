@@ -104,7 +104,7 @@ def layers_run(case: Case) -> dict[str, Any]:
         held.append(len(runner.held))
         backward(number)
 
-    runner._exits = exits  # type: ignore[method-assign]
+    runner._exits = exits
     trainer.step()
     names = [name for stage in trainer.stages for name, _ in stage.tensors()]
     return {"runs": runs, "held": max(held), "head": any(name.startswith(("model.norm", "lm_head")) for name in names)}

@@ -175,7 +175,7 @@ def before_step(step: int, action: Callable[[Trainer], None]) -> None:
             action(self)
         return original(self)
 
-    Trainer.step = patched  # type: ignore[method-assign]
+    Trainer.step = patched
 
 
 def signalled(number: int, step: int, only: int | None = None, times: int = 1) -> Hook:
@@ -183,7 +183,7 @@ def signalled(number: int, step: int, only: int | None = None, times: int = 1) -
 
     def hook(rank: int) -> None:
         if only in (None, rank):
-            before_step(step, lambda _: [signal.raise_signal(number) for _ in range(times)])  # type: ignore[arg-type]
+            before_step(step, lambda _: [signal.raise_signal(number) for _ in range(times)])
 
     return hook
 

@@ -75,7 +75,7 @@ def spoiled(factor: float, first: int, last: int) -> Callable[[int], None]:
                     assert local.grad is not None
                     local.grad *= factor
 
-        Trainer.step, Shards.collect = step, spoil  # type: ignore[method-assign]
+        Trainer.step, Shards.collect = step, spoil
 
     return hook
 
@@ -146,7 +146,7 @@ def test_parameters_that_are_no_numbers_are_not_saved(file: Path, dtype: str) ->
                 self.shards.local[0].data.fill_(float("nan"))
             return report
 
-        Trainer.step = step  # type: ignore[method-assign]
+        Trainer.step = step
 
     options = ["checkpoint.every=1", "checkpoint.keep=1", "checkpoint.async=false", "train.steps=8"]
     ends = train(2, file, *options, f"train.dtype={dtype}", hook=hook)
@@ -161,13 +161,23 @@ def test_parameters_that_are_no_numbers_are_not_saved(file: Path, dtype: str) ->
 # ---- processes that die, sleep or fail
 
 
-def test_a_rank_that_dies_is_named(file: Path) -> None:
+def at_step_3(number: int, act: Callable[[], Any]) -> Callable[[int], None]:
+    """Rank ``number`` does something before that step."""
+
     def hook(rank: int) -> None:
         impatient()
-        if rank == 1:
-            before_step(3, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        if rank == number:
+            before_step(3, lambda _: act())
 
-    ends = train(3, file, hook=hook)
+    return hook
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_dies_is_named(file: Path) -> None:
+    ends = train(3, file, hook=at_step_3(1, die))
     assert ends.pop(1).code == -signal.SIGKILL
     told_once(ends, "rank 1 (pipeline 1, data 0, tensor 0) died or can't be reached; the last checkpoint is intact")
     assert train(1, file)[0].code == 0
@@ -175,25 +185,15 @@ def test_a_rank_that_dies_is_named(file: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_sleeps_is_named_at_the_timeout(file: Path) -> None:
-    def hook(rank: int) -> None:
-        impatient()
-        if rank == 2:
-            before_step(3, lambda _: time.sleep(60))
-
     started = time.monotonic()
-    ends = train(3, file, "parallel.timeout=8", "checkpoint.async=false", hook=hook)
+    ends = train(3, file, "parallel.timeout=8", "checkpoint.async=false", hook=at_step_3(2, lambda: time.sleep(60)))
     told_once(ends, "rank 2 (pipeline 2, data 0, tensor 0) did not answer within 8 seconds (parallel.timeout);")
     assert time.monotonic() - started < 30
     assert 2 in steps(file.parent / "run")
 
 
 def test_without_rank_0_the_others_end_too(file: Path) -> None:
-    def hook(rank: int) -> None:
-        impatient()
-        if rank == 0:
-            before_step(3, lambda _: os.kill(os.getpid(), signal.SIGKILL))
-
-    ends = train(2, file, hook=hook)
+    ends = train(2, file, hook=at_step_3(0, die))
     assert (ends[0].code, ends[1].code) == (-signal.SIGKILL, 2)
     assert "error: rank 0 (pipeline 0, data 0, tensor 0) died" in ends[1].err
 
@@ -262,7 +262,7 @@ def test_a_disk_that_stays_full(file: Path) -> None:
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        JsonLines.log = full  # type: ignore[method-assign]
+        JsonLines.log = full
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
 
     ends = train(2, file, hook=hook)

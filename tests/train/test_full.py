@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def stopped_and_noted(home: Path, step: int) -> Any:
                     torch.save(self.stages[0].model.logits(IDS), home / f"{done}.logits.pt")
             return found
 
-        Trainer.state = state  # type: ignore[method-assign]
+        Trainer.state = state
 
     return hook
 
@@ -130,7 +131,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(file: Path) -> None:
 def test_a_signal_before_the_first_step_and_one_in_a_save(file: Path) -> None:
     def while_starting(rank: int) -> None:
         original = full.rows_of_files
-        full.rows_of_files = lambda *args: (signal.raise_signal(signal.SIGTERM), original(*args))[1]  # type: ignore
+        full.rows_of_files = lambda *args: (signal.raise_signal(signal.SIGTERM), original(*args))[1]
 
     def while_saving(rank: int) -> None:
         original = sharded.Writer.save
@@ -140,7 +141,7 @@ def test_a_signal_before_the_first_step_and_one_in_a_save(file: Path) -> None:
             original(self, *arguments, **options)
             signal.raise_signal(signal.SIGUSR1)
 
-        sharded.Writer.save = save  # type: ignore[method-assign]
+        sharded.Writer.save = save
 
     (end,) = train(1, file, hook=while_starting)
     assert end.code == 0
@@ -183,6 +184,36 @@ def test_one_process_writes_what_is_worth_watching(file: Path) -> None:
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("loss/final")] == [2, 3, 4, 6]
+
+
+def test_hosted_trackers_and_the_share_of_a_known_peak(file: Path, tmp_path: Path) -> None:
+    """Stand-ins for the hosts' packages, which have the same calls."""
+    for name in ("wandb", "trackio"):
+        (tmp_path / f"{name}.py").write_text(
+            "import json\n"
+            "class Run:\n"
+            "    def log(self, values, step):\n"
+            f"        open({str(tmp_path / name)!r}, 'a').write(json.dumps([step, sorted(values)]) + '\\n')\n"
+            "    def finish(self):\n"
+            f"        open({str(tmp_path / name)!r}, 'a').write('\"finished\"\\n')\n"
+            "def init(project, config):\n"
+            "    assert project == 'mine' and config['train.steps'] == 4\n"
+            "    return Run()\n"
+        )
+
+    def hook(rank: int) -> None:
+        sys.path.insert(0, str(tmp_path))
+        full.peak_flops = lambda device: 1e12
+
+    ends = train(2, file, "logging.wandb=mine", "logging.trackio=mine", "train.steps=4", "logging.every=2", hook=hook)
+    assert [end.code for end in ends] == [0, 0], ends
+    lines = metrics(file.parent / "run", timed=True)
+    assert all(line["mfu"] == pytest.approx(line["tflops"]) for line in lines)
+    for name in ("wandb", "trackio"):
+        *sent, last = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert [step for step, _ in sent] == [line["step"] for line in lines]
+        assert {"loss/final", "grad_norm", "mfu"} <= set(sent[0][1])
+        assert last == "finished"
 
 
 def test_the_adapter_of_a_frozen_model_over_two_processes(file: Path, base: Path) -> None:

@@ -150,7 +150,7 @@ class Evil:
         return os.mkdir, (str(self.place),)
 
 
-def test_nothing_that_an_index_names_is_run(tmp_path: Path) -> None:
+def test_nothing_that_an_index_names_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, made = tmp_path / "run", tmp_path / "made"
     launch(WORLD, lambda: saved(sharded.Writer(out, 3, asynchronous=False), 1))
     place = out / "checkpoints" / "step-00000001"
@@ -160,6 +160,11 @@ def test_nothing_that_an_index_names_is_run(tmp_path: Path) -> None:
             sharded.Reader(place).read_metadata()
         with pytest.raises(UserError, match="can't be read as a checkpoint of this model"):
             sharded.load(place, {"whole": torch.zeros(3)}, alone=True)
+    (tmp_path / "evil_module.py").write_text(f"import os\nos.mkdir({str(made)!r})\nthing = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (place / ".metadata").write_bytes(b"cevil_module\nthing\n.")
+    with pytest.raises(pickle.UnpicklingError, match=r"names evil_module.thing, which is no part of an index"):
+        sharded.Reader(place).read_metadata()
     assert not made.exists()
 
 

@@ -90,7 +90,7 @@ def against_plain(case: Case, count: int, expected: list[tuple[dict[str, Tensor]
     wrong = []
     for step, (values, norm, loss) in enumerate(expected):
         report = trainer.step()
-        trainer.validate(table, 3)  # type: ignore[arg-type]
+        trainer.validate(table, 3)
         for name, whole, local in zip(trainer.shards.names, trainer.shards.whole, trainer.shards.local, strict=True):
             error = float((local - part_of(values[name], whole)).abs().max()) if local.numel() else 0.0
             if error > 1e-10:

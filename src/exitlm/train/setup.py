@@ -183,8 +183,9 @@ def fit(config: RunConfig, model: ModelConfig) -> Fit:
         raise UserError(f"train.seed is {t.seed}, but must be less than 2**32")
     check_heads(exits, model)
     ends = [o.weight, o.weight_init] if o.warmup_steps else [o.weight]
-    trained = any(any(w) if isinstance(w, tuple) else w for w in ends) and exits
-    if not trained and (frozen or not o.final) and not (o.gate and any(e.gate for e in exits)):
+    trains_exits = bool(exits) and any(any(w) if isinstance(w, tuple) else w for w in ends)
+    trains_gates = o.gate > 0.0 and any(e.gate for e in exits)
+    if not (trains_exits or trains_gates or (o.final and not frozen)):
         raise UserError(
             "every head's loss has weight 0, so that nothing is trained; raise objective.weight"
             f"{'' if frozen else ' or objective.final'}"

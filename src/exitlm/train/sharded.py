@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import metadata, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -289,19 +289,21 @@ class Reader(FileSystemReader):
 
 
 class _Index(pickle.Unpickler):
+    """What is not known here is not even imported."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):  # as some versions of Python 3.11 wrote members of enums
             return _member
-        if "." not in name:
-            found = super().find_class(module, name)
-            plain = module == "torch" and (isinstance(found, torch.dtype) or name == "Size")
-            own = isinstance(found, type) and found.__module__ == module
-            if plain or (own and module == Metadata.__module__) or (module, name) in _HARMLESS:
-                return found
+        if (module, name) in _HARMLESS:
+            return super().find_class(module, name)
+        found = getattr({"torch": torch, Metadata.__module__: metadata}.get(module), name, None)
+        if isinstance(found, torch.dtype) or (isinstance(found, type) and found.__module__ == Metadata.__module__):
+            return found
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
 
 
 _HARMLESS = {
+    ("torch", "Size"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),

@@ -282,13 +282,13 @@ class Trainer:
         for head, row in zip(self.job.heads, table.tolist(), strict=True):
             if head in plan.weights and row[0] > 0:
                 values = dict(zip(COUNTED, row, strict=True))
+                learns = head != FINAL and not plan.measure
+                if not (learns and self.losses.gate_weight):
+                    del values["gate_loss"]
+                if not (learns and self.losses.settings.confidence_weighted):
+                    del values["confidence_weight"]
                 tokens = values.pop("tokens")
                 out[head] = {name: value / tokens for name, value in values.items()}
-        unused = [] if self.losses.gate_weight else ["gate_loss"]
-        unused += [] if self.losses.settings.confidence_weighted and not plan.measure else ["confidence_weight"]
-        for head, means in out.items():
-            for name in {*unused, "confidence_weight"} if head == FINAL else unused:
-                means.pop(name)
         return out
 
     # ---- validation
@@ -313,8 +313,7 @@ class Trainer:
                 if not stage.last:
                     sent += self._give(stage, number, out, arriving)
         wait_for(sent)
-        measured = self._means(self.losses.take(), plan)
-        return {head: {name: v for name, v in means.items() if name != "gate_loss"} for head, means in measured.items()}
+        return self._means(self.losses.take(), plan)
 
     def _take(self, stage: Stage, number: int, arriving: dict[int, Tensor]) -> Tensor:
         rank = self.mesh.layout.rank_of(stage.index - 1)
