@@ -12,7 +12,7 @@ import torch
 
 from exitlm.decode.engine import DEFAULT_THRESHOLD, Engine
 from exitlm.decode.generation import GenerationConfig
-from exitlm.decode.rules import PATIENCE_REACHED
+from exitlm.decode.rules import PATIENCE_REACHED, RULES
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig
@@ -453,3 +453,49 @@ def test_speed_of_one_token_is_not_a_number(engine: Engine) -> None:
     out = generate(engine, PROMPT, max_new_tokens=1)
     assert math.isnan(out.stats["tokens_per_second"])
     assert out.stats["tokens"] == 1
+
+
+# ---- numbers that are none
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_final_logits_that_are_not_finite_end_the_generation(mode: str) -> None:
+    model = copy.deepcopy(drafting_model("llama"))
+    with torch.no_grad():
+        model.lm_head.weight[40, 3] = math.nan
+    with pytest.raises(UserError, match=r"final logits for new token 1 are not finite .* dtype 'float32'"):
+        generate(make_engine(model), PROMPT, **MODES[mode])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_text_ends_at_the_token_whose_logits_are_not_finite(mode: str) -> None:
+    plain = generate(make_engine(drafting_model("llama")), PROMPT, mode="full", **FREE).token_ids
+    after = next(i for i in range(3, 20) if plain[i] not in (*PROMPT, *plain[:i]))
+    model = copy.deepcopy(drafting_model("llama"))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # not the embedding's, if they are tied
+    with torch.no_grad():
+        model.model.embed_tokens.weight[plain[after]] = math.nan
+    engine, pieces = make_engine(model), []
+    settings = {**MODES[mode], "threshold": 1.0} if mode == "threshold" else MODES[mode]
+    with pytest.raises(UserError, match=f"new token {after + 2} are not finite"):
+        pieces.extend(engine.stream(PROMPT, GenerationConfig.of({**settings, **FREE})))
+    assert [i for piece in pieces for i in piece.token_ids] == plain[: after + 1]
+    assert generate(engine, PROMPT, **{**settings, **FREE, "max_new_tokens": after}).token_ids == plain[:after]
+
+
+@pytest.mark.parametrize("part", ["lens.weight", "lens.bias", "gate.weight", "gate.bias"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("mode", ["threshold", "lossless"])
+def test_an_exit_with_a_weight_that_is_no_number_never_fires(mode: str, rule: str, part: str) -> None:
+    model = copy.deepcopy(drafting_model("llama"))
+    with torch.no_grad():
+        for head in model.exit_heads().values():
+            head.get_parameter(part).view(-1)[0] = math.nan
+    settings: dict[str, Any] = {"mode": mode, "rule": rule, "threshold": 0.0, "draft": ("exits",), "patience": 1}
+    out = generate(make_engine(model), PROMPT, **settings, **FREE)
+    if part.startswith("lens") or rule == "gate":
+        assert set(out.exit_layers) == {model.config.num_hidden_layers}
+    else:  # a gate that nobody reads does no harm
+        assert min(out.exit_layers) < model.config.num_hidden_layers
+    plain = generate(make_engine(model), PROMPT, mode="full", **FREE)
+    assert mode == "threshold" or out.token_ids == plain.token_ids

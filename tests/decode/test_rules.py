@@ -191,9 +191,28 @@ def test_every_rule_keeps_what_zero_and_one_mean(name: str) -> None:
         assert run(rule, heads)[0] == expected
 
 
-def test_only_rules_on_logits_cost_a_projection_per_test() -> None:
-    costly = {name for name in RULES if ExitRule(name=name, thresholds={}).needs_logits}
-    assert costly == {"probability", "margin", "entropy", "patience", "decay"}
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+@pytest.mark.parametrize("bad", [[math.nan, 0.0, 1.0], [math.inf, 0.0, 1.0], [-math.inf] * 3, [math.nan], [math.nan] * 3])
+def test_logits_that_are_not_finite_never_fire(name: str, threshold: float, bad: list[float]) -> None:
+    rule = ExitRule(name=name, thresholds={1: threshold}, patience=1)
+    layer, test = run(rule, [Head(1, torch.tensor(bad), 1.0)])
+    assert layer is None
+    assert math.isnan(test.confidence[1])
+
+
+def test_an_exit_without_a_number_ends_a_streak() -> None:
+    rows = [peaked(0, 3.0), torch.full((8,), math.nan), peaked(0, 3.0), peaked(0, 3.0)]
+    heads = [Head(layer, row) for layer, row in enumerate(rows, 1)]
+    rule = ExitRule(name="patience", thresholds=dict.fromkeys(range(1, 5), PATIENCE_REACHED), patience=2)
+    assert run(rule, heads)[0] == 4
+
+
+def test_only_rules_on_logits_cost_a_projection_for_an_exit_that_does_not_fire() -> None:
+    heads = {name: Head(1, peaked(1, 1.0), 0.1) for name in RULES if name != "fixed"}
+    for name, head in heads.items():
+        assert run(ExitRule(name=name, thresholds={1: 0.9}, patience=3), [head])[0] is None
+    assert {name for name, head in heads.items() if head.reads} == {*heads} - {"gate"}
 
 
 def test_decay_uses_the_position() -> None:

@@ -1,6 +1,7 @@
 """Text that the model writes: equal to plain decoding, the same after any kill, and what is refused."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time(family: str) -> None:
             ids.append(int(model.logits(ids)[0, -1].argmax()))
         assert answer == ids[len(prompt) :]
     assert len({len(a) for a in answers}) > 1
+
+
+def test_a_model_whose_logits_are_not_finite_writes_nothing(tmp_path: Path) -> None:
+    model = tiny_model("llama", seed=3)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(UserError, match="final logits are not finite"):
+        list(write_answers(lambda: model, PROMPTS, writing(), tokens=50, cache=tmp_path))
+    assert not any(path.stat().st_size for path in tmp_path.rglob("*.jsonl"))
 
 
 def test_draws_follow_the_distribution() -> None:

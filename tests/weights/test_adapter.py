@@ -294,6 +294,37 @@ def test_tensors_that_do_not_fit(base: Path, tmp_path: Path) -> None:
     assert "lacks the tensor 'exits.1.gate.bias'" in refused(base, adapter)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["exits.1.lens.weight", "exits.3.gate.bias"])
+def test_tensors_that_are_not_finite_are_neither_saved_nor_attached(
+    base: Path, tmp_path: Path, name: str, value: float
+) -> None:
+    adapter = saved(base, tmp_path)
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    model = load_model(base)
+    attach(model, [adapter])
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = value
+    with pytest.raises(UserError, match=f"tensor '{name}' holds NaN or infinity in float32, and nothing was written"):
+        save_adapter(adapter, model)
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    with pytest.raises(UserError, match="NaN or infinity"):
+        save_adapter(tmp_path / "new", model)
+    assert not (tmp_path / "new").exists()
+    edit(adapter, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
+    assert f"tensor '{name}' holds NaN or infinity; tune the exits again" in refused(base, adapter)
+
+
+def test_a_dtype_too_narrow_for_an_exit_is_named(base: Path, tmp_path: Path) -> None:
+    adapter = saved(base, tmp_path)
+    edit(adapter, lambda tensors: tensors["exits.1.lens.bias"][:1].fill_(1e5))
+    attach(load_model(base), [adapter])
+    model = load_model(base, dtype="float16")
+    with pytest.raises(UserError, match=r"'exits.1.lens.bias' holds NaN or infinity in float16; load .* 'float32'"):
+        attach(model, [adapter])
+    assert not model.exit_heads()
+
+
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4, 5, 6, 97], [-1, 1, 2, 3, 4, 5, 6, 7], [1, 1, 2, 3, 4, 5, 6, 7]])
 def test_candidates_beyond_the_vocabulary(base: Path, tmp_path: Path, ids: list[int]) -> None:
     save_adapter(tmp_path, with_exits(base, [ExitConfig(layer=1, candidates=8)]))

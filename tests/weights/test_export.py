@@ -87,6 +87,17 @@ def test_another_dtype_is_asked_for_and_consistent(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "exits.2.lens.weight"])
+def test_what_a_dtype_cannot_hold_is_not_exported(tmp_path: Path, name: str) -> None:
+    model = with_exits(saved(tmp_path / "base"), 2)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = 1e5
+    with pytest.raises(UserError, match=f"tensor '{name}' holds NaN or infinity in float16, and nothing was written"):
+        export(model, tmp_path / "half", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    export(model, tmp_path / "half", dtype="bfloat16")
+
+
 def test_float64_stays_float64(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.add_exits([ExitConfig(layer=2)])

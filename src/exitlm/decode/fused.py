@@ -302,13 +302,15 @@ class FusedHead:
             self.projections = [pack_linear(rows, None, quant)]
 
     def gate(self, hidden_D: Tensor) -> float:
-        """The gate's probability for one row: two dot products, no projection."""
+        """The gate's probability for one row: two dot products, no projection. NaN where they are not finite."""
         if hidden_D.device.type == "cpu":
             square = float(torch.dot(hidden_D, hidden_D)) / len(hidden_D)
             logit = float(torch.dot(hidden_D, self.gate_weight)) / math.sqrt(square + self.eps) + self.gate_bias
         else:  # an accelerator is waited for once
             wide = hidden_D.to(self.gate_weight.dtype)
             logit = float(torch.dot(F.rms_norm(wide, (len(wide),), None, self.eps), self.gate_weight)) + self.gate_bias
+        if not math.isfinite(logit):
+            return math.nan  # min and max would make it 60
         return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, logit))))
 
     def logits(self, hidden_MD: Tensor, residual_MD: Tensor | None, block_MD: Tensor | None) -> Tensor:

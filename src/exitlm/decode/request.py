@@ -22,8 +22,9 @@ from exitlm.decode.drafting import DraftPolicy
 from exitlm.decode.generation import GenerationConfig, TokenTrace
 from exitlm.decode.lookup import NgramIndex
 from exitlm.decode.rules import ExitRule
-from exitlm.decode.sample import Sampler, draw
+from exitlm.decode.sample import Sampler, draw, finite_rows
 from exitlm.decode.step import Fired, RuleTest, SequenceState, expand_logits
+from exitlm.errors import UserError
 
 
 @dataclass
@@ -112,8 +113,18 @@ class Request:
         return expand_logits(fired.head, fired.logits_K, self.state.fused.config.vocab_size)
 
     def _emit_final(self, hidden_1D: Tensor, confidence: dict[int, float]) -> list[TokenTrace]:
-        logits = self.state.fused.final_logits(hidden_1D)[0]
-        return [self._record(self._choose(logits), self.final_layer, "final", confidence, logits)]
+        logits = self.state.fused.final_logits(hidden_1D)
+        self._check_finite(finite_rows(logits)[0])
+        return [self._record(self._choose(logits[0]), self.final_layer, "final", confidence, logits[0])]
+
+    def _check_finite(self, finite: bool) -> None:
+        """Refuse to take a token from final logits that are not ``finite``."""
+        if not finite:
+            dtype = str(self.state.fused.dtype).removeprefix("torch.")
+            raise UserError(
+                f"the final logits for new token {len(self.tokens) + 1} are not finite (NaN or infinity); the weights "
+                f"are damaged, or {dtype} is too narrow for them: get them again, or load them with dtype 'float32'"
+            )
 
     def _choose(self, logits_V: Tensor, drafts: Sequence[int] = ()) -> int:
         """A token from logits ``[V]`` after the text so far (and unverified ``drafts``)."""
@@ -209,11 +220,13 @@ class Request:
         """Row i of ``final_RD`` decides draft i; the row after the last accepted one gives one more token."""
         logits = self.state.fused.final_logits(final_RD)
         assert len(logits) == len(drafts) + 1
+        finite = finite_rows(logits)
         best = logits.argmax(-1).tolist() if self.sampler.plain else None
         known = len(self.tokens)
         out: list[TokenTrace] = []
         taken = 0
         for i, draft in enumerate(drafts):
+            self._check_finite(finite[i])
             token = best[i] if best is not None else self._decide(logits[i], draft)
             kept = token == draft.token
             taken += kept
@@ -222,6 +235,7 @@ class Request:
             if not kept or self.finish_reason is not None:
                 break
         else:
+            self._check_finite(finite[-1])
             token = best[-1] if best is not None else self._choose(logits[-1])
             out.append(self._record(token, self.final_layer, "final", confidence, logits[-1]))
         self._count(drafts, taken)

@@ -1,7 +1,7 @@
 """Exit rules: whether a token leaves at an exit. Pure functions of tensors and numbers.
 
 A rule gives a score in [0, 1]; it fires iff ``threshold < 1 and score >= threshold``, so 1.0 never fires (even on a
-saturated softmax) and 0.0 always does. Sources: maximum probability (EE-LLM section 4), margin and decaying threshold
+saturated softmax) and 0.0 always does. Logits that are not finite give the score NaN, which never fires. Sources: maximum probability (EE-LLM section 4), margin and decaying threshold
 (CALM, arXiv 2207.07061), entropy (BranchyNet), patience (arXiv 2006.04152). The gate is a trained probe and needs no
 logits at all.
 
@@ -32,13 +32,13 @@ def _wide(logits_K: Tensor) -> Tensor:
 
 def probability(logits_K: Tensor) -> float:
     """The largest probability."""
-    return min(1.0, float(torch.softmax(_wide(logits_K), -1).max()))
+    return _share(float(torch.softmax(_wide(logits_K), -1).max()))
 
 
 def margin(logits_K: Tensor) -> float:
     """The largest minus the second largest probability."""
     if logits_K.shape[-1] == 1:
-        return 1.0
+        return certain(logits_K)
     top = torch.softmax(_wide(logits_K), -1).topk(2).values
     return float(top[0] - top[1])
 
@@ -46,10 +46,21 @@ def margin(logits_K: Tensor) -> float:
 def entropy(logits_K: Tensor) -> float:
     """One minus the entropy over its maximum log K: 1 is certain, 0 is uniform."""
     if logits_K.shape[-1] == 1:
-        return 1.0
+        return certain(logits_K)
     log_p = torch.log_softmax(_wide(logits_K), -1)
-    found = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum()
-    return min(1.0, max(0.0, 1.0 - float(found) / math.log(logits_K.shape[-1])))
+    found = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum()
+    return _share(1.0 - float(found) / math.log(logits_K.shape[-1]))
+
+
+def certain(logits_K: Tensor) -> float:
+    """1, the score of a rule that asks nothing of the logits; NaN where one of them is NaN or plus infinity, or all are
+    minus infinity."""
+    return 1.0 if math.isfinite(float(logits_K.max())) else math.nan
+
+
+def _share(score: float) -> float:
+    """``score`` without what rounding puts outside of [0, 1]; NaN stays NaN, which ``min`` and ``max`` would drop."""
+    return 1.0 if score > 1.0 else 0.0 if score < 0.0 else score
 
 
 SCORES = {"probability": probability, "margin": margin, "entropy": entropy, "decay": probability}
@@ -83,11 +94,6 @@ class ExitRule:
             check_threshold(threshold, f"threshold of exit {layer}")
         if self.patience < 1:
             raise UserError(f"patience is {self.patience}, but at least 1 exit must agree; use 1 or more")
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether testing an exit that does not fire costs a projection on its output matrix."""
-        return self.name not in ("gate", "fixed")
 
 
 def check_threshold(threshold: float, what: str = "threshold") -> None:

@@ -96,3 +96,10 @@ def draw(probabilities_V: Tensor, generator: torch.Generator) -> int:
     while index >= len(probabilities_V) or float(probabilities_V[index]) == 0.0:  # rounding at the upper end only
         index -= 1
     return index
+
+
+def finite_rows(logits_RV: Tensor) -> list[bool]:
+    """Whether the logits of each row are finite, in one pass over them."""
+    wide = torch.promote_types(logits_RV.dtype, torch.float32)
+    found: list[bool] = logits_RV.sum(-1, dtype=wide).isfinite().tolist()
+    return found

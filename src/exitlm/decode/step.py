@@ -15,6 +15,7 @@ Shapes: M new rows, R rows that arrive at the end, D hidden_size, K rows of an e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,7 +26,7 @@ from torch import Tensor
 from exitlm.decode.cache import Depths, KeyValueCache, boundaries
 from exitlm.decode.fused import FusedHead, FusedModel, Rows
 from exitlm.decode.graphs import attention_backends
-from exitlm.decode.rules import SCORES, ExitRule, decayed, fires
+from exitlm.decode.rules import SCORES, ExitRule, certain, decayed, fires
 
 PREFILL_ROWS = 512
 
@@ -68,7 +69,7 @@ class RuleTest:
     skip: frozenset[int] = frozenset()
     confidence: dict[int, float] = field(default_factory=dict)
     _streak: int = 0
-    _previous: int = -1
+    _previous: int | None = None
 
     def __call__(
         self, head: FusedHead, hidden_1D: Tensor, residual_1D: Tensor, block_1D: Tensor | None
@@ -77,30 +78,24 @@ class RuleTest:
         if layer in self.skip or layer not in self.rule.thresholds:
             return None
         threshold = self.rule.thresholds[layer]
-        logits: Tensor | None = None
-        if self.rule.needs_logits:
-            logits = head.logits(hidden_1D, residual_1D, block_1D)[0]
-        if name == "gate":
-            score = head.gate(hidden_1D[0])
-        elif name == "fixed":
-            score = 1.0
+        score = head.gate(hidden_1D[0]) if name == "gate" else 1.0
+        if name == "gate" and not fires(score, threshold):  # without the head's logits
+            self.confidence[layer] = score
+            return None
+        logits = head.logits(hidden_1D, residual_1D, block_1D)[0]
+        if name in ("gate", "fixed"):
+            score *= certain(logits)
         elif name == "patience":
-            assert logits is not None
-            token = head.token(int(logits.argmax()))
+            token = head.token(int(logits.argmax())) if certain(logits) == 1.0 else None
             self._streak = self._streak + 1 if token == self._previous else 1
             self._previous = token
-            score = min(1.0, self._streak / self.rule.patience)
+            score = math.nan if token is None else min(1.0, self._streak / self.rule.patience)
         else:
-            assert logits is not None
             score = SCORES[name](logits)
             if name == "decay":
                 threshold = decayed(threshold, self.position, self.length)
         self.confidence[layer] = score
-        if not fires(score, threshold):
-            return None
-        if logits is None:
-            logits = head.logits(hidden_1D, residual_1D, block_1D)[0]
-        return Fired(layer, head, logits)
+        return Fired(layer, head, logits) if fires(score, threshold) else None
 
 
 class SequenceState:

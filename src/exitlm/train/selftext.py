@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exitlm.decode.sample import finite_rows
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.train.data import Blocks
@@ -249,6 +250,11 @@ def answer_steps(
         hidden = model.taps(ids, [depth], attention_mask=mask, past=past)[depth].hidden[:, -1]
         past.advance(ids.shape[1])
         logits_BV = torch.nn.functional.linear(model.final_features(hidden), model.lm_head.weight)
+        if not all(finite_rows(logits_BV)):
+            raise UserError(
+                "the model's final logits are not finite (NaN or infinity), so it can't write text; its weights are "
+                f"damaged, or {writing.dtype} is too narrow for them: set data.self_dtype to 'float32'"
+            )
         chosen = draw(logits_BV, writing.temperature, generator)
         tokens = chosen.tolist()
         step = [(row, token) for row, token, live in zip(rows, tokens, alive, strict=True) if live]

@@ -32,6 +32,7 @@ from exitlm.weights.tensorfile import (
     damaged,
     digest_of_file,
     digest_of_tensors,
+    is_finite,
     open_file,
     read_header,
     write_tensors,
@@ -416,6 +417,12 @@ def _build(model: EarlyExitModel, adapter: Adapter) -> dict[int, ExitHead]:
                     f"exit's settings ask for {list(expected.shape)} of {expected.dtype}; the adapter does not fit"
                 )
             state[name] = tensor.to(model.device, model.dtype if tensor.is_floating_point() else torch.long)
+            if not is_finite(state[name]):
+                raise UserError(
+                    f"{where}: tensor '{own[name]}' holds NaN or infinity"
+                    + (f" in {str(model.dtype).removeprefix('torch.')}; load the model with dtype 'float32'"
+                       if is_finite(tensor) else "; tune the exits again, with a lower train.lr")
+                )  # fmt: skip
         if head.candidate_ids is not None:
             _check_candidates(where, state["candidate_ids"], model.config.vocab_size)
         head.load_state_dict(state, assign=True)

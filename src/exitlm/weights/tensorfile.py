@@ -123,8 +123,19 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value of a tensor is NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+
+
 def write_tensors(path: Path, tensors: Iterable[Written], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, one tensor in memory at a time, in the order given."""
+    """Write a safetensors file, one tensor in memory at a time, in the order given.
+
+    Raises:
+        UserError: a tensor holds NaN or infinity; the file is then incomplete.
+    """
     tensors = list(tensors)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -143,6 +154,11 @@ def write_tensors(path: Path, tensors: Iterable[Written], metadata: Mapping[str,
         for tensor in tensors:
             value = tensor.make()
             assert (value.dtype, tuple(value.shape)) == (tensor.dtype, tensor.shape), tensor.name
+            if not is_finite(value):
+                raise UserError(
+                    f"tensor '{tensor.name}' holds NaN or infinity in {str(value.dtype).removeprefix('torch.')}, and "
+                    "nothing was written; put its values right, or write them in a wider dtype (float32)"
+                )
             file.write(raw_bytes(value))
 
 
