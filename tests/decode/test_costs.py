@@ -140,6 +140,100 @@ def test_ideal_costs_count_bytes() -> None:
     assert found.full(1) == found.full(9)
 
 
+class Machine:
+    """Stands in for the clock: ``rounds`` gives the times of every part in each round of measuring (then the last one),
+    and ``passes`` the time of those by which a kept table is checked, as a multiple of what it says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *rounds: list[float], passes: tuple[float, float] = (1.0, 1.0)):
+        self.rounds, self.passes, self.timed = list(rounds), passes, 0
+        monkeypatch.setattr(costs_module, "_seconds", self.seconds)
+        monkeypatch.setattr(costs_module, "deviation", lambda *_: self.passes)
+
+    def seconds(self, action: Any, before: Any, device: Any) -> list[float]:
+        """The times of one part."""
+        before()
+        action()
+        self.timed += 1
+        return self.rounds[min((self.timed - 1) // self.parts, len(self.rounds) - 1)]
+
+    parts = 2 * 5 + 1  # of a model with one exit
+
+
+QUIET, BUSY = [1.0, 1.1, 1.05, 1.0, 1.02], [1.5, 9.0, 2.0, 40.0, 3.0]
+
+
+def fused_model(**exit_settings: Any) -> FusedModel:
+    return FusedModel(attach(tiny_model("llama"), [ExitConfig(**{"layer": 1, **exit_settings})]), "none")
+
+
+def test_a_quiet_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, QUIET)
+    found = measure(fused_model())
+    assert machine.timed == machine.parts
+    assert found.spread == pytest.approx(0.02)
+    assert found.steady
+    assert found.origin == "measured"
+    assert (found.full(), found.head[0]) == pytest.approx((2.0, 1.0))
+
+
+def test_a_busy_moment_is_measured_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, BUSY, QUIET)
+    found = measure(fused_model())
+    assert machine.timed == 2 * machine.parts
+    assert found.steady
+    assert found.head[0] == 1.0
+
+
+def test_a_busy_machine_is_not_measured_for_ever_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, BUSY)
+    found = measure(fused_model())
+    assert machine.timed == 3 * machine.parts
+    assert found.spread == pytest.approx(1.0)
+    assert not found.steady
+    assert found.head[0] == 1.5
+
+
+def test_what_a_busy_machine_gave_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, BUSY)
+    fused = fused_model()
+    assert not cached(fused, tmp_path).steady
+    assert not (tmp_path / "costs").exists()
+    machine.rounds = [QUIET]
+    assert cached(fused, tmp_path).origin == "measured"
+    assert cached(fused, tmp_path).origin == "kept"
+
+
+@pytest.mark.parametrize("passes", [(0.2, 0.9), (0.3, 0.3), (2.5, 2.6), (1.0, 1.6)])
+def test_a_kept_table_that_passes_deviate_from_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: tuple[float, float]
+) -> None:
+    machine = Machine(monkeypatch, QUIET)
+    fused = fused_model()
+    before = cached(fused, tmp_path)
+    machine.passes = (0.8, 1.15)
+    assert cached(fused, tmp_path) == dataclasses.replace(before, origin="kept")
+    machine.passes, machine.rounds = passes, [BUSY]
+    busy = cached(fused, tmp_path)  # a busy machine says nothing against a table of a quiet one
+    assert busy == dataclasses.replace(before, origin="kept")
+    machine.rounds = [[0.5] * 5]
+    again = cached(fused, tmp_path)
+    assert again.head[0] == 0.5
+    assert again.origin == (
+        f"measured again, since passes take {passes[0]:.2f} to {passes[1]:.2f} times as long as was kept"
+    )
+    machine.passes = (1.0, 1.0)
+    assert cached(fused, tmp_path) == dataclasses.replace(again, origin="kept")
+
+
+def test_a_table_that_is_far_off_is_found_by_real_passes() -> None:
+    fused = fused_model()
+    measured = measure(fused)
+    slow = dataclasses.replace(measured, layer=tuple(1e3 * seconds for seconds in measured.layer))
+    least, most = costs_module.deviation(fused, slow)
+    assert 0 < least < 0.1
+    assert least < most / 10
+
+
 def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = attach(tiny_model("llama"), [ExitConfig(layer=1)])
     measured = []
@@ -148,16 +242,18 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         measured.append(fused)
         return measure(fused)
 
+    Machine(monkeypatch, QUIET)
     monkeypatch.setattr(costs_module, "measure", count)
     first = cached(FusedModel(model, "none"), tmp_path)
-    assert cached(FusedModel(model, "none"), tmp_path) == first
+    assert cached(FusedModel(model, "none"), tmp_path) == dataclasses.replace(first, origin="kept")
     assert len(measured) == 1
     (path,) = (tmp_path / "costs").iterdir()
     assert json.loads(path.read_text()).keys() == dataclasses.asdict(first).keys()
     whole = json.loads(path.read_text())
     changes: tuple[dict[str, Any], ...] = (
         {"test": []}, {"draft": None}, {"layer": [1.0]}, {"head": []}, {"rows": ["a"]}, {"test": {"2": 1.0}},
-        {"draft": {"1": math.nan}}, {"layer": [0.0] * len(first.rows)}, {"head": [-1.0] * len(first.rows)},
+        {"draft": {"1": math.nan}}, {"spread": 0.5}, {"spread": None},
+        {"layer": [0.0] * len(first.rows)}, {"head": [-1.0] * len(first.rows)},
     )  # fmt: skip
     damages = ["", "[]", '{"rows": 1}', path.read_text()[:-40], "\x00", *(json.dumps({**whole, **c}) for c in changes)]
     for damage in damages:

@@ -4,12 +4,14 @@ import copy
 import gc
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from exitlm.decode import engine as engine_module
 from exitlm.decode.engine import DEFAULT_THRESHOLD, Engine
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.rules import PATIENCE_REACHED, RULES
@@ -499,3 +501,35 @@ def test_an_exit_with_a_weight_that_is_no_number_never_fires(mode: str, rule: st
         assert min(out.exit_layers) < model.config.num_hidden_layers
     plain = generate(make_engine(model), PROMPT, mode="full", **FREE)
     assert mode == "threshold" or out.token_ids == plain.token_ids
+
+
+# ---- costs of passes
+
+
+def test_costs_of_a_busy_machine_are_named_and_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = drafting_model("llama")
+    tables = [replace(some_costs(model), spread=0.9, origin="measured"), replace(some_costs(model), origin="measured")]
+    monkeypatch.setattr(engine_module, "cached", lambda *_: tables.pop(0))
+    engine = make_engine(model, costs=None)
+    settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
+    for _ in range(2):  # a table serves for a while, whatever it is
+        assert generate(engine, PROMPT, **settings).stats["costs"] == "measured"
+        assert len(tables) == 1
+        (note,) = engine.notes
+        assert "this machine is busy: times of equal passes differ by 90%" in note
+    monkeypatch.setattr(engine_module, "MEASURE_AGAIN", 0.0)
+    engine._next_measure = 0.0
+    generate(engine, PROMPT, **settings)
+    assert (tables, engine.notes) == ([], [])
+    generate(engine, PROMPT, **settings)  # which is not measured again
+
+
+def test_a_table_that_was_measured_again_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = drafting_model("llama")
+    origin = "measured again, since passes take 0.30 to 0.90 times as long as was kept"
+    monkeypatch.setattr(engine_module, "cached", lambda *_: replace(some_costs(model), origin=origin))
+    engine = make_engine(model, costs=None)
+    settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
+    assert generate(engine, PROMPT, **settings).stats["costs"] == origin
+    assert engine.notes == [f"the costs of passes were {origin}"]
+    assert generate(make_engine(model), PROMPT, mode="full").stats["costs"] == "given"

@@ -193,7 +193,9 @@ def test_every_rule_keeps_what_zero_and_one_mean(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
-@pytest.mark.parametrize("bad", [[math.nan, 0.0, 1.0], [math.inf, 0.0, 1.0], [-math.inf] * 3, [math.nan], [math.nan] * 3])
+@pytest.mark.parametrize(
+    "bad", [[math.nan, 0.0, 1.0], [math.inf, 0.0, 1.0], [-math.inf] * 3, [math.nan], [math.nan] * 3]
+)
 def test_logits_that_are_not_finite_never_fire(name: str, threshold: float, bad: list[float]) -> None:
     rule = ExitRule(name=name, thresholds={1: threshold}, patience=1)
     layer, test = run(rule, [Head(1, torch.tensor(bad), 1.0)])

@@ -17,6 +17,7 @@ from exitlm.errors import UserError
 from exitlm.parallel.shards import Shards
 from exitlm.train import checkpoint, tune
 from exitlm.train.metrics import JsonLines
+from exitlm.train.sharded import Writer
 from exitlm.train.trainer import Trainer
 from tests.train.ranks import (
     HUNG,
@@ -251,6 +252,29 @@ def test_a_full_disk_of_one_rank_costs_one_checkpoint(file: Path, asynchronous: 
     assert "warning" not in ends[1].err
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
     assert steps(run) == [0, 4, 6]
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_that_cannot_save_its_first_checkpoint_ends_early(file: Path, world: int, asynchronous: str) -> None:
+    run = file.parent / "run"
+
+    def hook(rank: int) -> None:
+        save = Writer.save
+
+        def limited(*args: Any, **options: Any) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+            save(*args, **options)
+
+        if rank == world - 1:
+            Writer.save = limited
+
+    ends = train(world, file, f"checkpoint.async={asynchronous}", "train.steps=1000000", hook=hook)
+    told_once(ends, "step-00000000 could not be saved (File too large), and the run has no other checkpoint")
+    assert steps(run) == []
+    assert [path.name for path in (run / "checkpoints").iterdir()] == []
+    ends = train(world, file)
+    assert [end.code for end in ends] == [0] * world, ends
 
 
 def test_a_disk_that_stays_full(file: Path) -> None:

@@ -149,14 +149,59 @@ def test_sigterm_saves_and_the_same_call_goes_on_bit_identically(
     tune(**call)
     assert "going on from step 3 of 8" in capsys.readouterr().out
     assert same(whole, tmp_path / "run")
-    one, two = (
-        [
-            {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
-            for line in (p / "metrics.jsonl").open()
-        ]
-        for p in (whole, tmp_path / "run")
+    assert metrics_of(whole) == metrics_of(tmp_path / "run")
+
+
+def stop_while_measuring(count: int, call: Callable[[], Any]) -> None:
+    """Run until SIGTERM arrives in the ``count``-th measurement of the exits, before its second row."""
+    original, measured = tune_module.evaluate, []
+
+    def evaluate(heads: Any, hidden: Any, settings: Any, report: Any) -> Any:
+        measured.append(1)
+
+        def stopping(done: int, total: int) -> None:
+            assert done < 2, "the measurement goes on"
+            report(done, total)
+            if len(measured) == count and done == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        return original(heads, hidden, settings, stopping if len(measured) == count else report)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_module, "evaluate", evaluate)
+        with pytest.raises(Interrupted):
+            call()
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """What was logged, but for the speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize(("count", "step"), [(1, 3), (2, 6), (3, 8)])
+def test_sigterm_while_exits_are_measured_ends_at_once_and_loses_nothing(
+    base: Path, text: Path, tmp_path: Path, count: int, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice while the run goes, once at its end; the same call then measures what was left."""
+    options = ("train.validate_every=3", "data.validation_sequences=4", "data.seq_len=12")
+    whole = tune(**arguments(base, str(text), tmp_path / "whole", *options))
+    shown = capsys.readouterr().err
+    assert "measuring the exits: 0/4" in shown
+    assert "measuring the exits: 4/4" in shown
+    call = arguments(base, str(text), tmp_path / "run", *options, save_every=0)
+    stop_while_measuring(count, lambda: tune(**call))
+    said = capsys.readouterr().out
+    assert f"stopped by SIGTERM: step {step} of 8 is saved; start the same command again to go on" in said
+    assert not (tmp_path / "run" / "exits.json").exists()
+    stop_while_measuring(1, lambda: tune(**call))  # and again at the same place
+    tune(**call)
+    assert same(whole, tmp_path / "run")
+    assert metrics_of(whole) == metrics_of(tmp_path / "run")
+    assert (
+        json.loads((whole / "exits.json").read_text())["exits"]
+        == json.loads((tmp_path / "run" / "exits.json").read_text())["exits"]
     )
-    assert one == two
 
 
 def killed_until_done(call: dict[str, Any], seed: int, kills: int, longest: float) -> int:
@@ -379,6 +424,7 @@ def test_settings_are_resolved_by_the_model(base: Path) -> None:
         (["objective.distill=0", "objective.gate=0", "exits.init=identity"], False),
     ],
 )
+@pytest.mark.filterwarnings("ignore:objective.gate has no effect")
 def test_the_final_exit_is_run_only_where_it_is_read(base: Path, overrides: list[str], needed: bool) -> None:
     config = resolve(RunConfig().with_overrides(["exits.layers=1,2", *overrides]), open_checkpoint(base))
     assert needs_final(config) == needed

@@ -1,7 +1,9 @@
-"""What passes cost on this machine, measured once, and which exits pay by that measure.
+"""What passes cost on this machine, and which exits pay by that measure.
 
 Costs act only on what the user left at its default. They are measured once per machine and shape and kept in the user's
-cache directory, so that choices, and with them texts, are the same from run to run. Bounds: EE-LLM section 4; arXiv
+cache directory, so that choices, and with them texts, are the same from run to run. A table is kept only if its times
+agreed with each other (``spread``): what a busy machine gave serves one process. A kept one is compared with a few
+passes before it is used, and measured again where they deviate. Bounds: EE-LLM section 4; arXiv
 2211.17192 for the expected number of accepted drafts.
 """
 
@@ -17,8 +19,8 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,15 +31,22 @@ from exitlm.decode.fused import FusedHead, FusedModel
 from exitlm.decode.rules import probability
 from exitlm.decode.step import SequenceState
 
-_FORMAT = 4  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
+_FORMAT = 5  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
 _SIZES = (1, 2, 4, 8, 16)
-_REPEATS = 5
+_REPEATS, _ROUNDS = 5, 3
+_PATIENCE = 3.0  # seconds after which no further round of measuring begins
+_CELL_SECONDS = 0.5  # what one part may take in one round, beyond its second run
+STEADY = 0.2  # the largest spread of a table that is kept
+_DEVIATION = 1.5  # how far times relative to a kept table may lie from each other, or all of them from 1, squared
 _MOST_EXITS, _LARGEST_SUBSET = 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds of a layer and of the final head for a number of rows (``rows``), and of each exit's test and draft."""
+    """Seconds of a layer and of the final head for a number of rows (``rows``), and of each exit's test and draft.
+
+    ``spread`` says how far the times of one part differed, as a share of the least; ``origin`` where a table came from.
+    """
 
     rows: tuple[int, ...]
     layer: tuple[float, ...]
@@ -45,6 +54,13 @@ class Costs:
     test: Mapping[int, float]
     draft: Mapping[int, float]
     num_hidden_layers: int
+    spread: float = 0.0
+    origin: str = "given"
+
+    @property
+    def steady(self) -> bool:
+        """Whether the times agreed, so that they tell of the machine and not of what else it did."""
+        return self.spread <= STEADY
 
     def _at(self, table: Sequence[float], rows: int) -> float:
         """Linear interpolation over the measured row counts; beyond the last, proportional growth."""
@@ -90,10 +106,11 @@ def ideal(fused: FusedModel) -> Costs:
     )  # fmt: skip
 
 
-def _typical(action: Any, device: torch.device, before: Any) -> float:
-    """The median time of ``action``, each time after ``before``, which is not timed."""
-    found = []
-    for _ in range(_REPEATS + 1):
+def _seconds(action: Callable[[], object], before: Callable[[], object], device: torch.device) -> list[float]:
+    """Times of ``action``, each time after ``before``, which is not timed; the first one only warms up."""
+    found: list[float] = []
+    begun = time.perf_counter()
+    while len(found) < 2 or (len(found) <= _REPEATS and time.perf_counter() - begun < _CELL_SECONDS):
         before()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -102,13 +119,17 @@ def _typical(action: Any, device: torch.device, before: Any) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - begin)
-    return statistics.median(found[1:])
+    return found[1:]
 
 
-@torch.inference_mode()
-def measure(fused: FusedModel) -> Costs:
-    """Time layers, heads and exits (well under a second for a small model)."""
-    context, L = 128, fused.config.num_hidden_layers
+Part = tuple[str, int]
+"""What is timed: ``layers`` or ``head`` with a number of rows, ``test`` or ``gate`` with an exit's layer."""
+
+
+def _parts(fused: FusedModel) -> dict[Part, tuple[Callable[[], object], Callable[[], object]]]:
+    """What to time, and what to run before each time: another part, as in decoding, so that the processor's caches hold
+    the other's weights then."""
+    context = 128
     state = SequenceState(fused, (), fused.new_cache(), context + _SIZES[-1])
     state.depths.filled = [context]
     tokens = [i % fused.config.vocab_size for i in range(_SIZES[-1])]
@@ -121,28 +142,64 @@ def measure(fused: FusedModel) -> Costs:
     def final(rows: int) -> None:
         fused.final_logits(hidden[:rows]).argmax(-1).tolist()
 
-    # each part is timed after another one, as in decoding: the processor's caches hold the other's weights then
-    both = [(partial(layers, rows), partial(final, rows)) for rows in _SIZES]
-    layer = [_typical(run, fused.device, other) / L for run, other in both]
-    head = [_typical(run, fused.device, other) for other, run in both]
-    test, draft = {}, {}
-    row = hidden[:1]
+    def test(head: FusedHead) -> None:
+        probability(head.logits(hidden[:1], hidden[:1], hidden[:1])[0])
+
+    one = partial(layers, 1)
+    parts: dict[Part, tuple[Callable[[], object], Callable[[], object]]] = {}
+    for rows in _SIZES:
+        parts["layers", rows] = partial(layers, rows), partial(final, rows)
+        parts["head", rows] = partial(final, rows), partial(layers, rows)
     for e, exit_head in fused.heads.items():
-        block = layer[0] if exit_head.block is not None else 0.0  # every token leaves its key in a block's cache
-
-        def logits(exit_head: FusedHead = exit_head) -> None:
-            probability(exit_head.logits(row, row, row)[0])
-
-        test[e] = draft[e] = block + _typical(logits, fused.device, partial(layers, 1))
+        parts["test", e] = partial(test, exit_head), one
         if exit_head.has_gate:
-            test[e] = block + _typical(partial(exit_head.gate, row[0]), fused.device, partial(layers, 1))
+            parts["gate", e] = partial(exit_head.gate, hidden[0]), one
+    return parts
+
+
+@torch.inference_mode()
+def measure(fused: FusedModel) -> Costs:
+    """Time layers, heads and exits: well under a second for a small model on an idle machine, and again, the best times
+    counting, as long as they differ more than ``STEADY``, for some seconds at most."""
+    parts = _parts(fused)
+    best = dict.fromkeys(parts, math.inf)
+    begun = time.perf_counter()
+    for _ in range(_ROUNDS):
+        usual = {}
+        for part, (action, before) in parts.items():
+            times = _seconds(action, before, fused.device)
+            usual[part], best[part] = statistics.median(times), min(best[part], *times)
+        spread = statistics.median(usual[part] / best[part] - 1.0 for part in parts)
+        if spread <= STEADY or time.perf_counter() - begun > _PATIENCE:
+            break
+    L = fused.config.num_hidden_layers
     # more rows never cost less: what is below is noise of the clock
-    layer, head = list(itertools.accumulate(layer, max)), list(itertools.accumulate(head, max))
-    return Costs(rows=_SIZES, layer=tuple(layer), head=tuple(head), test=test, draft=draft, num_hidden_layers=L)
+    layer = list(itertools.accumulate((best["layers", rows] / L for rows in _SIZES), max))
+    head = list(itertools.accumulate((best["head", rows] for rows in _SIZES), max))
+    # every token leaves its key in a block's cache
+    block = {e: layer[0] if exit_head.block is not None else 0.0 for e, exit_head in fused.heads.items()}
+    draft = {e: block[e] + best["test", e] for e in fused.heads}
+    test = {e: block[e] + best.get(("gate", e), best["test", e]) for e in fused.heads}
+    return Costs(
+        rows=_SIZES, layer=tuple(layer), head=tuple(head), test=test, draft=draft, num_hidden_layers=L, spread=spread,
+        origin="measured",
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def deviation(fused: FusedModel, costs: Costs) -> tuple[float, float]:
+    """The least and the largest time of a few passes, as a multiple of what the table says."""
+    parts = _parts(fused)
+    L, found = costs.num_hidden_layers, []
+    for name, rows in (("layers", 1), ("layers", 8), ("head", 1)):
+        times = _seconds(*parts[name, rows], fused.device)
+        found.append(min(times) / (costs.layers(L, rows) if name == "layers" else costs._at(costs.head, rows)))
+    return min(found), max(found)
 
 
 def cached(fused: FusedModel, directory: Path) -> Costs:
-    """:func:`measure`, kept in ``directory`` under a key of the machine and the shapes."""
+    """The table that is kept in ``directory`` for this machine and these shapes, if a few passes take what it says;
+    else :func:`measure`, kept if the times agreed. ``origin`` says which."""
     exits = {e: repr(head.config) for e, head in fused.heads.items()}
     shape = {k: v for k, v in asdict(fused.config).items() if isinstance(v, (int, float, str))}
     machine = (platform.processor(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__,
@@ -151,10 +208,18 @@ def cached(fused: FusedModel, directory: Path) -> Costs:
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
     path = directory / "costs" / f"{key}.json"
     try:
-        return _kept(json.loads(path.read_text()), fused)
+        kept = _kept(json.loads(path.read_text()), fused)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass  # absent or damaged
-    costs = measure(fused)
+        kept = None  # absent or damaged
+    origin = "measured"
+    if kept is not None:
+        least, most = deviation(fused, kept)
+        if most / least <= _DEVIATION and _DEVIATION**-2 <= least <= most <= _DEVIATION**2:
+            return kept
+        origin = f"measured again, since passes take {least:.2f} to {most:.2f} times as long as was kept"
+    costs = replace(measure(fused), origin=origin)
+    if not costs.steady:
+        return costs if kept is None else kept  # which were steady when they were measured
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
@@ -175,10 +240,14 @@ def _kept(data: Any, fused: FusedModel) -> Costs:
         or not len(layer) == len(head) == len(_SIZES)
         or not test.keys() == draft.keys() == fused.heads.keys()
         or not all(0.0 < value < math.inf for value in seconds)
+        or not 0.0 <= float(data["spread"]) <= STEADY
     ):
         raise ValueError("this is no table of costs of this model")
-    depth = fused.config.num_hidden_layers
-    return Costs(rows=_SIZES, layer=layer, head=head, test=test, draft=draft, num_hidden_layers=depth)
+    depth, spread = fused.config.num_hidden_layers, float(data["spread"])
+    return Costs(
+        rows=_SIZES, layer=layer, head=head, test=test, draft=draft, num_hidden_layers=depth, spread=spread,
+        origin="kept",
+    )  # fmt: skip
 
 
 def _device_name(device: torch.device) -> str:

@@ -6,6 +6,7 @@ is chosen by measured costs, once; what the user gave is always honoured.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from exitlm.weights.store import cache_directory
 DEFAULT_THRESHOLD = 0.9
 _OWN_DEFAULTS = {"patience": PATIENCE_REACHED, "fixed": 0.0}  # rules with an integer of their own
 _PRIOR_ACCEPTANCE = 0.7
+MEASURE_AGAIN = 30.0  # seconds from one measurement on a busy machine to the next
 
 
 class Engine:
@@ -51,16 +53,28 @@ class Engine:
         self.fused = FusedModel(model, self.quant, resolve_compile(compile, model.device))
         self.records: dict[int, dict[str, Any]] = {int(name): model.exits[name].record for name in model.exits}
         self.early = [e for e in sorted(self.fused.heads) if e < self.config.num_hidden_layers]
-        self.notes: list[str] = []
+        self._notes: dict[str, str] = {}
         self._costs, self._cache_dir = costs, cache_dir
+        self._next_measure = 0.0
         self._free: list[KeyValueCache] = []
         self._chosen: tuple[int, ...] | None = None
 
     @property
     def costs(self) -> Costs:
-        """Costs of passes on this machine: given, kept from an earlier run, or measured now."""
-        if self._costs is None:
-            self._costs = cached(self.fused, self._cache_dir or cache_directory())
+        """Costs of passes on this machine: given, kept from an earlier run, or measured now; again after a while where
+        the machine was too busy to be measured."""
+        if self._costs is None or (not self._costs.steady and time.monotonic() >= self._next_measure):
+            costs = cached(self.fused, self._cache_dir or cache_directory())
+            self._costs, self._next_measure = costs, time.monotonic() + MEASURE_AGAIN
+            if not costs.steady:
+                self._notes["costs"] = (
+                    f"this machine is busy: times of equal passes differ by {costs.spread:.0%}, so that what exits "
+                    "gain here is a guess; the costs of passes are not kept, and will be measured again"
+                )
+            elif costs.origin.startswith("measured again"):
+                self._notes["costs"] = f"the costs of passes were {costs.origin}"
+            else:
+                self._notes.pop("costs", None)
         return self._costs
 
     # ---- what to run
@@ -171,11 +185,17 @@ class Engine:
         return self._chosen
 
     def _note_off(self, layers: Sequence[int], what: str, measure: str) -> None:
-        """Say once which exits the costs switch off, and that naming them switches them on."""
+        """Say which exits the costs switch off, and that naming them switches them on."""
         off = [e for e in self.early if e not in layers]
-        note = f"no token will {what} at exits {off}, by measured cost and {measure}; name them to use them"
-        if off and note not in self.notes:
-            self.notes.append(note)
+        self._notes.pop(what, None)
+        if off:
+            note = f"no token will {what} at exits {off}, by measured cost and {measure}; name them to use them"
+            self._notes[what] = note
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the choices that were made, each in one sentence."""
+        return list(self._notes.values())
 
     # ---- running
 
@@ -276,6 +296,7 @@ class Engine:
             "rule": None if rule is None else rule.name,
             "thresholds": {} if rule is None else dict(rule.thresholds),
             "quant": self.quant,
+            "costs": None if self._costs is None else self._costs.origin,
         }
         return Generation(
             text=None if self.tokenizer is None else "".join(token.text for token in trace),

@@ -1,9 +1,9 @@
 """Exit rules: whether a token leaves at an exit. Pure functions of tensors and numbers.
 
 A rule gives a score in [0, 1]; it fires iff ``threshold < 1 and score >= threshold``, so 1.0 never fires (even on a
-saturated softmax) and 0.0 always does. Logits that are not finite give the score NaN, which never fires. Sources: maximum probability (EE-LLM section 4), margin and decaying threshold
-(CALM, arXiv 2207.07061), entropy (BranchyNet), patience (arXiv 2006.04152). The gate is a trained probe and needs no
-logits at all.
+saturated softmax) and 0.0 always does. Logits that are not finite give the score NaN, which never fires. Sources:
+maximum probability (EE-LLM section 4), margin and decaying threshold (CALM, arXiv 2207.07061), entropy (BranchyNet),
+patience (arXiv 2006.04152). The gate is a trained probe and needs no logits at all.
 
 Shapes: logits are one row ``[K]``, K tokens of the vocabulary or of the candidates.
 """

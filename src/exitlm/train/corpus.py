@@ -37,10 +37,12 @@ from exitlm.weights.load import load_model
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out blocks; they share no document (no prompt), unless there is a single block."""
+    """Training and held-out blocks; they share no document (no prompt), unless there is a single block. ``order`` says
+    which block of ``train`` comes when, where the files have weights."""
 
     train: Blocks
     validation: Blocks
+    order: Stream | None = None
 
     def digest(self) -> str:
         """What identifies the text."""
@@ -87,6 +89,11 @@ def corpus_of_files(config: RunConfig, opened: Checkpoint, tokens: Tokens, cache
     d, vocab = config.data, opened.model_config.vocab_size
     expand([*d.files, *d.validation_files])  # complain about a missing file before reading any
     check_context(d.seq_len, opened.model_config)
+    if d.weights:
+        rows = rows_of_files(config, tokens, vocab, cache)
+        read, count = rows.held
+        validation = Blocks.joined(read.sources, read.digest).subset(range(count))
+        return Corpus(Blocks.joined(rows.train.sources, rows.train.digest), validation, rows.train)
     blocks = load_blocks(d.files, tokens, vocab_size=vocab, seq_len=d.seq_len, cache=cache)
     if not d.validation_files:
         return Corpus(*hold_out(blocks, d.validation_sequences, config.train.seed))

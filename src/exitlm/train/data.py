@@ -195,6 +195,18 @@ class Blocks:
         label = hashlib.sha256(f"{self.digest}{list(indices)}".encode()).hexdigest()
         return Blocks(self.shards, segments, sizes.cumsum(), label)
 
+    @staticmethod
+    def joined(parts: Sequence[Blocks], digest: str) -> Blocks:
+        """The blocks of all ``parts``, one after the other."""
+        shards: list[NDArray[Any] | Shard] = []
+        segments, bounds, count = [], [np.zeros(1, dtype=np.int64)], 0
+        for part in parts:
+            segments.append(part.segments + np.array([len(shards), 0, 0, 0]))
+            bounds.append(part.bounds[1:] + count)
+            shards += part.shards
+            count += len(part.segments)
+        return Blocks(shards, np.concatenate(segments), np.concatenate(bounds), digest)
+
     def counts(self, vocab_size: int) -> Tensor:
         """How often each id is a target, ``[V]``."""
         total = np.zeros(vocab_size, dtype=np.int64)

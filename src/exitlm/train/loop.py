@@ -33,6 +33,7 @@ from exitlm.train.objective import (
 )
 from exitlm.train.run import RunConfig
 from exitlm.train.sections import ObjectiveSection, TrainSection
+from exitlm.train.stream import Stream
 
 FREQUENT = 8000
 
@@ -43,14 +44,28 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name = ""
+        self._ends = False
 
     def __bool__(self) -> bool:
         return bool(self.name)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A signal ends this block where it is, with :class:`Interrupted`: for long work that changes nothing."""
+        self._ends = True
+        try:
+            if self.name:
+                raise Interrupted
+            yield
+        finally:
+            self._ends = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        if self._ends:
+            raise Interrupted
 
 
 class Interrupted(SystemExit):
@@ -113,8 +128,9 @@ class StepResult:
 class Trainer:
     """Heads, their optimizer and the data; :meth:`step` does one optimizer step."""
 
-    def __init__(self, config: RunConfig, heads: Heads, hidden: HiddenStates) -> None:
-        self.config, self.heads, self.hidden = config, heads, hidden
+    def __init__(self, config: RunConfig, heads: Heads, hidden: HiddenStates, stream: Stream | None = None) -> None:
+        """``stream`` says which blocks come when; None: all of them once per epoch."""
+        self.config, self.heads, self.hidden, self.stream = config, heads, hidden, stream
         self.settings: TrainSection = config.train
         self.parameters = heads.parameters()
         matrices = [p for p in self.parameters.values() if p.dim() >= 2]
@@ -124,7 +140,7 @@ class Trainer:
         groups = [g for g in groups if g["params"]]
         if not groups:
             raise UserError("these exits have nothing to tune (kind 'embed' with a shared matrix); choose another kind")
-        self.optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, eps=1e-8)
+        self.optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=t.betas, eps=t.eps)
         counts = hidden.blocks.counts(heads.model.config.vocab_size)
         order = counts.sort(descending=True, stable=True)
         self.frequent = order.indices[: max(1, min(FREQUENT, int((order.values > 0).sum())))]
@@ -173,9 +189,10 @@ class Trainer:
         """
         t, layers = self.settings, self.heads.layers
         blocks = self.hidden.blocks
-        indices = batch_indices(len(blocks), self.done, t.global_batch, t.seed)
+        indices = self._indices()
         tokens = sum(blocks.targets(i) for i in indices)
         weights = exit_weights(self.config.objective, self.done, len(layers))
+        weights = [w if self._in_turn(e) else 0.0 for e, w in enumerate(weights)]
         sums = {name: torch.zeros(len(layers), dtype=torch.float64) for name in ("loss", "agree", "sure", "gate")}
         self.optimizer.zero_grad(set_to_none=True)
         for number, start in enumerate(range(0, len(indices), t.microbatch)):
@@ -189,6 +206,13 @@ class Trainer:
         by = {name: dict(zip(layers, total.tolist(), strict=True)) for name, total in sums.items()}
         weight = dict(zip(layers, weights, strict=True))
         return StepResult(by["loss"], by["agree"], by["sure"], weight, by["gate"], norms, rate, tokens)
+
+    def _indices(self) -> list[int]:
+        """The blocks of the next step."""
+        t = self.settings
+        if self.stream is None:
+            return batch_indices(len(self.hidden), self.done, t.global_batch, t.seed)
+        return self.stream.indices(range(self.done * t.global_batch, (self.done + 1) * t.global_batch))
 
     def _microbatch(
         self, indices: list[int], number: int, tokens: int, weights: list[float], sums: dict[str, Tensor]
@@ -210,7 +234,7 @@ class Trainer:
         total = (result.loss_E * torch.tensor(weights, dtype=wide, device=self.heads.device)).sum()
         gates = torch.zeros_like(result.loss_E)
         for e, logit_N in enumerate(batch.gates):
-            if logit_N is not None and objective.gate > 0:
+            if logit_N is not None and objective.gate > 0 and self._in_turn(e):
                 loss = gate_loss(logit_N, result.correct_EN[e], weight_N)
                 total = total + objective.gate * loss
                 gates[e] = loss.detach()
@@ -220,6 +244,11 @@ class Trainer:
         sums["gate"] += gates.double().cpu()
         sums["agree"] += (result.correct_EN.to(wide) @ weight_N).double().cpu()
         sums["sure"] += (result.confidence_EN.to(wide) @ weight_N).double().cpu()
+
+    def _in_turn(self, index: int) -> bool:
+        """Whether the exit at ``index`` is trained in this step."""
+        every = self.config.objective.rotate_exits
+        return every < 2 or (index - self.done) % every == 0
 
     def _samples(self) -> bool:
         """Whether this step samples the vocabulary: not towards the end, and not where little would be left out."""

@@ -76,7 +76,7 @@ class Writer:
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, beside: bool = False) -> None:
         """Begin to save, after any save before has ended. Tensors may change once this returns. ``beside``: it takes
-        the place of none of those that are kept."""
+        the place of none of those that are kept. Raises UserError as :meth:`finish` does."""
         self.finish()
         place = self.out / "checkpoints" / f"step-{int(meta['step']):08d}"
         staging = place.with_name(f".{place.name}.{self.life}.tmp")
@@ -89,7 +89,7 @@ class Writer:
             except OSError as error:
                 problem = _reason(error)
         if problem := self._first(problem):
-            self._warn(place, problem)
+            self._failed(place, problem)
             return
         storage = Storage(staging, single_file_per_rank=True, sync_files=True)
         state, options = dict(tensors), {"storage_writer": storage, "process_group": self.group}
@@ -128,7 +128,11 @@ class Writer:
 
     def finish(self) -> None:
         """Wait for a pending save and publish it. One that failed is told and thrown away; the run goes on with the
-        checkpoints before."""
+        checkpoints before.
+
+        Raises:
+            UserError: it failed and there is none before, so that the run would go on for nothing.
+        """
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
@@ -146,9 +150,9 @@ class Writer:
         if not problem:
             self.saved = int(pending.meta["step"])
             return
-        self._warn(pending.place, problem)
         if self.rank == 0:
             shutil.rmtree(pending.staging, ignore_errors=True)
+        self._failed(pending.place, problem)
 
     def _publish(self, pending: _Pending, files: Mapping[str, Any]) -> str:
         """Put what all have written in its place; what the system has against it."""
@@ -173,7 +177,12 @@ class Writer:
         dist.all_gather_object(problems, problem, group=self.group)
         return next((p for p in problems if p), "")
 
-    def _warn(self, place: Path, reason: str) -> None:
+    def _failed(self, place: Path, reason: str) -> None:
+        if self.saved is None:
+            raise UserError(
+                f"{place} could not be saved ({reason}), and the run has no other checkpoint; put that right, or "
+                "choose another checkpoint.dir, and start again"
+            )
         if self.rank == 0:
             warnings.warn(
                 f"{place} was not saved ({reason}); the run goes on, and the checkpoints before are untouched",

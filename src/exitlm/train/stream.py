@@ -112,6 +112,12 @@ class Stream:
 
     def places(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """The source of each row and the block in it."""
+        index = np.array(self.indices(rows), dtype=np.int64)
+        source = np.searchsorted(self._starts, index, side="right") - 1
+        return list(zip(source.tolist(), (index - self._starts[source]).tolist(), strict=True))
+
+    def indices(self, rows: Sequence[int]) -> list[int]:
+        """The block of each row, counted through all sources."""
         period, turn = np.divmod(np.array(rows, dtype=np.int64), PERIOD)
         deck = self._deck_at[turn]
         drawn = period * self._quotas[deck] + self._nth_at[turn]  # from the same deck before
@@ -119,9 +125,8 @@ class Stream:
         epoch, place = np.divmod(drawn, size)
         if self.shuffle:
             place = permuted(place, size, _mixed(self._keys[deck] ^ _mixed(epoch.astype(np.uint64))))
-        index = self._deck_starts[deck] + place
-        source = np.searchsorted(self._starts, index, side="right") - 1
-        return list(zip(source.tolist(), (index - self._starts[source]).tolist(), strict=True))
+        found: list[int] = (self._deck_starts[deck] + place).tolist()
+        return found
 
 
 def turns(weights: Sequence[float]) -> tuple[Ints, Ints, Ints]:

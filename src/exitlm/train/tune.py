@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from exitlm.train.precision import resolve_dtype
 from exitlm.train.run import RunConfig
 from exitlm.train.selftext import read_prompts
 from exitlm.train.trained import recorded, versions
+from exitlm.train.unread import set_back, unread_by_tuning
 from exitlm.train.validation import Scores, evaluate, record
 from exitlm.weights.adapter import save_adapter
 from exitlm.weights.checkpoint import Checkpoint, open_checkpoint, read_json
@@ -74,6 +75,10 @@ def tune(
     for section, values in changes.items():
         given = {name: value for name, value in values.items() if value is not None}
         config = replace(config, **{section: replace(getattr(config, section), **given)})
+    if config.with_overrides(overrides).train.parameters == "all":
+        raise UserError(
+            "train.parameters is 'all', but exitlm tune trains exits alone; leave it out, or use exitlm train RUN.toml"
+        )
     if Launch.from_environment().world > 1:  # which all check together
         return train(config, overrides=[*overrides, "train.parameters=exits"])
     config = config.with_overrides(overrides)
@@ -116,19 +121,23 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
     automatic = automatic_candidates(vocab)
     given = config.exits.candidates
     candidates = tuple(automatic if n == -1 else n for n in (given if isinstance(given, tuple) else (given,)))
+    exits = replace(
+        config.exits, layers=tuple(layers), candidates=candidates if isinstance(given, tuple) else candidates[0]
+    )
+    config = replace(config, exits=exits)
+    config.check()
+    if (every := config.objective.rotate_exits) > len(layers):
+        raise UserError(f"objective.rotate_exits is {every}, but there are {len(layers)} exits; use at most that, or 0")
+    config = set_back(config, unread_by_tuning(config, vocab), RunConfig())
     base = config.model.base
     if Path(base).expanduser().exists():
         base = os.path.abspath(Path(base).expanduser())  # the run is gone on with, and exported, from anywhere
     resolved = replace(
         config,
         model=replace(config.model, base=base, device=device, dtype=_name(backbone)),
-        exits=replace(
-            config.exits, layers=tuple(layers), candidates=candidates if isinstance(given, tuple) else candidates[0]
-        ),
         data=replace(config.data, self_dtype=_name(resolve_dtype(config.data.self_dtype, place, backbone))),
         train=replace(config.train, dtype=_name(resolve_dtype(config.train.dtype, place, master))),
     )
-    resolved.check()
     for e in exit_configs(resolved):
         if e.candidates > vocab:
             raise UserError(
@@ -154,6 +163,7 @@ class _Run:
     def __init__(self, config: RunConfig, opened: Checkpoint, out: Path, stop: StopSignal) -> None:
         self.config, self.opened, self.out, self.stop = config, opened, out, stop
         self.started = time.perf_counter()
+        self.saved = -1  # the step of the newest checkpoint
 
     def run(self) -> None:
         """Everything from the first check to the adapter."""
@@ -228,7 +238,8 @@ class _Run:
             teacher=final and (config.objective.candidate_loss or restricted),
             temperature=config.objective.distill_temperature,
         )
-        again = name == "held" or t.steps * t.global_batch > len(blocks) or (final and self._closed_form_layers())
+        repeats = bool(config.data.weights) or t.steps * t.global_batch > len(blocks)
+        again = name == "held" or repeats or (final and self._closed_form_layers())
         keep = t.hidden_cache if again else "none"
         limit = t.hidden_cache_gib * 2**30
         return HiddenStates(self.model, blocks, wanted, keep=keep, limit=limit, home=self.out / ".hidden" / name)
@@ -238,13 +249,14 @@ class _Run:
 
     def _fit(self, text: Corpus, configs: list[ExitConfig], hidden: HiddenStates, held: HiddenStates) -> None:
         config, t, out = self.config, self.config.train, self.out
-        trainer = Trainer(config, self.heads, hidden)
+        trainer = Trainer(config, self.heads, hidden, text.order)
         same = {"base_digest": self.opened.digest(), "data_digest": text.digest()}
         found = run_files.newest(out)
         before = 0.0
         if found is not None:
             run_files.check_same(out, found.meta, same)
             trainer.restore(found.tensors, found.step)
+            self.saved = found.step
             before = float(found.meta["seconds"])
             if found.step:
                 _say(f"going on from step {found.step} of {t.steps} in {out}")
@@ -254,8 +266,11 @@ class _Run:
         if found is None:
             self._save(trainer, before)
         trackers = open_trackers(out, config, trainer.done)
+        unmeasured = None if found is None else found.meta.get("unmeasured")
         try:
             with progress("tuning", t.steps) as bar:
+                if unmeasured:  # it was stopped while the exits were measured after its last step
+                    self._log(trackers, trainer, self._validated(trainer, held, unmeasured, bar, before))
                 self._steps(trainer, held, trackers, bar, before)
         finally:
             for tracker in trackers:
@@ -301,25 +316,54 @@ class _Run:
             done = trainer.done
             rate = clock.tick(result.tokens)
             bar.update(done, step_note(result.loss, result.agreement, rate))
-            values = result.values()
-            if t.validate_every and done % t.validate_every == 0 and done < t.steps:
-                scores = evaluate(self.heads, held, loss_settings(config.objective))
-                values.update(validation_values(scores))
+            values = {**result.values(), "tokens_per_second": rate}
+            validates = t.validate_every > 0 and done % t.validate_every == 0 and done < t.steps
+            if validates:
+                values = self._validated(trainer, held, values, bar, before)
                 clock.tick(0)
-            if done % config.logging.every == 0 or done == t.steps or len(values) > len(result.values()):
-                for tracker in trackers:
-                    tracker.log(done, {**values, "tokens_per_second": rate})
+            if done % config.logging.every == 0 or done == t.steps or validates:
+                self._log(trackers, trainer, values)
             if done == t.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 self._save(trainer, before)
 
-    def _save(self, trainer: Trainer, before: float) -> None:
+    def _validated(
+        self, trainer: Trainer, held: HiddenStates, values: dict[str, float], bar: Progress, before: float
+    ) -> dict[str, float]:
+        """The ``values`` of the last step with what the exits measure after it. A signal ends it at once: the step is
+        saved, and the same call goes on with the measurement."""
+        try:
+            scores = self._scores(held, lambda i, n: bar.update(trainer.done, f"measuring the exits: {i}/{n}"))
+        except Interrupted:
+            if self.saved != trainer.done:
+                self._save(trainer, before, unmeasured=values)
+            bar.close()
+            self._check_stop(f"step {trainer.done} of {self.config.train.steps} is saved; ")
+            raise
+        return {**values, **validation_values(scores)}
+
+    def _scores(self, held: HiddenStates, report: Callable[[int, int], None]) -> dict[int, Scores]:
+        with self.stop.at_once():
+            return evaluate(self.heads, held, loss_settings(self.config.objective), report)
+
+    def _log(self, trackers: list[Tracker], trainer: Trainer, values: dict[str, float]) -> None:
+        for tracker in trackers:
+            tracker.log(trainer.done, values)
+
+    def _save(self, trainer: Trainer, before: float, **more: Any) -> None:
         seconds = before + time.perf_counter() - self.started
-        meta = {**self.meta, "step": trainer.done, "seconds": round(seconds, 3)}
+        meta = {**self.meta, "step": trainer.done, "seconds": round(seconds, 3), **more}
         run_files.save(self.out, trainer.state(), meta, self.config.checkpoint.keep)
+        self.saved = trainer.done
 
     def _publish(self, text: Corpus, held: HiddenStates, before: float) -> None:
         """Measure the exits on the held-out text and write the adapter."""
-        scores = evaluate(self.heads, held, loss_settings(self.config.objective))
+        try:
+            with progress("measuring the exits", len(held)) as bar:
+                scores = self._scores(held, lambda i, _: bar.update(i))
+                bar.update(len(held))
+        except Interrupted:
+            self._check_stop(f"step {self.config.train.steps} of {self.config.train.steps} is saved; ")
+            raise
         for layer, head in self.heads.by_layer.items():
             head.record = record(scores[layer])
         t = self.config.train

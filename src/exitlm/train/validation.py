@@ -8,6 +8,7 @@ Shapes: N tokens, D hidden_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +42,18 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(heads: Heads, hidden: HiddenStates, settings: LossSettings) -> dict[int, Scores]:
-    """Losses and scores of every exit over all of ``hidden``, in the dtype of the parameters."""
+def evaluate(
+    heads: Heads, hidden: HiddenStates, settings: LossSettings, report: Callable[[int, int], None] = lambda *_: None
+) -> dict[int, Scores]:
+    """Losses and scores of every exit over all of ``hidden``, in the dtype of the parameters. ``report`` is told how
+    many rows of how many are done."""
     tokens = hidden.blocks.total_targets()
     losses = dict.fromkeys(heads.layers, 0.0)
     correct: dict[int, list[Tensor]] = {layer: [] for layer in heads.layers}
     scores: dict[int, list[Tensor]] = {layer: [] for layer in heads.layers}
     against_final = hidden.wanted.final
     for index in range(len(hidden)):
+        report(index, len(hidden))
         batch = heads.batch([hidden.row(index)], heads.master)
         weight_N = batch.weights(1.0 / tokens, heads.master)
         result = linear_losses(
