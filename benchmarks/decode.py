@@ -239,7 +239,11 @@ def cost_of_tests(llm: exitlm.LLM, rounds: int, count: int, candidates: int, com
 
 
 def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
-    """Lossless and threshold at their defaults against full, per prompt set; the last set is random tokens."""
+    """Lossless and threshold at their defaults against full, per prompt set; the last set is random tokens.
+
+    ``same tokens``: the share of places at which both texts have the same token; ``agreement``: the share of tokens
+    that full would have written after the same text; ``equal texts``: those that are full's from end to end.
+    """
     from exitlm import demo  # needs rich, which the GPU machines' programs above do without
 
     numbers = random.Random(0)
@@ -273,9 +277,13 @@ def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
                 sum(a == b for a, b in zip(mine, full, strict=False)) / max(len(full), 1)
                 for mine, full in zip(texts[mode], texts["full"], strict=True)
             ) / len(prompts)  # fmt: skip
+            triples = list(zip(prompts, texts[mode], texts["full"], strict=True))
+            agreeing = sum(demo.agreeing(engine, prompt, mine, full) for prompt, mine, full in triples)
             rows.append({
                 "prompts": name, "mode": mode, "tokens/s": spread([1 / v for v in values]),
                 "speed": ratios(found["full"], values), "same tokens": f"{same:.3f}",
+                "agreement": f"{agreeing / sum(len(mine) for _, mine, _ in triples):.3f}",
+                "equal texts": f"{sum(mine == full for _, mine, full in triples)} of {len(prompts)}",
                 "acceptance": f"{s['accepted'] / s['drafted']:.2f} of {s['drafted']}" if s["drafted"] else "-",
             })  # fmt: skip
     print(table(rows))
