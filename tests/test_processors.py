@@ -1,6 +1,6 @@
 """The numeric tests under each instruction set that torch has kernels for, and with one thread and two.
 
-Sums are ordered otherwise under each, so that a test of something that is zero but for rounding fails under one of them.
+Sums are ordered otherwise under each, so that a test of something that is zero but for rounding fails under one.
 """
 
 import os

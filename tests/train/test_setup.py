@@ -155,6 +155,12 @@ def test_what_has_no_effect_is_said() -> None:
         resolved("train.warmup=9")
     with pytest.warns(UserWarning, match=r"objective.candidate_loss is for exitlm tune on one process"):
         resolved("objective.candidate_loss=true")
+    for key, value in (
+        ("data.self_batch", "3"), ("data.prompts", "p.txt"), ("train.hidden_cache", "none"),
+        ("train.hidden_cache_gib", "1.0"), ("objective.candidate_tokens", "99"), ("objective.candidate_share", "0.5"),
+    ):  # fmt: skip
+        with pytest.warns(UserWarning, match=f"{key} has no effect here: "):
+            assert resolved(f"{key}={value}").fit.config.flat()[key] == RunConfig().flat()[key]
     with pytest.warns(UserWarning, match=r"nothing trains the gates of exits.gate; set objective.gate"):
         resolved("exits.gate=true")
     with pytest.warns(UserWarning, match=r"parallel.fill_\* has no effect on schedule '1f1b'"):

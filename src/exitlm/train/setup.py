@@ -29,6 +29,7 @@ from exitlm.train.metrics import check_trackers
 from exitlm.train.plan import Geometry, geometry
 from exitlm.train.precision import resolve_dtype
 from exitlm.train.run import RunConfig
+from exitlm.train.unread import set_back, unread_by_training
 from exitlm.weights.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from exitlm.weights.load import device_of
 
@@ -120,6 +121,7 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
         )
     if config.train.parameters == "exits" and not config.model.base:
         raise UserError("train.parameters is 'exits', which are tuned on a model that is there: set model.base")
+    config = set_back(config, unread_by_training(config), RunConfig())
     opened, tokens = _opened(config)
     model = opened.model_config if opened is not None else model_config(config, tokens.size, tokens.eos_id)
     device = _device(config.model.device, launch)

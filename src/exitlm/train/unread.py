@@ -17,6 +17,9 @@ from exitlm.train.sections import ModelSection, ParallelSection
 
 _OF_ANY_BASE = ("base", "dtype", "device")
 _LAYOUT = ("data", "tensor", "pipeline")
+_OF_SELF_TEXT = ("prompts", "self_temperature", "self_batch", "self_dtype")
+_OF_CACHE = ("hidden_cache", "hidden_cache_gib")
+_OF_SAMPLING = ("candidate_tokens", "candidate_share")
 
 
 def set_back(config: RunConfig, unread: dict[str, str], defaults: RunConfig) -> RunConfig:
@@ -30,6 +33,18 @@ def set_back(config: RunConfig, unread: dict[str, str], defaults: RunConfig) -> 
             value = getattr(getattr(defaults, section), field)
             config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
     return config
+
+
+def unread_by_training(config: RunConfig) -> dict[str, str]:
+    """The keys that runs over processes, and those with all parameters, do not read, and why."""
+    found = {f"data.{name}": "the data are files, not self:N" for name in _OF_SELF_TEXT}
+    found |= {f"train.{name}": "hidden states are kept by exitlm tune on one process" for name in _OF_CACHE}
+    found |= {f"objective.{name}": "only exitlm tune on one process samples the vocabulary" for name in _OF_SAMPLING}
+    if config.train.parameters == "exits":
+        found["objective.final"] = "the final head is not trained"
+        found["objective.layer_dropout"] = "the layers are not trained"
+        found["train.recompute"] = "nothing goes back through the layers of a frozen model"
+    return found
 
 
 def unread_by_tuning(config: RunConfig, vocab_size: int) -> dict[str, str]:
@@ -62,12 +77,12 @@ def unread_by_tuning(config: RunConfig, vocab_size: int) -> dict[str, str]:
     if not any(x.gate for x in exits):
         add("objective", ["gate"], "no exit has a gate (exits.gate)")
     if not o.candidate_loss:
-        add("objective", ["candidate_tokens", "candidate_share"], "objective.candidate_loss is off")
+        add("objective", _OF_SAMPLING, "objective.candidate_loss is off")
     elif vocab_size <= 2 * o.candidate_tokens:
         add("objective", ["candidate_share"], f"a vocabulary of {vocab_size} tokens is not sampled")
     add("data", ["across_documents"], "every document is a sequence of its own in exitlm tune on one process")
     if self_tokens(config) is None:
-        add("data", ["prompts", "self_temperature", "self_batch", "self_dtype"], "the data are files, not self:N")
+        add("data", _OF_SELF_TEXT, "the data are files, not self:N")
     else:
         add("data", ["validation_files"], "self text is validated by answers to held-out prompts")
         add("data", ["weights"], "self text is one source")
