@@ -252,10 +252,18 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     whole = json.loads(path.read_text())
     changes: tuple[dict[str, Any], ...] = (
         {"test": []}, {"draft": None}, {"layer": [1.0]}, {"head": []}, {"rows": ["a"]}, {"test": {"2": 1.0}},
-        {"draft": {"1": math.nan}}, {"spread": 0.5}, {"spread": None},
+        {"draft": {"1": math.nan}}, {"spread": 0.5}, {"spread": None}, {"layer": [10**400] * len(first.rows)},
         {"layer": [0.0] * len(first.rows)}, {"head": [-1.0] * len(first.rows)},
     )  # fmt: skip
-    damages = ["", "[]", '{"rows": 1}', path.read_text()[:-40], "\x00", *(json.dumps({**whole, **c}) for c in changes)]
+    damages = [
+        "",
+        "[]",
+        '{"rows": 1}',
+        path.read_text()[:-40],
+        "\x00",
+        "[" * 100_000,
+        *(json.dumps({**whole, **c}) for c in changes),
+    ]
     for damage in damages:
         path.write_text(damage)
         assert all(0 < value < math.inf for value in cached(FusedModel(model, "none"), tmp_path).layer)

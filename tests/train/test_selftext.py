@@ -19,7 +19,7 @@ from exitlm.train.selftext import (
     read_prompts,
     write_answers,
 )
-from tests.model.families import tiny_model
+from tests.model.families import VOCAB, tiny_model
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14], [15, 16, 17, 18, 19]]
 
@@ -57,7 +57,7 @@ def test_a_model_whose_logits_are_not_finite_writes_nothing(tmp_path: Path) -> N
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     with pytest.raises(UserError, match="final logits are not finite"):
-        list(write_answers(lambda: model, PROMPTS, writing(), tokens=50, cache=tmp_path))
+        list(write_answers(lambda: model, PROMPTS, writing(), tokens=50, vocab_size=VOCAB, cache=tmp_path))
     assert not any(path.stat().st_size for path in tmp_path.rglob("*.jsonl"))
 
 
@@ -73,7 +73,8 @@ def test_draws_follow_the_distribution() -> None:
 def collect(
     model: Any, cache: Path, tokens: int | None = 100, stopped: Any = lambda: False, **over: Any
 ) -> list[Answer]:
-    return list(write_answers(lambda: model, PROMPTS, writing(**over), tokens=tokens, cache=cache, stopped=stopped))
+    options: dict[str, Any] = {"tokens": tokens, "vocab_size": VOCAB, "cache": cache, "stopped": stopped}
+    return list(write_answers(lambda: model, PROMPTS, writing(**over), **options))
 
 
 def test_answers_are_kept_extended_and_the_same(model: Any, cache: Path, tmp_path: Path) -> None:
@@ -93,15 +94,54 @@ def test_each_prompt_once(model: Any, cache: Path) -> None:
     assert [a.ids[: a.start] for a in answers] == PROMPTS
 
 
-@pytest.mark.parametrize("damage", ["torn", "garbage", "skipped"])
+@pytest.mark.parametrize("damage", ["torn", "garbage", "skipped", "deep"])
 def test_what_a_kill_left_is_cut_off_and_written_again(model: Any, cache: Path, damage: str) -> None:
     whole = collect(model, cache, 150)
     path = next((cache / "self").glob("*/answers.jsonl"))
     before = path.read_bytes()
     lines = before.splitlines(keepends=True)
     assert len(lines) > 2
-    tail = {"torn": lines[1][:-9], "garbage": b"\0\0\0\n", "skipped": lines[2]}[damage]
+    tail = {"torn": lines[1][:-9], "garbage": b"\0\0\0\n", "skipped": lines[2], "deep": b"[" * 100_000 + b"\n"}[damage]
     path.write_bytes(lines[0] + tail)
+    assert collect(model, cache, 150) == whole
+    assert path.read_bytes() == before
+
+
+def changed(line: bytes, change: Any) -> Any:
+    table = json.loads(line)
+    change(table, table["rows"])
+    return table
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: [], lambda line: None, lambda line: 5, lambda line: "x", lambda line: {"batch": 1},
+        lambda line: {"batch": 1, "rows": 5}, lambda line: {"batch": 1, "rows": [[1]]},
+        lambda line: {"batch": 1, "rows": {"a": 1}}, lambda line: {"batch": 1, "rows": []},
+        lambda line: changed(line, lambda table, rows: rows.pop()),
+        lambda line: changed(line, lambda table, rows: rows.reverse()),
+        lambda line: changed(line, lambda table, rows: rows[0].append(1)),
+        lambda line: changed(line, lambda table, rows: rows[0][1].append(VOCAB)),
+        lambda line: changed(line, lambda table, rows: rows[0][1].append(-1)),
+        lambda line: changed(line, lambda table, rows: rows[0][1].append("7")),
+        lambda line: changed(line, lambda table, rows: rows[0][1].append(7.0)),
+        lambda line: changed(line, lambda table, rows: rows[0][1].append(True)),
+        lambda line: changed(line, lambda table, rows: rows[0][1].extend([7] * 99)),
+        lambda line: changed(line, lambda table, rows: rows[0].__setitem__(1, "abcdef")),
+        lambda line: changed(line, lambda table, rows: rows[0].__setitem__(0, 0)),
+        lambda line: changed(line, lambda table, rows: rows[0].__setitem__(0, 99)),
+        lambda line: changed(line, lambda table, rows: rows[0].__setitem__(0, -1)),
+        lambda line: changed(line, lambda table, rows: rows[0].__setitem__(0, "1")),
+        lambda line: changed(line, lambda table, rows: rows[0][1].__setitem__(slice(rows[0][0], None), [])),
+    ],
+)  # fmt: skip
+def test_a_line_of_another_shape_is_cut_off_and_written_again(model: Any, cache: Path, damage: Any) -> None:
+    whole = collect(model, cache, 150)
+    path = next((cache / "self").glob("*/answers.jsonl"))
+    before = path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    path.write_bytes(lines[0] + json.dumps(damage(lines[1])).encode() + b"\n" + b"".join(lines[2:]))
     assert collect(model, cache, 150) == whole
     assert path.read_bytes() == before
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import multiprocessing
 import os
 import pickle
@@ -148,6 +149,26 @@ def test_what_is_not_whole_is_made_again(home: Path, name: str, size: int | None
         os.truncate(home / name, size)
     assert published(home, IDS.dtype) is None
     assert publish(home, IDS.dtype, write)[0][:].tolist() == IDS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (META, []), (META, 5), (META, None), (META, {"digest": 5, "tokens": 100}), (META, {"tokens": 100}),
+        (OFFSETS, [0, 60, 40, 100]), (OFFSETS, [-5, 100]), (OFFSETS, [10, 100]), (OFFSETS, [[0, 100]]), (OFFSETS, 100),
+        (OFFSETS, [0.0, 100.0]), (OFFSETS, []),
+    ],
+)  # fmt: skip
+def test_what_is_of_another_shape_is_made_again(home: Path, name: str, content: Any) -> None:
+    home.mkdir(parents=True)
+    write(home)
+    if name == META:
+        (home / META).write_text(json.dumps(content))
+    else:
+        np.save(home / OFFSETS, np.array(content))
+    assert published(home, IDS.dtype) is None
+    shard, offsets, digest = publish(home, IDS.dtype, write)
+    assert (shard[:].tolist(), offsets.tolist(), digest) == (IDS.tolist(), [0, 100], "d")
 
 
 def test_one_that_waits_can_be_stopped(home: Path) -> None:

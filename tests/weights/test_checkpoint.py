@@ -339,8 +339,12 @@ def test_a_broken_cache_is_no_error(tmp_path: Path, cache: Path, monkeypatch: py
     file.write_text("text")
     assert kept_digest([file], "test", lambda: "digest") == "digest"
     (kept,) = (cache / "digests").iterdir()
-    kept.write_text("{")
-    assert kept_digest([file], "test", lambda: "digest") == "digest"
+    key = json.loads(kept.read_text())["key"]
+    shapes: list[Any] = [[], None, {"key": key}, *({"key": key, "digest": value} for value in (5, None, ["digest"]))]
+    for text in ("{", "[" * 100_000, *map(json.dumps, shapes)):
+        kept.write_text(text)
+        assert kept_digest([file], "test", lambda: "digest") == "digest"
+        assert json.loads(kept.read_text()) == {"key": key, "digest": "digest"}
     monkeypatch.setenv("EXITLM_CACHE", str(file))  # a file, not a directory
     assert kept_digest([file], "test", lambda: "digest") == "digest"
 

@@ -209,7 +209,7 @@ def cached(fused: FusedModel, directory: Path) -> Costs:
     path = directory / "costs" / f"{key}.json"
     try:
         kept = _kept(json.loads(path.read_text()), fused)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         kept = None  # absent or damaged
     origin = "measured"
     if kept is not None:

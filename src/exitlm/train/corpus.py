@@ -182,7 +182,7 @@ def _shown(
     prompts: list[list[int]],
     writing: Writing,
     count: int | None,
-    model: Callable[[], EarlyExitModel],
+    writer: _Writer,
     cache: Path,
     stopped: Callable[[], bool],
 ) -> list[Answer]:
@@ -198,8 +198,9 @@ def _shown(
         bar.update(min(done, total), f"{rate:,.0f} tok/s" if count is not None and done > first else "")
 
     try:
-        found = write_answers(model, prompts, writing, tokens=count, cache=cache, report=report, stopped=stopped)
-        return list(found)
+        vocab_size = writer.opened.model_config.vocab_size
+        options: dict[str, Any] = {"vocab_size": vocab_size, "cache": cache, "report": report, "stopped": stopped}
+        return list(write_answers(writer, prompts, writing, tokens=count, **options))
     finally:
         if bar is not None:
             bar.close()

@@ -27,7 +27,7 @@ from torch import Tensor
 from exitlm.decode.sample import finite_rows
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
-from exitlm.train.data import Blocks
+from exitlm.train.data import Blocks, batch_indices
 from exitlm.weights.store import cannot_keep
 
 FORMAT = 1
@@ -116,24 +116,28 @@ def write_answers(
     writing: Writing,
     *,
     tokens: int | None,
+    vocab_size: int,
     cache: Path,
     report: Callable[[int, int], None] = lambda done, total: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Answer]:
     """The answers, from the cache as far as they are there, else written now: batches until ``tokens`` answer tokens
-    are reached, or (``tokens`` None) each prompt once. ``model`` is only called if something must be written. Ends
-    early when ``stopped()``; what was written stays."""
+    are reached, or (``tokens`` None) each prompt once. ``model``, whose ids are below ``vocab_size``, is only called if
+    something must be written. Ends early when ``stopped()``; what was written stays."""
+
+    def chosen(index: int) -> list[list[int]]:
+        return [prompts[i] for i in _choose(len(prompts), index, writing, once=tokens is None)]
+
     home = cache / "self" / writing.key()
     total = tokens if tokens is not None else len(prompts)
     with _exclusive(home / "answers.jsonl") as file:
         loaded: EarlyExitModel | None = None
         done = index = 0
-        written = _read_batches(file)
+        written = _read_batches(file, chosen, writing.seq_len + 1, vocab_size)
         while done < total:
             if index == len(written):
                 loaded = loaded or model()
-                chosen = _choose(len(prompts), index, writing, once=tokens is None)
-                batch = _write_batch(loaded, [prompts[i] for i in chosen], writing, index, stopped)
+                batch = _write_batch(loaded, chosen(index), writing, index, stopped)
                 if batch is None:
                     return
                 _append(file, index, batch)
@@ -172,22 +176,34 @@ def _exclusive(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _read_batches(file: IO[bytes]) -> list[list[Answer]]:
-    """All complete batches; what a kill left behind them is cut off."""
+def _read_batches(
+    file: IO[bytes], prompts: Callable[[int], list[list[int]]], longest: int, vocab_size: int
+) -> list[list[Answer]]:
+    """All whole batches; what a kill left behind them, or what answers no ``prompts(batch)``, is cut off."""
     file.seek(0)
     batches: list[list[Answer]] = []
     end = 0
     for line in file:
         try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            row = None
-        if row is None or row.get("batch") != len(batches):
+            row: Any = json.loads(line) if line.endswith(b"\n") else None
+            if row["batch"] != len(batches):
+                break
+            pairs = list(zip(row["rows"], prompts(len(batches)), strict=True))
+            if not all(_is_answer(start, ids, prompt, longest, vocab_size) for (start, ids), prompt in pairs):
+                break
+        except (ValueError, TypeError, KeyError, RecursionError):  # another line than was written
             break
-        batches.append([Answer(ids, start) for start, ids in row["rows"]])
+        batches.append([Answer(ids, start) for (start, ids), _ in pairs])
         end += len(line)
     file.truncate(end)
     return batches
+
+
+def _is_answer(start: Any, ids: Any, prompt: list[int], longest: int, vocab_size: int) -> bool:
+    """Whether ``ids`` are a prompt, up to ``start``, and at least one token more, all in the vocabulary."""
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        return False
+    return type(start) is int and start == len(prompt) < len(ids) <= longest and ids[:start] == prompt
 
 
 def _append(file: IO[bytes], index: int, batch: Sequence[Answer]) -> None:
@@ -206,14 +222,9 @@ def _append(file: IO[bytes], index: int, batch: Sequence[Answer]) -> None:
 def _choose(count: int, index: int, writing: Writing, once: bool) -> list[int]:
     """The prompts of a batch: consecutive entries of one shuffled pass after the other; in order where each is answered
     ``once``."""
-    positions = range(index * writing.batch, (index + 1) * writing.batch)
     if once:
-        return [p for p in positions if p < count]
-    out = []
-    for position in positions:
-        epoch, place = divmod(position, count)
-        out.append(int(np.random.Generator(np.random.PCG64([writing.seed, epoch])).permutation(count)[place]))
-    return out
+        return list(range(min(index * writing.batch, count), min((index + 1) * writing.batch, count)))
+    return batch_indices(count, index, writing.batch, writing.seed)
 
 
 def _write_batch(

@@ -75,14 +75,23 @@ def published(home: Path, dtype: np.dtype[Any]) -> Tokenised | None:
     """What is in the directory ``home``, or None where it is not whole."""
     try:
         meta = json.loads((home / META).read_text())
-        shard, offsets = Shard(home / TOKENS, dtype), np.load(home / OFFSETS)
-        return (shard, offsets, str(meta["digest"])) if len(shard) == meta["tokens"] == offsets[-1] else None
+        shard, offsets, digest = Shard(home / TOKENS, dtype), np.load(home / OFFSETS), meta["digest"]
+        if len(shard) != meta["tokens"] or not isinstance(digest, str) or not _are_offsets(offsets, len(shard)):
+            return None
+        return shard, offsets, digest
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"the token cache {home} cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, EOFError):  # a file that a crash of the machine left empty
+    except (ValueError, LookupError, TypeError, EOFError, RecursionError):  # a crash left it empty, or it is damaged
         return None
+
+
+def _are_offsets(found: Any, length: int) -> bool:
+    """Whether they cut ``length`` ids into documents, in order."""
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != np.int64 or not len(found):
+        return False
+    return bool(found[0] == 0 and found[-1] == length and (np.diff(found) >= 0).all())
 
 
 def publish(

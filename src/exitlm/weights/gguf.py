@@ -71,17 +71,18 @@ def recorded_digest(directory: Path) -> str | None:
         record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
         status = (directory / "model.safetensors").stat()
         unchanged = (status.st_size, status.st_mtime_ns) == (record["size"], record["mtime_ns"])
-        return str(record["digest"]) if unchanged else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return record["digest"] if unchanged and isinstance(record["digest"], str) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def tokenizer_problem(directory: Path) -> str | None:
     """Why a conversion has no tokenizer; None if it has one, or is no conversion."""
     try:
-        return json.loads((directory / RECORD).read_text(encoding="utf-8")).get("tokenizer_problem")  # type: ignore[no-any-return]
-    except (OSError, ValueError):
+        problem = json.loads((directory / RECORD).read_text(encoding="utf-8"))["tokenizer_problem"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return problem if isinstance(problem, str) else None
 
 
 def convert(file: GGUFFile, directory: Path) -> None:

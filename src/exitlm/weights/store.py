@@ -73,10 +73,10 @@ def kept_digest(files: Sequence[Path], label: str, compute: Callable[[], str]) -
 
 
 def _kept(place: Path, key: str) -> str | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = json.loads(place.read_text())
-        if kept["key"] == key:
-            return str(kept["digest"])
+        if kept["key"] == key and isinstance(kept["digest"], str):
+            return kept["digest"]
     return None
 
 
