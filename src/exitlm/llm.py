@@ -25,7 +25,9 @@ from exitlm.decode.text import Tokenizer
 from exitlm.errors import UserError, nearest
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitConfig
+from exitlm.values import flag, path_of, paths_of, seed_of, wholes, wrong
 from exitlm.weights.adapter import attach, is_adapter, save_adapter
+from exitlm.weights.checkpoint import chat_text
 from exitlm.weights.export import export
 from exitlm.weights.load import load_model
 from exitlm.weights.source import resolve
@@ -146,11 +148,7 @@ class LLM:
         if not self.tokenizer.chat_template:
             raise UserError("this model's tokenizer has no chat template; leave chat off")
         messages = [{"role": "user", "content": prompt}]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program: it can raise anything
-            reason = str(error).split("\n")[0].rstrip(".") or type(error).__name__
-            raise UserError(f"this model's chat template can't be used ({reason}); leave chat off") from error
+        text = chat_text(self.tokenizer, messages, answer=True, remedy="leave chat off")
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def add_exits(

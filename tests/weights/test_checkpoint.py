@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,32 @@ def test_the_dtype_of_the_config_counts_and_then_that_of_most_bytes(tmp_path: Pa
     assert load_model(tmp_path).dtype == torch.bfloat16
     edit_json(tmp_path / "config.json", dtype=None)
     assert load_model(tmp_path).dtype == torch.float32
+
+
+@pytest.mark.parametrize("said", ["float8_e4m3fn", "torch.float8_e5m2", "int8", "complex64", "x", 5, [], {"a": 1}])
+def test_a_config_with_a_dtype_that_is_not_computed_in(tmp_path: Path, said: Any) -> None:
+    saved(tmp_path)
+    edit_json(tmp_path / "config.json", dtype=None, torch_dtype=said)
+    message = refused(tmp_path)
+    assert f"config.json says that the weights are {said!r}, which exitlm does not compute in" in message
+    assert "float64, float32, bfloat16, float16" in message
+    assert load_model(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_checkpoint_of_eight_bit_floats(tmp_path: Path) -> None:
+    saved(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({name: tensor.to(torch.float8_e4m3fn) for name, tensor in t.items()}))
+    for options in ({}, {"dtype": "float32"}):
+        assert "dtype F8_E4M3, which exitlm does not read; use F32, F16 or BF16" in refused(tmp_path, **options)
+
+
+def test_a_record_of_a_conversion_that_is_none(tmp_path: Path) -> None:
+    saved(tmp_path)
+    digest = open_checkpoint(tmp_path).digest()
+    for record in ([], 5, None, {"digest": 5}, {"tokenizer_problem": {"a": 1}}):
+        (tmp_path / "conversion.json").write_text(json.dumps(record))
+        checkpoint = open_checkpoint(tmp_path)
+        assert (checkpoint.digest(), checkpoint.tokenizer()) == (digest, None)
 
 
 def test_tied_weights_stay_one(tmp_path: Path) -> None:
@@ -398,6 +425,30 @@ def test_a_damaged_tokenizer(tmp_path: Path) -> None:
     with_tokenizer(tmp_path, vocab_size=450)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer in .* can't be loaded"):
+        load_model(tmp_path).checkpoint.tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("tokenizer_config.json", {"model_max_length": {}}, "model_max_length is {} (dict), but must be a number"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length is 'x' (str), but must be a number"),
+        ("tokenizer_config.json", {"bos_token": 5}, "bos_token"),
+        ("tokenizer_config.json", {"extra_special_tokens": 5}, "extra_special_tokens"),
+        ("tokenizer_config.json", {"model_input_names": 5}, ""),
+        ("tokenizer_config.json", {"tokenizer_class": ["x"]}, ""),
+        ("tokenizer_config.json", {"chat_template": [5]}, ""),
+        ("special_tokens_map.json", {"model_max_length": "x"}, "model_max_length is 'x' (str), but must be a number"),
+        ("special_tokens_map.json", {"eos_token": 5}, "eos_token"),
+        ("special_tokens_map.json", [], ""),
+        ("added_tokens.json", {"x": {}}, ""),
+    ],
+)
+def test_a_tokenizer_whose_settings_have_other_types(tmp_path: Path, file: str, content: Any, reason: str) -> None:
+    path = with_tokenizer(tmp_path, vocab_size=450) / file
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**before, **content} if isinstance(content, dict) else content))
+    with pytest.raises(UserError, match=rf"tokenizer in {tmp_path} can't be loaded \(.*{re.escape(reason)}.*\); give"):
         load_model(tmp_path).checkpoint.tokenizer()
 
 

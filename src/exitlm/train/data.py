@@ -30,6 +30,7 @@ from torch import Tensor
 from exitlm.errors import UserError
 from exitlm.train.shard import META, OFFSETS, TOKENS, Shard, Tokenised, allow_open_files, publish
 from exitlm.train.texts import packaged
+from exitlm.weights.checkpoint import chat_text
 from exitlm.weights.store import kept_digest
 
 FORMAT = 2
@@ -37,6 +38,7 @@ PIECE_CHARS = 1 << 18
 BATCH_CHARS = 1 << 22
 LEAST_PIECE = 8
 MOST_THREADS = 8
+REMEDY = "put it right, or name another tokenizer with data.tokenizer"
 PROBE = "A probe: 12.5 words,\n\tdéjà vu  "
 
 
@@ -138,15 +140,13 @@ class TextTokenizer:
         if not self.tokenizer.chat_template:
             return self.prefix + self.encode_batch([text])[0]
         message = [{"role": "user", "content": text}]
-        chat = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return self.encode_batch([chat])[0]
+        return self.encode_batch([chat_text(self.tokenizer, message, answer=True, remedy=REMEDY)])[0]
 
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
         """The conversation in the tokenizer's chat template."""
         if not self.tokenizer.chat_template:
             raise UserError('the data holds "messages", but the tokenizer has no chat template; give plain "text"')
-        text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False)
-        return text
+        return chat_text(self.tokenizer, messages, answer=False, remedy=REMEDY)
 
 
 class Blocks:

@@ -12,15 +12,17 @@ import json
 import os
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from exitlm.errors import UserError
+from exitlm.errors import UserError, nearest
 from exitlm.model import ModelConfig
 from exitlm.model.config import token_ids
+from exitlm.values import number, shown, wrong
 from exitlm.weights import gguf
 from exitlm.weights.source import display_name, resolve
 from exitlm.weights.store import kept_digest
@@ -33,6 +35,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD = "lm_head.weight"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Prefixes under which a text model lies within the checkpoint of a larger one.
 _PREFIXES = (
@@ -97,17 +100,25 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the configuration says the weights are, or else what most of their bytes are."""
-        nested = self.config.get("text_config") or {}
-        said = [table.get(key) for table in (self.config, nested) for key in ("dtype", "torch_dtype")]
-        for name in said:
-            dtype = getattr(torch, str(name).removeprefix("torch."), None)
-            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-                return dtype
-        sizes: Counter[str] = Counter()
+        """What the configuration says the weights are, or else what most of their bytes are.
+
+        Raises:
+            UserError: the configuration names a type that exitlm does not compute in.
+        """
+        nested = self.config.get("text_config")
+        tables = [self.config, nested] if isinstance(nested, dict) else [self.config]
+        for said in (table.get(key) for table in tables for key in ("dtype", "torch_dtype")):
+            if said is not None and str(said).removeprefix("torch.") not in FLOATS:
+                raise UserError(
+                    f"{self.directory / 'config.json'} says that the weights are {shown(said)}, which exitlm does not "
+                    f"compute in; choose a checkpoint in one of {', '.join(FLOATS)}, or load this one with such a dtype"
+                )
+            if said is not None:
+                return dtype_of(said)
+        sizes: Counter[torch.dtype] = Counter()
         for entry in self.entries.values():
-            sizes[entry.dtype] += entry.end - entry.start
-        return DTYPES[sizes.most_common(1)[0][0]]
+            sizes[DTYPES[entry.dtype]] += entry.end - entry.start
+        return max(FLOATS.values(), key=lambda dtype: sizes[dtype])
 
     def digest(self) -> str:
         """SHA-256 over name, dtype, shape and bytes of each of the ``names()``; kept while the files are the same."""
@@ -138,6 +149,16 @@ class Checkpoint:
         return tokenizer
 
 
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """The floating-point type of a name such as ``float32``."""
+    if not isinstance(name, str | torch.dtype):
+        raise wrong("dtype", name, f"one of {', '.join(FLOATS)}")
+    said = str(name).removeprefix("torch.")
+    if said not in FLOATS:
+        raise UserError(f"unknown dtype {said!r}; use one of {', '.join(FLOATS)}{nearest(said, FLOATS)}")
+    return FLOATS[said]
+
+
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory, without its code and without a network."""
     settings = directory / "tokenizer_config.json"
@@ -153,12 +174,30 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        number(tokenizer.model_max_length, "model_max_length")  # which nothing looks at before a text is encoded
+        tokenizer.decode(tokenizer("a")["input_ids"])
     except Exception as error:  # the libraries raise nearly every type
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
-            f"the tokenizer in {directory} can't be loaded ({reason}); give another one, or token ids for text"
+            f"the tokenizer in {directory} can't be loaded ({_reason(error)}); give another one, or token ids for text"
         ) from error
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def chat_text(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool, remedy: str) -> str:
+    """The text of a conversation in the tokenizer's chat template, up to where an ``answer`` begins.
+
+    Raises:
+        UserError: the template can't be used; ``remedy`` is what to do then.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
+    except Exception as error:  # a template is a program: it can raise anything
+        raise UserError(f"this model's chat template can't be used ({_reason(error)}); {remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library complains of."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str) -> None:

@@ -19,8 +19,8 @@ from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
 from exitlm.model.families import FAMILIES
 from exitlm.weights.adapter import attach, backbone_tensors, base_of, is_adapter, write_adapter
-from exitlm.weights.checkpoint import INDEX, SINGLE, Checkpoint
-from exitlm.weights.load import dtype_of, load_model
+from exitlm.weights.checkpoint import INDEX, SINGLE, Checkpoint, dtype_of
+from exitlm.weights.load import load_model
 from exitlm.weights.publish import check_free, fresh_directory
 from exitlm.weights.source import resolve
 from exitlm.weights.tensorfile import DTYPE_NAMES, TensorsDigest, Written, raw_bytes, write_tensors
@@ -58,7 +58,7 @@ def export(
     """
     directory = Path(directory)
     check_free(directory)
-    chosen = None if dtype is None or dtype == "auto" else dtype_of(dtype)
+    chosen = None if dtype is None or (isinstance(dtype, str) and dtype == "auto") else dtype_of(dtype)
     model = source if isinstance(source, EarlyExitModel) else _load(source)
     if len(model.model.layers) != model.config.num_hidden_layers:
         raise UserError("the model has only some of its layers; load all of them to export it")

@@ -14,19 +14,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from exitlm.errors import UserError, nearest
+from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
-from exitlm.weights.checkpoint import HEAD, Checkpoint, open_checkpoint
-
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def dtype_of(name: str | torch.dtype) -> torch.dtype:
-    """The floating-point type of a name such as ``float32``."""
-    found = DTYPES.get(str(name).removeprefix("torch."))
-    if found is None:
-        raise UserError(f"unknown dtype '{name}'; use one of {', '.join(DTYPES)}{nearest(str(name), DTYPES)}")
-    return found
+from exitlm.values import wrong
+from exitlm.weights.checkpoint import HEAD, Checkpoint, dtype_of, open_checkpoint
 
 
 def load_model(
@@ -45,7 +36,7 @@ def load_model(
         UserError: the source can't be opened, or its tensors are not those of its configuration.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    chosen = checkpoint.dtype if dtype == "auto" else dtype_of(dtype)
+    chosen = checkpoint.dtype if isinstance(dtype, str) and dtype == "auto" else dtype_of(dtype)
     config = checkpoint.model_config
     place = device_of(device)
     with torch.device("meta"), Unfilled():
@@ -117,14 +108,18 @@ def _check_tied_head(checkpoint: Checkpoint) -> None:
 
 def device_of(name: str | torch.device) -> torch.device:
     """The device of a name such as ``cuda``; a UserError where it can't be used."""
+    if not isinstance(name, str | torch.device):
+        raise wrong("device", name, "the name of a device, such as cpu or cuda")
     try:
         device = torch.device(name)
         if device.type == "meta":
             raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise UserError(f"device '{name}' can't be used ({reason}); use cpu, or cuda where there is one") from error
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0].partition(". ")[0].rstrip(".")
+        raise UserError(
+            f"device {str(name)!r} can't be used ({reason}); use cpu, or cuda where there is one"
+        ) from error
     return device
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel, ExitHead, ModelConfig
-from exitlm.weights.checkpoint import HEAD
+from exitlm.weights.checkpoint import HEAD, dtype_of
 from exitlm.weights.export import export
-from exitlm.weights.load import Unfilled, dtype_of
+from exitlm.weights.load import Unfilled
 from exitlm.weights.megatron_config import MegatronConfig
 from exitlm.weights.megatron_file import MegatronCheckpoint, open_megatron
 from exitlm.weights.publish import check_free

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from exitlm.errors import UserError
-from exitlm.weights.load import DTYPES
+from exitlm.weights.checkpoint import FLOATS
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _SHARD, _OPTIMIZER = "model_optim_rng.pt", "distrib_optim.pt"
@@ -199,7 +199,7 @@ def _tensors(path: Path, part: Mapping[Any, Any], prefix: str = "") -> Iterator[
             isinstance(value, Tensor)
             and value.device.type == "cpu"
             and value.layout == torch.strided
-            and value.dtype in DTYPES.values()
+            and value.dtype in FLOATS.values()
         ):
             yield name, value.detach()
         else:
