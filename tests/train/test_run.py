@@ -1,13 +1,18 @@
 """The run file: what it accepts, what it refuses and how, and that it survives being written and read."""
 
+import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from exitlm.errors import UserError
 from exitlm.train.run import TRAINING, RunConfig, differences
+from exitlm.train.sections import ExitsSection
 
 TOML = """
 [model]
@@ -166,3 +171,38 @@ def test_async_is_a_key_though_python_keeps_the_word() -> None:
     config = RunConfig.from_text("[checkpoint]\nasync = false")
     assert config.checkpoint.async_ is False
     assert "async = false" in config.to_toml()
+
+
+def set_to(key: str, value: Any) -> RunConfig:
+    """The usual settings with ``key`` as it stands in a run file, checked."""
+    section, name = key.split(".")
+    config = RunConfig.from_dict({"data": {"files": ["a"]}}) if section != "data" else RunConfig()
+    found = RunConfig.from_dict({section: {name: value}}, config)
+    found.check()
+    return found
+
+
+@pytest.mark.parametrize("key", list(RunConfig().flat()))
+def test_every_key_takes_its_type_or_says_so(key: str) -> None:
+    said: list[str] = []
+    for value in (None, True, 5, -1, 2**70, 10**400, math.nan, 1j, "x", "\ud800", b"x", [], {}, [None], object(), float,
+                  torch.tensor(0.5), np.int64(3), np.array([1, 2]), Path("x")):  # fmt: skip
+        try:
+            found = set_to(key, value)
+        except UserError as error:
+            said.append(str(error))
+        else:
+            assert RunConfig.from_text(found.to_toml()) == found
+    assert said
+    assert all(key in sentence or "global_batch" in sentence for sentence in said)
+
+
+def test_settings_made_in_python_get_the_types_of_a_run_file() -> None:
+    for usual in (RunConfig(), TRAINING):
+        assert usual.typed() == usual
+    made = RunConfig(train=replace(RunConfig().train, steps=np.int64(5), lr=1), exits=ExitsSection(layers=[2, 3]))  # type: ignore[arg-type]
+    found = made.typed()
+    assert (type(found.train.steps), found.train.lr, found.exits.layers) == (int, 1.0, (2, 3))
+    for wrong in (RunConfig(train=5), RunConfig(train=replace(RunConfig().train, steps="5"))):  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="train"):
+            wrong.typed()

@@ -34,6 +34,7 @@ from exitlm.train.run import TRAINING, RunConfig
 from exitlm.train.setup import Setup, resolve
 from exitlm.train.trained import model_of_run, recorded, versions
 from exitlm.train.trainer import Job, Report, Trainer, head_name
+from exitlm.values import path_of, words
 from exitlm.weights.adapter import save_adapter
 from exitlm.weights.store import cache_directory
 
@@ -54,8 +55,8 @@ def train(config: RunConfig | str | os.PathLike[str], *, overrides: Sequence[str
     with stop_signal() as stop, _only_first_warns(launch):
         try:
             if not isinstance(config, RunConfig):
-                config = RunConfig.from_toml(Path(config), TRAINING)
-            setup = resolve(config.with_overrides(overrides), launch)
+                config = RunConfig.from_toml(path_of(config, "config", "a run file or a RunConfig"), TRAINING)
+            setup = resolve(config.typed().with_overrides(words(overrides, "overrides")), launch)
         except UserError as error:
             setup = error
         with _met(setup, launch) as roll:

@@ -13,7 +13,7 @@ import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -28,6 +28,7 @@ from exitlm.train.sections import (
     ParallelSection,
     TrainSection,
 )
+from exitlm.values import number, path_of, unboxed
 
 # What a key must at least be, and the keys that hold finite numbers from 0 on.
 _LEAST = {
@@ -59,6 +60,8 @@ _MOST = {
     "train.microbatch": 1 << 20,
     "train.steps": 1 << 32,
     "parallel.timeout": 1e7,
+    "train.lr": 1e30,
+    "objective.distill_temperature": 1e6,
 }
 _NUMBERS = (
     "train.lr",
@@ -110,6 +113,7 @@ class RunConfig:
     @classmethod
     def from_toml(cls, path: str | Path, defaults: RunConfig | None = None) -> RunConfig:
         """Read a run file."""
+        path = path_of(path, "the run file")
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
@@ -126,6 +130,14 @@ class RunConfig:
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{name} is not valid TOML: {error}") from error
         return cls.from_dict(tree, defaults)
+
+    def typed(self) -> RunConfig:
+        """The same settings with every value of the type that its key asks for, which one made in Python may not be."""
+        tree = asdict(self)
+        for name, values in tree.items():
+            if isinstance(values, dict):
+                tree[name] = {_key(key): value for key, value in values.items()}
+        return type(self).from_dict(tree)
 
     def with_overrides(self, overrides: Sequence[str]) -> RunConfig:
         """Apply ``section.key=value`` strings in order; values are TOML, or plain strings where that fails."""
@@ -170,14 +182,14 @@ class RunConfig:
                 raise UserError(f"{key} is {flat[key]}, but must be at least {least}")
         for key, most in _MOST.items():
             if flat[key] > most:
-                raise UserError(f"{key} is {flat[key]}, but must be at most {most:.0f}")
+                raise UserError(f"{key} is {flat[key]}, but must be at most {most:.15g}")
         for key in ("parallel.fill_warmup", "parallel.fill_cooldown"):
             if flat[key] != "auto" and flat[key] < 0:
                 raise UserError(f"{key} is {flat[key]}, but must be at least 0, or 'auto'")
         for key in _NUMBERS:
-            for number in _as_tuple(flat[key]):
-                if not math.isfinite(number) or number < 0:
-                    raise UserError(f"{key} is {number}, but must be a finite number that is not negative")
+            for value in _as_tuple(flat[key]):
+                if not math.isfinite(value) or value < 0:
+                    raise UserError(f"{key} is {value}, but must be a finite number that is not negative")
         for key in _SHARES:
             if not 0.0 <= flat[key] <= 1.0:
                 raise UserError(f"{key} is {flat[key]}, but must be in [0, 1]")
@@ -281,7 +293,7 @@ def _build(base: Any, tree: Mapping[str, Any], where: str) -> Any:
         path = f"{where}.{key}" if where else key
         if key not in known:
             what = "key" if where else "section"
-            raise UserError(f"unknown {what} '{path}' in the run's settings{nearest(key, known)}")
+            raise UserError(f"unknown {what} '{path}' in the run's settings{nearest(str(key), known)}")
         name = known[key]
         if is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
@@ -294,6 +306,12 @@ def _build(base: Any, tree: Mapping[str, Any], where: str) -> Any:
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
     """``value`` as the type ``hint`` asks for, or a :class:`UserError` that says what is expected."""
+    value = unboxed(value)
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{key} is {value!r}, but must be UTF-8 text, as the run file is") from None
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         options = get_args(hint)
@@ -320,7 +338,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             )
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return number(value, key)
     if type(value) is not hint:
         raise UserError(f"{key} is {_toml_value(value)}, but must be {_describe(hint)}")
     return value

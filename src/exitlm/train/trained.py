@@ -28,6 +28,7 @@ from exitlm.train.data import ByteTokenizer
 from exitlm.train.exits import exit_configs
 from exitlm.train.head_loss import HeadLosses
 from exitlm.train.run import RunConfig
+from exitlm.values import path_of
 from exitlm.weights.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from exitlm.weights.load import load_model
 
@@ -40,14 +41,14 @@ def is_checkpoint(place: Path) -> bool:
     ).is_file()
 
 
-def model_of_run(place: Path) -> EarlyExitModel:
+def model_of_run(place: str | os.PathLike[str]) -> EarlyExitModel:
     """The model of a run with the values of one checkpoint (``place``), or of the newest that is whole (``place`` is
     the run's directory), finished or not.
 
     Raises:
         UserError: there is no whole checkpoint, or the base is not what it was.
     """
-    place = Path(os.path.abspath(place))
+    place = Path(os.path.abspath(path_of(place, "the run")))
     one = is_checkpoint(place)
     out = place.parent.parent if one else place
     config = RunConfig.from_toml(out / "run.toml")

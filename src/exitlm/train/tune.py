@@ -36,6 +36,7 @@ from exitlm.train.selftext import read_prompts
 from exitlm.train.trained import recorded, versions
 from exitlm.train.unread import set_back, unread_by_tuning
 from exitlm.train.validation import Scores, evaluate, record
+from exitlm.values import path_of, paths_of, wholes, words
 from exitlm.weights.adapter import save_adapter
 from exitlm.weights.checkpoint import Checkpoint, open_checkpoint, read_json
 from exitlm.weights.load import device_of, load_model
@@ -64,17 +65,17 @@ def tune(
         UserError: anything the user can put right; the output directory then holds no adapter.
         Interrupted: SIGTERM or Ctrl-C; the same call goes on from there.
     """
-    config = base if isinstance(base, RunConfig) else RunConfig()
+    config = base.typed() if isinstance(base, RunConfig) else RunConfig()
+    name = None if isinstance(base, RunConfig) else path_of(base, "base", "the name of a model, or a RunConfig")
     changes: dict[str, dict[str, Any]] = {
-        "model": {"base": None if isinstance(base, RunConfig) else os.fspath(base)},
-        "exits": {"layers": None if exits is None else tuple(exits)},
-        "data": {"files": None if data is None else ((data,) if isinstance(data, str) else tuple(map(str, data)))},
+        "model": {"base": name},
+        "exits": {"layers": None if exits is None else wholes(exits, "exits")},
+        "data": {"files": None if data is None else paths_of(data, "data")},
         "train": {"steps": steps, "seed": seed},
-        "checkpoint": {"dir": None if out is None else os.fspath(out), "every": save_every},
+        "checkpoint": {"dir": None if out is None else path_of(out, "out"), "every": save_every},
     }
-    for section, values in changes.items():
-        given = {name: value for name, value in values.items() if value is not None}
-        config = replace(config, **{section: replace(getattr(config, section), **given)})
+    given = {s: {key: value for key, value in keys.items() if value is not None} for s, keys in changes.items()}
+    config, overrides = RunConfig.from_dict(given, config), words(overrides, "overrides")
     if config.with_overrides(overrides).train.parameters == "all":
         raise UserError(
             "train.parameters is 'all', but exitlm tune trains exits alone; leave it out, or use exitlm train RUN.toml"
