@@ -219,6 +219,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "TMP", "--prompt", "x"], "TMP"),
     (["generate", "MODEL", "--prompt", "x", "--quant", "int5"], "int5"),
     (["generate", "MODEL", "--prompt", "x", "--dtype", "float8"], "float8"),
+    (["generate", "MODEL", "--prompt", "x", "--dtype", "float8_e4m3fn"], "float64, float32, bfloat16, float16"),
+    (["generate", "MODEL", "--prompt", "x", "--device", "gpu"], "device 'gpu' can't be used"),
+    (["export", "MODEL", "TMP/out", "--dtype", "float8_e4m3fn"], "float64, float32, bfloat16, float16"),
     (["inspect", "TMP/none"], "none"),
     (["inspect", "TMP"], "TMP"),
     (["export", "TMP/none", "TMP/out"], "none"),
@@ -231,6 +234,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["tune", "MODEL", "--exits", "1", "--data", "BINARY", "--out", "TMP/out", "--set", "data.seq_len=16"], "binary"),
     (["tune", "MODEL", "--exits", "1", "--out", "TMP/out", "--set", "train.stps=3"], "did you mean 'steps'"),
     (["tune", "MODEL", "--exits", "1", "--out", "TMP/out", "--set", "steps=3"], "steps=3"),
+    (["tune", "MODEL", "--exits", "1", "--data", "TEXT", "--out", "TEXT"], "File exists; choose another directory"),
+    (["tune", "MODEL", "--out", "TMP/out", "--set", "train.dtype=float8_e4m3fn"], "one of auto, float64, float32"),
+    (["tune", "MODEL", "--out", "TMP/out", "--set", "train.lr=1e300"], "train.lr is 1e+300, but must be at most 1e+30"),
     (["tune", "TMP/none.toml", "--out", "TMP/out"], "none.toml"),
 ]
 

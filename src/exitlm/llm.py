@@ -8,7 +8,6 @@ Shapes: B sequences, T positions, V vocabulary.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from exitlm.decode.engine import Engine
+from exitlm.decode.formats import check_quant
 from exitlm.decode.generation import Generation, GenerationConfig, Piece
 from exitlm.decode.text import Tokenizer
 from exitlm.errors import UserError, nearest
@@ -54,14 +54,15 @@ def load(
     and ``stream`` on a CPU. Raises :class:`UserError` for anything that can't be loaded, and for an adapter that was
     tuned on other weights unless ``allow_other_base``.
     """
+    check_quant(quant)
+    any_base = flag(allow_other_base, "allow_other_base")
+    adapters = None if exits is None else paths_of(exits, "exits")
     model = load_model(source, dtype=dtype, device=device)
-    if exits is None:
+    if adapters is None:
         own = resolve(source)
-        adapters = [own] if is_adapter(own) else []
-    else:
-        adapters = [Path(exits)] if isinstance(exits, str | PathLike) else [Path(path) for path in exits]
+        adapters = [str(own)] if is_adapter(own) else []
     if adapters:
-        attach(model, adapters, allow_other_base=allow_other_base)
+        attach(model, adapters, allow_other_base=any_base)
     return LLM(model, quant=quant)
 
 
@@ -69,6 +70,9 @@ class LLM:
     """A decoder-only language model with exits. ``model`` is the plain ``nn.Module`` behind it."""
 
     def __init__(self, model: EarlyExitModel, *, quant: str = "auto") -> None:
+        if not isinstance(model, EarlyExitModel):
+            raise wrong("model", model, "an EarlyExitModel; exitlm.load gives an LLM from a directory")
+        check_quant(quant)
         self.model = model
         self.quant = quant
         self._engine: Engine | None = None
@@ -125,14 +129,12 @@ class LLM:
 
     def encode(self, prompt: str | Sequence[int], *, chat: bool = False) -> list[int]:
         """The token ids of a prompt; ``chat`` puts a string into the model's chat template first."""
+        chat = flag(chat, "chat")
         if isinstance(prompt, str):
             return self._tokenize(prompt, chat)
         if chat:
             raise UserError("chat needs a prompt that is a string, not token ids")
-        try:
-            return [operator.index(i) for i in prompt]
-        except TypeError:
-            raise UserError("the prompt must be a string or a list of token ids") from None
+        return wholes(prompt, "the prompt", "a string or a list of token ids, which are whole numbers")
 
     def _tokenize(self, prompt: str, chat: bool) -> list[int]:
         if self.tokenizer is None:
@@ -170,7 +172,7 @@ class LLM:
         for name in settings:
             if name not in known:
                 raise UserError(f"an exit has no setting '{name}'{nearest(name, known)}")
-        layers, seed = _whole(layers, "layers"), _whole([seed], "seed")[0]
+        layers, seed = wholes(layers, "layers"), seed_of(seed)
         candidates = None if candidate_ids is None else self.model.check_ids(candidate_ids).flatten()
         count = 0 if candidates is None else candidates.numel()
         configs = [
@@ -182,26 +184,17 @@ class LLM:
 
     def remove_exits(self, layers: Sequence[int]) -> None:
         """Drop the exits after these layers."""
-        self.model.remove_exits(_whole(layers, "layers"))
+        self.model.remove_exits(wholes(layers, "layers"))
         self._engine = None
 
     def save_exits(self, directory: Source) -> Path:
         """Write the exits to an adapter directory, whole or not at all."""
-        save_adapter(Path(directory), self.model)
-        return Path(directory)
+        place = Path(path_of(directory, "the directory"))
+        save_adapter(place, self.model)
+        return place
 
     def export(self, directory: Source, *, dtype: str | torch.dtype | None = None) -> Path:
         """Write a directory that ``transformers`` loads as it is, with the exits beside the weights."""
-        export(self.model, Path(directory), dtype=dtype)
-        return Path(directory)
-
-
-def _whole(values: Sequence[int], name: str) -> list[int]:
-    """Whole numbers as Python's own; a bool is none."""
-    try:
-        found = list(values)
-        if isinstance(values, str) or any(isinstance(value, bool) for value in found):
-            raise TypeError
-        return [operator.index(value) for value in found]
-    except TypeError:
-        raise UserError(f"{name} is {values!r}, but must hold whole numbers") from None
+        place = Path(path_of(directory, "the directory"))
+        export(self.model, place, dtype=dtype)
+        return place

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exitlm.errors import UserError, nearest
+from exitlm.values import wrong
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -170,14 +171,21 @@ def exit_format(quant: str) -> str:
     return "int8" if quant in GRID_FORMATS else head_format(quant)
 
 
+def check_quant(quant: str) -> None:
+    """Refuse what is not the name of a format."""
+    known = ("auto", *FORMATS)
+    if not isinstance(quant, str):
+        raise wrong("quant", quant, f"one of {', '.join(known)}")
+    if quant not in known:
+        raise UserError(f"quant {quant!r} is unknown; use one of {', '.join(known)}{nearest(quant, known)}")
+
+
 def resolve_format(quant: str, weights: Sequence[Tensor]) -> str:
     """Turn the user's ``quant`` into a format that a model whose layers hold these matrices can have, or refuse."""
     device, dtype = weights[0].device, weights[0].dtype
+    check_quant(quant)
     if quant == "auto":
         return choose_format(weights)
-    if quant not in FORMATS:
-        known = ("auto", *FORMATS)
-        raise UserError(f"quant '{quant}' is unknown; use one of {', '.join(known)}{nearest(quant, known)}")
     if quant != "none" and device.type != "cpu":
         raise UserError(f"quant '{quant}' is a format for CPUs, but the model is on {device}; use quant 'none' there")
     if quant != "none" and dtype == torch.float64:

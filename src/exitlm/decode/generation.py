@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from exitlm.decode.rules import RULES, check_threshold
 from exitlm.decode.sample import Sampler
 from exitlm.errors import UserError, nearest
+from exitlm.values import flag, seed_of, unboxed, whole, wholes, words, wrong
 
 MODES = ("full", "threshold", "lossless")
 DRAFTS = ("exits", "lookup")
@@ -59,57 +59,44 @@ class GenerationConfig:
     adaptive: bool = True
 
     def __post_init__(self) -> None:
+        found: dict[str, Any] = {name: words(getattr(self, name), name) for name in ("stop", "draft")}
+        found |= {name: flag(getattr(self, name), name) for name in ("ignore_eos", "adaptive")}
+        for name, least in (("max_new_tokens", 1), ("patience", 1), ("min_exit_tokens", 0), ("logprobs", 0)):
+            found[name] = whole(getattr(self, name), name, least=least)
+        for name, least in (("exit_layer", 1), ("max_pending", 0), ("max_draft", 0)):
+            if getattr(self, name) is not None:
+                found[name] = whole(getattr(self, name), name, least=least)
+        found["stop_token_ids"] = tuple(wholes(self.stop_token_ids, "stop_token_ids"))
+        if self.exits is not None:
+            found["exits"] = tuple(wholes(self.exits, "exits"))
+        if self.threshold is not None:
+            found["threshold"] = self._thresholds(self.threshold)
+        if self.seed is not None:
+            found["seed"] = seed_of(self.seed)
+        found |= dataclasses.asdict(self.sampler())
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
         self._one_of("mode", self.mode, MODES)
         if self.rule is not None:
             self._one_of("rule", self.rule, RULES)
-        for name in ("stop", "draft"):
-            object.__setattr__(self, name, self._words(name, getattr(self, name)))
         for source in self.draft:
             self._one_of("draft", source, DRAFTS)
-        for name, least in (
-            ("max_new_tokens", 1), ("patience", 1), ("min_exit_tokens", 0), ("logprobs", 0), ("max_pending", 0),
-            ("max_draft", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is None and name in ("max_pending", "max_draft"):
-                continue
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name} is {value}, but must be a whole number from {least}")
-        if isinstance(self.threshold, Mapping):
-            for layer, value in self.threshold.items():
-                check_threshold(value, f"threshold of exit {layer}")
-        elif isinstance(self.threshold, Sequence) and not isinstance(self.threshold, str):
-            for value in self.threshold:
-                check_threshold(value)
-        elif self.threshold is not None:
-            check_threshold(self.threshold)
         if not all(self.stop):
             raise UserError("a stop string is empty; leave it out or give the text at which to stop")
-        object.__setattr__(self, "stop_token_ids", self._ids("stop_token_ids", self.stop_token_ids))
-        if self.exits is not None:
-            object.__setattr__(self, "exits", self._ids("exits", self.exits))
-            if len(set(self.exits)) < len(self.exits):
-                raise UserError(f"exits {list(self.exits)} name a layer more than once; name each once")
-        if self.seed is not None and (
-            not isinstance(self.seed, numbers.Integral) or not -(2**63) <= int(self.seed) < 2**64
-        ):
-            raise UserError(f"seed is {self.seed}, but must be a whole number of at most 64 bits")
-        self.sampler()
+        if self.exits is not None and len(set(self.exits)) < len(self.exits):
+            raise UserError(f"exits {list(self.exits)} name a layer more than once; name each once")
         self._warn_of_idle()
 
     @staticmethod
-    def _words(name: str, value: Any) -> tuple[str, ...]:
-        words = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
-        if any(not isinstance(word, str) for word in words):
-            raise UserError(f"{name} is {value!r}, but must be a text or a sequence of texts")
-        return words
-
-    @staticmethod
-    def _ids(name: str, value: Any) -> tuple[int, ...]:
-        ids = tuple(value) if isinstance(value, Iterable) else (None,)
-        if any(not isinstance(item, numbers.Integral) or isinstance(item, bool) for item in ids):
-            raise UserError(f"{name} is {value!r}, but must be a sequence of whole numbers")
-        return tuple(map(int, ids))
+    def _thresholds(given: Any) -> float | dict[int, float] | tuple[float, ...]:
+        """One threshold for all exits, one for each layer named, or one for each exit in order."""
+        if isinstance(given, Mapping):
+            pairs = [(whole(layer, "a layer in threshold"), value) for layer, value in given.items()]
+            return {layer: check_threshold(value, f"threshold of exit {layer}") for layer, value in pairs}
+        found = unboxed(given)
+        if isinstance(found, Sequence) and not isinstance(found, str | bytes):
+            return tuple(check_threshold(value) for value in found)
+        return check_threshold(given)
 
     def _warn_of_idle(self) -> None:
         """A setting that was changed but that the others keep from having an effect is a warning."""
@@ -129,9 +116,11 @@ class GenerationConfig:
                 warnings.warn(f"{f.name} has no effect without {needs}", stacklevel=4)
 
     @staticmethod
-    def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    def _one_of(name: str, value: Any, known: Sequence[str]) -> None:
+        if not isinstance(value, str):
+            raise wrong(name, value, f"one of {', '.join(known)}")
         if value not in known:
-            raise UserError(f"{name} '{value}' is unknown; use one of {', '.join(known)}{nearest(str(value), known)}")
+            raise UserError(f"{name} {value!r} is unknown; use one of {', '.join(known)}{nearest(value, known)}")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GenerationConfig:

@@ -11,14 +11,15 @@ Shapes: logits are one row ``[K]``, K tokens of the vocabulary or of the candida
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exitlm.errors import UserError, nearest
+from exitlm.values import number
 
 RULES = ("probability", "margin", "entropy", "gate", "patience", "fixed", "decay")
 PATIENCE_REACHED = 1.0 - 1e-9  # patience's default threshold on its score, the share of the asked-for agreeing exits
@@ -96,7 +97,9 @@ class ExitRule:
             raise UserError(f"patience is {self.patience}, but at least 1 exit must agree; use 1 or more")
 
 
-def check_threshold(threshold: float, what: str = "threshold") -> None:
-    """Refuse a threshold outside of [0, 1] or NaN."""
-    if not isinstance(threshold, numbers.Real) or not 0.0 <= threshold <= 1.0:  # NaN fails the comparison
-        raise UserError(f"{what} is {threshold}, but must lie between 0 (always exit) and 1 (never exit)")
+def check_threshold(threshold: Any, what: str = "threshold") -> float:
+    """The threshold as a float. One that is not a number, is NaN or lies outside of [0, 1] is refused."""
+    found = number(threshold, what, "a number between 0 (always exit) and 1 (never exit)")
+    if not 0.0 <= found <= 1.0:  # NaN fails the comparison
+        raise UserError(f"{what} is {found}, but must lie between 0 (always exit) and 1 (never exit)")
+    return found

