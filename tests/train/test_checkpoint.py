@@ -1,18 +1,23 @@
 """The run's directory: the lock, the settings, checkpoints that are whole or skipped."""
 
+import errno
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import exitlm
 from exitlm.errors import UserError
-from exitlm.train import checkpoint, sharded
+from exitlm.train import checkpoint, sharded, tune
 from exitlm.train.run import RunConfig
+from tests.checkpoints import write_checkpoint
+from tests.train.test_tune import arguments, tune_module
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -171,3 +176,52 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"), checkpoint.exclusive(tmp_path / "file"):
         pass
+
+
+def test_places_that_are_taken_stay_as_they_are(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model, a file, the file of a model, an adapter, another run: refused before any work."""
+
+    def files() -> dict[Path, bytes]:
+        found = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
+        return {path: path.read_bytes() for path in found}
+
+    write_checkpoint(tmp_path / "other", seed=1)
+    (tmp_path / "file").write_text("a note")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    model = exitlm.load(base)
+    model.add_exits([2])
+    model.save_exits(tmp_path / "adapter")
+    tune(**arguments(base, str(text), tmp_path / "run", steps=1))
+    before = files()
+    monkeypatch.setattr(tune_module, "open_tokens", lambda *_: pytest.fail("it began"))
+    for name, words in (
+        ("other", "other holds a model .* that is not the base of these exits"),
+        ("file", "the run cannot write to .*file: File exists; choose another directory"),
+        ("model.gguf", r"the run cannot write to .*model\.gguf: File exists; choose another directory"),
+        ("file/run", "the run cannot write to .*: Not a directory; choose another directory"),
+        ("adapter", "adapter holds an exit adapter already; choose another directory"),
+        ("run", "run holds a run with other settings .*train.steps: 1 -> 2"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tune(**arguments(base, str(text), tmp_path / name, steps=2))
+        assert files() == before
+    assert exitlm.load(tmp_path / "other").exit_layers == []
+
+
+def test_a_directory_without_permission(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, **_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"the run cannot write to .*run: Permission denied; choose another directory"):
+        tune(**arguments(base, str(text), tmp_path / "run"))
+
+
+def test_exits_beside_their_own_base(base: Path, text: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(base, tmp_path / "own")
+    tune(**arguments(own, str(text), own, steps=1))
+    assert exitlm.load(own).exit_layers == [1, 3]

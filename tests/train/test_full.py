@@ -17,6 +17,7 @@ import exitlm
 from exitlm import cli
 from exitlm.train import full, sharded
 from exitlm.train.trainer import Trainer
+from tests.checkpoints import write_checkpoint
 from tests.train.ranks import before_step, losses, metrics, run_file, same, signalled, steps, tensors, train
 
 IDS = [[5, 17, 3, 88, 41, 9, 60, 2, 2, 71, 30, 11]]
@@ -214,6 +215,16 @@ def test_hosted_trackers_and_the_share_of_a_known_peak(file: Path, tmp_path: Pat
         assert [step for step, _ in sent] == [line["step"] for line in lines]
         assert {"loss/final", "grad_norm", "mfu"} <= set(sent[0][1])
         assert last == "finished"
+
+
+def test_a_frozen_run_leaves_the_directory_of_another_model_alone(file: Path, base: Path) -> None:
+    other = write_checkpoint(file.parent / "other", seed=1)
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    overrides = [f"model.base={base}", "train.parameters=exits", "exits.layers=2,3", f"checkpoint.dir={other}"]
+    (end,) = train(1, file, *overrides)
+    assert end.code == 2
+    assert "holds a model (config.json) that is not the base of these exits" in end.err
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
 
 
 def test_the_adapter_of_a_frozen_model_over_two_processes(file: Path, base: Path) -> None:

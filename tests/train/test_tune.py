@@ -370,6 +370,13 @@ def test_bad_input_leaves_nothing(base: Path, text: Path, tmp_path: Path, change
     assert not (tmp_path / "run").exists()
 
 
+def test_a_chat_template_that_is_broken(base: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(base, tmp_path / "base")
+    (model / "chat_template.jinja").write_text("{% for")
+    with pytest.raises(UserError, match=r"chat template can't be used \(.*\); put it right, or name another tokenizer"):
+        tune(**arguments(model, "self:100", tmp_path / "run", *SELF))
+
+
 @pytest.mark.parametrize("content", [b"", b"ab\0cd"])
 def test_bad_data_leaves_nothing(base: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "data.txt").write_bytes(content)

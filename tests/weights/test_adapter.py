@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel, ExitConfig
-from exitlm.weights import attach, load_model, read_adapter, save_adapter
+from exitlm.weights import attach, export, load_model, read_adapter, save_adapter
 from exitlm.weights import publish as publish_module
 from exitlm.weights.adapter import plain
 from exitlm.weights.tensorfile import digest_of_file
@@ -376,6 +376,30 @@ def test_tables_that_are_incomplete(base: Path, tmp_path: Path) -> None:
         table(adapter, **change)
         assert "truncated or damaged" in refused(base, adapter)
         (adapter / "exits.json").write_text(text)
+
+
+def test_the_directory_of_another_model_stays_as_it_is(base: Path, tmp_path: Path) -> None:
+    """The exits would be taken for that model's, which then could not be loaded."""
+    model = with_exits(base, [ExitConfig(layer=1)])
+    tiny_hf_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    tiny_hf_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    half = load_model(base, dtype="bfloat16")
+    export(half, tmp_path / "rounded")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "weights").mkdir()
+    shutil.copy(base / "model.safetensors", tmp_path / "weights")
+    for name in ("other", "rounded", "broken", "weights"):
+        before = files_of(tmp_path / name)
+        with pytest.raises(UserError, match=r"holds a model .* that is not the base of these exits.*; choose another"):
+            save_adapter(tmp_path / name, model)
+        assert files_of(tmp_path / name) == before
+    load_model(tmp_path / "other")
+    for copy in (tmp_path / "sharded", shutil.copytree(base, tmp_path / "copy")):  # the base is the base wherever it is
+        save_adapter(copy, model)
+        again = load_model(copy)
+        attach(again, [copy])
+        assert_same_exits(model, again)
 
 
 def test_exits_at_the_same_layer(base: Path, tmp_path: Path) -> None:

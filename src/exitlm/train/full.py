@@ -35,7 +35,7 @@ from exitlm.train.setup import Setup, resolve
 from exitlm.train.trained import model_of_run, recorded, versions
 from exitlm.train.trainer import Job, Report, Trainer, head_name
 from exitlm.values import path_of, words
-from exitlm.weights.adapter import save_adapter
+from exitlm.weights.adapter import check_place, save_adapter
 from exitlm.weights.store import cache_directory
 
 # How long a process waits for others that may have found the same mistake.
@@ -139,6 +139,8 @@ class _Run:
 
     def run(self) -> None:
         """From the lock on the directory to the last checkpoint."""
+        if self.speaks and self.setup.fit.frozen and self.setup.opened is not None:
+            check_place(self.out, self.setup.opened.digest)
         with run_files.exclusive(self.out) if self.speaks else nullcontext():
             self._begin()
             with group(self.roll, self.setup.device):

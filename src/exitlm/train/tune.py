@@ -37,7 +37,7 @@ from exitlm.train.trained import recorded, versions
 from exitlm.train.unread import set_back, unread_by_tuning
 from exitlm.train.validation import Scores, evaluate, record
 from exitlm.values import path_of, paths_of, wholes, words
-from exitlm.weights.adapter import save_adapter
+from exitlm.weights.adapter import check_place, save_adapter
 from exitlm.weights.checkpoint import Checkpoint, open_checkpoint, read_json
 from exitlm.weights.load import device_of, load_model
 from exitlm.weights.store import cache_directory
@@ -96,6 +96,7 @@ def tune(
     opened = open_checkpoint(config.model.base)
     config = resolve(config, opened)
     directory = Path(config.checkpoint.dir)
+    check_place(directory, opened.digest)
     with stop_signal() as stop, run_files.exclusive(directory):
         _Run(config, opened, directory, stop).run()
     return directory
@@ -170,7 +171,7 @@ class _Run:
         """Everything from the first check to the adapter."""
         config, out = self.config, self.out
         fresh = not (out / "run.toml").exists()
-        if not fresh:
+        if not fresh or (out / "exits.json").exists():
             run_files.claim(out, config)
             if (out / "exits.json").exists():
                 made_on = read_json(out / "exits.json").get("base") or {}

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from exitlm.errors import UserError, nearest
 from exitlm.model import EarlyExitModel, ExitConfig, ExitHead
 from exitlm.model.exits import check_layers
-from exitlm.weights.checkpoint import HEAD, Checkpoint, read_json
+from exitlm.weights.checkpoint import HEAD, INDEX, SINGLE, Checkpoint, read_json
 from exitlm.weights.load import Unfilled
 from exitlm.weights.publish import cannot_write, fresh_file, locked, sync
 from exitlm.weights.tensorfile import (
@@ -82,9 +82,11 @@ def save_adapter(
     ``training`` is plain data about the run; without it, the record of the adapter that the exits came from is kept.
 
     Raises:
-        UserError: the model has no exits, or the directory can't be written.
+        UserError: the model has no exits, or the directory can't be written or holds another model.
     """
     directory = Path(directory)
+    base = base_of(model)
+    check_place(directory, lambda: base["digest"])
     existed = directory.is_dir()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -92,12 +94,29 @@ def save_adapter(
         raise cannot_write(directory, error) from error
     try:
         with locked(directory):
-            write_adapter(directory, model, base_of(model), training=training)
+            write_adapter(directory, model, base, training=training)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):
                 directory.rmdir()
         raise
+
+
+def check_place(directory: Path, digest: Callable[[], str]) -> None:
+    """Refuse a place for exits beside a model whose weights have another ``digest`` than their base: that model would
+    be loaded with them from then on, and refused. Nothing is hashed where there is no model."""
+    held = [name for name in ("config.json", SINGLE, INDEX) if (directory / name).is_file()]
+    if not held:
+        return
+    try:
+        found = Checkpoint(directory, directory.name).digest()
+    except UserError:
+        found = ""
+    if found != digest():
+        raise UserError(
+            f"{directory} holds a model ({held[0]}) that is not the base of these exits, and that could not be loaded "
+            "with them; choose another directory"
+        )
 
 
 def base_of(model: EarlyExitModel, digest: str | None = None, name: str | None = None) -> dict[str, Any]:
