@@ -21,7 +21,10 @@ from exitlm.errors import UserError
 from exitlm.model.config import SLIDING, ModelConfig
 from exitlm.model.exits import ExitConfig, check_layers
 
-_MAX_BALANCED = 1 << 26  # layers**2 x stages (or exits): what a core searches in half a minute; 126 layers on 64 need 2**20
+_MAX_BALANCED = (
+    1 << 26
+)  # layers**2 x stages (or exits): what a core searches in half a minute; 126 layers on 64 need 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -107,8 +110,8 @@ def make_split(
     if layers_per_stage == "balanced":
         if layers * layers * max(stages, len(exits)) > _MAX_BALANCED:
             raise UserError(
-                f"the best split of {layers} layers with {len(exits)} exits over {stages} pipeline stages takes minutes "
-                f"to find; give parallel.layers_per_stage as a list of {stages} numbers with the sum {layers}"
+                f"the best split of {layers} layers with {len(exits)} exits over {stages} pipeline stages takes "
+                f"minutes to find; give parallel.layers_per_stage as a list of {stages} numbers with the sum {layers}"
             )
         bounds = costs.balanced(stages)
     else:
