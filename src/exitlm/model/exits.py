@@ -84,6 +84,8 @@ class ExitHead(nn.Module):
                 f"exit {config.layer}: {config.candidates} candidates, but the vocabulary has {V} tokens; "
                 "use fewer, or 0 for the whole vocabulary"
             )
+        if config.output == "low_rank" and config.rank > D:
+            raise UserError(f"exit {config.layer}: rank {config.rank} exceeds the hidden size {D}; use a smaller one")
         if config.candidates:
             ids = torch.arange(config.candidates) if candidate_ids is None else candidate_ids[: config.candidates]
             if len(ids) != config.candidates:
