@@ -6,6 +6,7 @@ Any other exception is a defect of exitlm and keeps its traceback.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -20,3 +21,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of the ``known`` words, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it: the first 60 characters of what Python prints."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no number of more than 4,300 digits, alone or within something else
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,7 @@
 """Reading configurations: real ones as published, both spellings, and refusals by name."""
 
 import json
+import re
 import warnings
 from typing import Any
 
@@ -9,6 +10,7 @@ import transformers
 
 from exitlm.errors import UserError
 from exitlm.model import ModelConfig, RopeConfig
+from exitlm.model.config import MAX_SIZES
 from exitlm.model.families import FAMILIES as TABLE
 from tests.model.families import FAMILIES, tiny_hf_config
 
@@ -196,11 +198,80 @@ def test_a_wrapped_text_configuration_is_read_and_vision_is_refused() -> None:
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers"),
+        ({"model_type": "gemma3", "text_config": [1]}, "text_config"),
+        ({"rope_parameters": {"full_attention": [1]}}, "full_attention"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "all"}, "max_window_layers"),
     ],
 )
 def test_what_would_change_the_maths_is_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         ModelConfig.from_hf(llama(**change))
+
+
+# The largest sizes that are known: DeepNet, Megatron-Turing NLG, XLM-V, LTM-2-mini and others.
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 20_480,
+    "intermediate_size": 81_920,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "head_dim": 512,
+    "vocab_size": 901_629,
+    "max_position_embeddings": 100_000_000,
+}
+
+
+@pytest.mark.parametrize("key", LARGEST)
+def test_a_size_beyond_any_model_is_refused_with_its_limit(key: str) -> None:
+    same = {"num_attention_heads": {"num_key_value_heads": 128}, "num_key_value_heads": {"num_attention_heads": 128}}
+    kept = ModelConfig.from_hf(llama(**{"head_dim": 16, **same.get(key, {}), key: LARGEST[key]}))
+    assert getattr(kept, key) == LARGEST[key]
+    limit = MAX_SIZES.get(key, 2**31 - 1)
+    for absurd in (limit + 1, 10**18, 10**4000):
+        shown = re.escape(str(absurd)[:50])
+        with pytest.raises(UserError, match=f"'{key}' is {shown}.* must be a positive integer of at most {limit}$"):
+            ModelConfig.from_hf(llama(**{key: absurd}))
+    with pytest.raises(UserError, match=f"'{key}' is a number of thousands of digits in"):
+        ModelConfig.from_hf(llama(**{key: 10**10_000}))
+
+
+LINEAR = {"type": "linear", "factor": 2.0}
+LLAMA3 = {"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+NUMBERS: dict[str, Any] = {
+    "rms_norm_eps": lambda value: {"rms_norm_eps": value},
+    "rope_theta": lambda value: {"rope_theta": value},
+    "initializer_range": lambda value: {"initializer_range": value},
+    "partial_rotary_factor": lambda value: {"model_type": "phi3", "partial_rotary_factor": value},
+    "query_pre_attn_scalar": lambda value: {"model_type": "gemma3_text", "query_pre_attn_scalar": value},
+    "rope_local_base_freq": lambda value: {"model_type": "gemma3_text", "rope_local_base_freq": value},
+    "factor": lambda value: {"rope_scaling": {**LINEAR, "factor": value}},
+    "low_freq_factor": lambda value: {"rope_scaling": {**LLAMA3, "low_freq_factor": value}},
+    "high_freq_factor": lambda value: {"rope_scaling": {**LLAMA3, "high_freq_factor": value}},
+    "attention_factor": lambda value: {"rope_scaling": {**LONG, "attention_factor": value}},
+    "short_factor": lambda value: {"rope_scaling": {**LONG, "short_factor": [1.0] * 7 + [value]}},
+    "long_factor": lambda value: {"rope_scaling": {**LONG, "long_factor": [1.0] * 7 + [value]}},
+    "attention_multiplier": lambda value: {"attention_multiplier": value},
+    "final_logit_softcapping": lambda value: {"model_type": "gemma3_text", "final_logit_softcapping": value},
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("text", ["Infinity", "-Infinity", "NaN", "-1.5", "1e-300", "1e300", "1" + "0" * 4000, '"1"'])
+def test_a_number_that_no_model_has_is_refused_by_name(key: str, text: str) -> None:
+    change = NUMBERS[key](json.loads(text))
+    with pytest.raises(UserError, match=f"{key}' .*(must be a positive number|is not implemented|no positive number)"):
+        ModelConfig.from_hf(llama(max_position_embeddings=64, **change))
+
+
+def test_a_longrope_of_one_position_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'original_max_position_embeddings' is 1 .* longrope needs at least 2"):
+        ModelConfig.from_hf(llama(original_max_position_embeddings=1, rope_scaling=LONG))
+
+
+def test_a_list_of_special_tokens_has_an_end() -> None:
+    with pytest.raises(UserError, match=r"'eos_token_id' is \[4, 4, .*a token id or a list of at most 1000"):
+        ModelConfig.from_hf(llama(eos_token_id=[4] * 1001))
 
 
 def test_neutral_values_of_unknown_keys_pass() -> None:

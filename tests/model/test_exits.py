@@ -117,6 +117,11 @@ def test_random_values_depend_on_the_seed_and_the_layer_alone(kind: str, output:
 
 
 @torch.no_grad()
+def test_a_layer_given_often_is_named_at_once() -> None:
+    with pytest.raises(UserError, match="exit layer 2 is given more than once"):
+        check_layers([*range(1, 200_000), *[2] * 200_000], 200_000)
+
+
 def test_a_low_rank_matrix_is_the_best_of_its_rank() -> None:
     model = tiny_model("llama")
     weight = model.lm_head.weight
@@ -130,6 +135,8 @@ def test_a_low_rank_matrix_is_the_best_of_its_rank() -> None:
     assert same(full, with_exits(model, ExitConfig(layer=2)).exit_logits(IDS)[2], 1e-9)
     with pytest.raises(UserError, match="rank 33 exceeds the hidden size 32"):
         model.add_exits([ExitConfig(layer=3, output="low_rank", rank=33)])
+    with pytest.raises(UserError, match="exit 3: rank 1000000000000000 exceeds the hidden size 32"):
+        model.add_exits([ExitConfig(layer=3, output="low_rank", rank=10**15)])  # refused before it is allocated
     assert "3" not in model.exits
     assert top_directions(torch.zeros(2, 5), 3).shape == (3, 5)  # fewer rows than directions
 

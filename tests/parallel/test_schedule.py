@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from exitlm.parallel.pipeline.schedule import (
     filled,
     gpipe,
     make,
+    max_microbatches,
     simulate,
 )
 
@@ -120,6 +122,13 @@ def test_a_deadlock_is_named() -> None:
         (("2f2b", 4, 8), "did you mean '1f1b'"),
         (("1f1b", 0, 8), "at least 1"),
         (("interleaved", 4, 9), "can't run 9 microbatches on 4 ranks"),
+        (("1f1b", 4, 100_000_000), "100000000 microbatches are too many for schedule '1f1b' on 4 ranks; use at most"),
+        (("tuning", 1, 10**30), "use at most 16384"),
+        (("gpipe", 512, 16384), "use at most 512"),
+        (("zbv", 2, 1 << 14), "use at most 2048"),
+        (("zero_bubble", 256, 2048), "use at most 256"),
+        (("1f1b", 10**30, 1), "ranks are too many for schedule '1f1b', which has at most 1024 stages; use fewer"),
+        (("interleaved", 1024, 8), "1024 ranks are too many"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: tuple[str, int, int], says: str) -> None:
@@ -132,8 +141,39 @@ def test_more_than_fits_is_refused() -> None:
         make("filled", 4, 8, fill_warmup=3)
     with pytest.raises(UserError, match="fills no bubbles"):
         make("gpipe", 4, 8, fill_warmup=1)
-    with pytest.raises(UserError, match="positive number"):
-        make("filled", 4, 8, ratio=float("nan"))
+    with pytest.raises(UserError, match="use 0 to 2"):
+        make("filled", 4, 8, fill_cooldown=10**30)
+
+
+@pytest.mark.parametrize("ratio", [float("nan"), float("inf"), -1.0, 0.0, 1e308, 1e-9])
+def test_a_ratio_that_no_model_has_is_refused(ratio: float) -> None:
+    for name in ("1f1b", "filled"):
+        with pytest.raises(UserError, match=re.escape(f"is {ratio}, but must be a positive number from 0.001 to 1000")):
+            make(name, 4, 8, ratio=ratio)
+
+
+def test_large_runs_are_allowed() -> None:
+    for name, pipeline, microbatches in (("1f1b", 16, 8192), ("filled", 128, 1024), ("1f1b", 512, 512)):
+        assert max_microbatches(name, pipeline) >= microbatches
+    for pipeline, microbatches in ((8, 1024), (64, 512), (256, 256)):
+        assert max_microbatches("zbv", 2 * pipeline) >= microbatches
+    timeline = simulate(make("1f1b", 64, 512))
+    assert timeline.makespan == (512 + 63) * 3.0
+
+
+def test_a_long_schedule_is_cut_in_the_middle() -> None:
+    lines = drawn(simulate(make("1f1b", 100, 200), 1.0, 1000.0))
+    assert len(lines) == 65
+    assert {len(line) for line in lines if line != "…"} == {240 + len("rank  0 ||…")}
+    assert lines[0].startswith("rank  0 |012345")
+    assert lines[32] == "…"
+    assert lines[33].startswith("rank 68 |")
+    assert all(line.count("…") == 1 for line in lines)
+    last = lines[-1]
+    assert last[len("rank 99 |") :].startswith("·" * 99 + "0[0-----")
+    assert last.endswith("·|")
+    short = drawn(simulate(make("1f1b", 2, 2)))
+    assert short == ["rank  0 |0   1   ········[0------····[1------|", "rank  1 |····0   [0------1   [1------········|"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,3 +191,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "from 8 to 12" in text
     assert cli.main([*command, "--fill-warmup", "9"]) == 2
     assert "use 0 to 2" in capsys.readouterr().err
+
+
+def test_a_command_without_bounds_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["schedule", "--pipeline", "8", "--microbatches"]
+    assert cli.main([*command, "100000000"]) == 2
+    assert "100000000 microbatches are too many for schedule '1f1b' on 8 ranks; use at" in capsys.readouterr().err
+    assert cli.main([*command, "1024", "--png", str(tmp_path / "large.png")]) == 2
+    captured = capsys.readouterr()
+    assert "a picture of 16384 pieces of work on 8 ranks can't be read; use fewer microbatches" in captured.err
+    assert (captured.out, list(tmp_path.iterdir())) == ("", [])
+    assert cli.main([*command, "1024"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 300

@@ -95,6 +95,16 @@ def test_balanced_is_the_best_of_all(case: dict[str, Any]) -> None:
     assert found() == min(every)
 
 
+def test_a_split_that_takes_minutes_is_left_to_the_user() -> None:
+    deep = shape(num_hidden_layers=1000)
+    assert make_split(deep, [], 1).bounds == (0, 1000)
+    for stages, exits in ((100, []), (4, [ExitConfig(layer=layer) for layer in range(1, 101)])):
+        with pytest.raises(UserError, match=r"takes minutes to find; give parallel.layers_per_stage as a list of"):
+            make_split(deep, exits, stages)
+    assert make_split(deep, [], 100, layers_per_stage=[10] * 100).stages == 100
+    assert make_split(shape(num_hidden_layers=128), [], 64).bounds == tuple(range(0, 129, 2))
+
+
 @pytest.mark.filterwarnings("ignore:the mlp exit")
 @settings(deadline=None)
 @given(cases())

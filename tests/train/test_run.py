@@ -84,6 +84,10 @@ def test_overrides(override: str, section: str, name: str, value: Any) -> None:
         ("train.dtype=float23", ["train.dtype", "did you mean 'float32'"]),
         ("train.betas=[0.9]", ["train.betas", "2 of each a number"]),
         ("model.base=5", ["model.base", "a string"]),
+        (f"train.steps={10**30}", ["train.steps is 1000000000000000000000000000000, but a whole number must fit into"]),
+        (f"train.lr={10**400}", ["train.lr is 10000", "fit into 64 bits"]),
+        (f"train.steps=0x{'f' * 9000}", ["train.steps is a number of thousands of digits", "fit into 64 bits"]),
+        (f"train.steps={'9' * 9000}", ["train.steps is ", "a whole number"]),
     ],
 )
 def test_refuses_unknown_keys_and_wrong_types(override: str, words: list[str]) -> None:
@@ -98,6 +102,8 @@ def test_refuses_unknown_keys_and_wrong_types(override: str, words: list[str]) -
         ("[modle]\nbase = 1", ["unknown section 'modle'", "model"]),
         ("train = 3", ["'train' is a section"]),
         ("[train]\nsteps = ", ["not valid TOML"]),
+        ("[train]\nsteps = " + "9" * 9000, ["run file is not valid TOML: Exceeds the limit"]),
+        ("[train]\nsteps = " + "[" * 9000, ["run file is not valid TOML"]),
         ("[exits]\nkind = [1]", ["exits.kind"]),
     ],
 )

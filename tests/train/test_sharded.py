@@ -1,9 +1,11 @@
 """Checkpoints that processes write together: whole or skipped by all alike, never mixed, and the old ones safe."""
 
+import base64
 import errno
 import os
 import pickle
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,48 @@ def test_nothing_that_an_index_names_is_run(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(pickle.UnpicklingError, match=r"names evil_module.thing, which is no part of an index"):
         sharded.Reader(place).read_metadata()
     assert not made.exists()
+
+
+# The index of one matrix "a" [2, 3], saved in /tmp/exits-run, as versions of Python pickle it.
+INDEXES = {
+    "3.11 and 3.12": (
+        "eNp9Us9v0zAUzkjbAFslpG0HjhwQ24FQ4I6ExkBVla7adkWWE7801lI72M7UTZrEDgMh+Yb5f3l2fw0h6Kn+8vn78Z6/dn49jaPws8+NVEWV"
+        "Mq6N4nlrgKVFBcVFI7kw6QwMZdRQZx9mq78/3eGtu3EHdlcbaoAwXhiyJt44u0VdFdn9cxBaqjPUp1P4+/bjRskGlOGgPf3Jgj7ZgIF5YLsh"
+        "oLNJWUtq3r5B3O4uQmtQnNb8mhouhbPbZAqG1PRKtsaz+ksWFmPA3J07dT/QaY9kxxn5eHKavT8nx+Ojkw/D8Sfkj6LAMC63Hc2vwa2tO2f+"
+        "iIwHo/hb0LG9omrFhXafffa9I3/4Z9NElqUGgzWfjaJRtFToeo+ArVXbnLa5tjtNTYUARZYDrZIquXOI64XDGo9sf+U2FAzmG8u4/CLwnu3y"
+        "gI8i21uE+CNDm9sX/11/yWvQV9rAzNkdsiw4FKXcOPUV1Dj/SyANNZWnkQEZBMGicdU7b12DmOK37LAX6q1q+DfjS2zfm9w94U0Owhnu3+vX"
+        "PHf20URqPp94O9zy1itnYzNrEIc5N/qlaoX77iecaIqx/N1YClxngg+I+fPYJjPJWuyG+8MhJJegdHhC3dfpIB0glv4G4Jw8Lw=="
+    ),
+    "3.11.2": (  # members of enums by getattr
+        "eNp9Ustu00AUdcnDhTYSUkF8QUW7wAT4AhpKG0V5KEmXaDS2x/GozozxXFdppUqwaBHS7Hr5X+44ryIEXnnOnDnn3Me3+q/zmld99hB0EaVB"
+        "LA0UMixBxEGUiugy11JBMBfAYw4c7W5//fuAx9/xFo/sgQEOgsUyArYh3qLd4Zh69uVUKKOLCenzmfj79bO80LkoQArj6M+X9NEWrJhHtlEF"
+        "ROsnmebw4T3h9mAZ2ohC8kzecJBaod1jMwEs49e6BMdqrVhUWCxivMMx/rS7YSkzkMqQItE5QEFcCvCC9U/77PNw3P84ZaeDzvBTd3DmZF5N"
+        "h+POOesMB9Pu2cXwYrIi4b0TBAxt3cgbgZuk9Yk7PmDvSa92X9naZpSW6tLgl8qp4w7/bIyvk8QIoK4c9ryet1JoOI8K26iWIS9DY/fzjCsl"
+        "Crbqf+qn/h0SbpYOG9yzrbVbV8VisbWsJV8VvbMNWeE9zzaXIf7IUIb29X+3JZGZMNcGxBztPlsV2FWJ3jq1CpHRuK4EyzmkjsbarF0JRjmm"
+        "J846E2pGd/3jZlXeugy3Yq6IvUedeyS8zcFkTMN1+pkM0T4daSMXI2dH09x5i7YG85xwsZBg3hSlwh+uw77hFMu9rWlF4/Rp32J3Hlh/ruOS"
+        "aqP5URP8K1GYauMa74J20CYs+A0muU5N"
+    ),
+    "3.13": (  # paths from pathlib._local
+        "eNp9Us9v0zAUzkjbAFvRpI0LJy6I7UAocOaAxkBVla7adkWWk7w01lI72M7UTZoEh4GQ3o3H/4ud/hpCkJP9+cv349lfOr+ehEH74TOrdFbG"
+        "uTBWi7SxkMdZCdlFrYS08Qwsz7nlhPeT1fInHX6lGzrAPWO5BZaLzLI18YZwi1MZ4ONzkEbpM6fPp/D33w9rrWrQVoDx9N0FfbIBW+YBdtuA"
+        "hFFRKW7fvHY47i1CG9CCV+KaW6Ek4TabgmUVv1KN9az+kuWK5ZDTLZ3SD+e0z5LjhH04OU3enbPj8dHJ++H4o+OPgpZhKcWOEddA5S52zvzC"
+        "nd0bhd9aBexlZSMvDH3yqfeP/OafHSNVFAasK/h0FIyCpULXq7fYWrVJeZMa3KkrLiVothxlGZXRLTncLBzWeID9ldtQ5jDfWIbFZ+n+w65o"
+        "8VGAvUWIPzI0KT7/78UXogJzZSzMCHfYsuBQFmrj1NdQuclfAqu5LT2NDdigFcxqKt966wrk1J0lh7223qqGfy2+xPadyd0R3uRgIid85PUr"
+        "kcasUhmvCB9MlBHziXd117z1kjC0s9rhMBfWvNCNpO9+0JHhLp2XCJUEt3cvKPf7MUYzlTeuortGN4voErRp31D3VTyIBw6LfwMspjv+"
+    ),
+}
+
+
+@pytest.mark.parametrize("version", INDEXES)
+def test_an_index_of_another_python_is_read(version: str, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(zlib.decompress(base64.b64decode(INDEXES[version])))
+    found = sharded.Reader(tmp_path).read_metadata()
+    matrix: Any = found.state_dict_metadata["a"]
+    assert (matrix.size, matrix.properties.dtype) == ((2, 3), torch.float32)
+    assert (matrix.properties.layout, matrix.properties.memory_format) == (torch.strided, torch.contiguous_format)
+    assert [(index.fqn, info.relative_path) for index, info in found.storage_data.items()] == [("a", "__0_0.distcp")]
+    assert found.storage_meta is not None
+    assert found.storage_meta.checkpoint_id == Path("/tmp/exits-run")
 
 
 def test_a_newer_version_is_named(tmp_path: Path) -> None:

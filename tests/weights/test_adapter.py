@@ -344,6 +344,7 @@ def test_candidates_beyond_the_vocabulary(base: Path, tmp_path: Path, ids: list[
         ({"outputs": "own"}, "unknown exit setting 'outputs'; did you mean 'output'?"),
         ({"record": [1]}, "wrong types"),
         ({"candidates": 10**9}, "the vocabulary has 97"),
+        ({"output": "low_rank", "rank": 10**15}, "rank 1000000000000000 exceeds the hidden size"),
         ({"output_from": 3}, "takes its output matrix"),
         ({"output_from": [1]}, "output_from"),
         ({"gate": "no"}, "wrong types"),

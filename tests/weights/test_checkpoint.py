@@ -253,6 +253,14 @@ def test_malformed_headers(tmp_path: Path) -> None:
         {**good, "shape": [-2, -2]},
         {"dtype": "F32"},
         7,
+        {**good, "shape": [2.0, 2.0]},
+        {**good, "shape": ["2", "2"]},
+        {**good, "shape": [float("inf"), 0]},
+        {**good, "shape": [float("nan")]},
+        {**good, "shape": [10**4000] * 60},
+        {**good, "shape": [2] * 3_000_000},  # whose product would take hours
+        {**good, "data_offsets": [0, 10**4000]},
+        {**good, "data_offsets": [0.0, 16.0]},
     ):
         header({"model.norm.weight": entry})
         assert "truncated or damaged" in refused(tmp_path)
@@ -260,6 +268,62 @@ def test_malformed_headers(tmp_path: Path) -> None:
     assert "dtype F8_E4M3, which exitlm does not read" in refused(tmp_path)
     header([1])
     assert "truncated or damaged" in refused(tmp_path)
+    header({f"model.layers.{n}.mlp.up_proj.weight": good for n in range(9)})
+    assert "truncated or damaged (its tensors overlap)" in refused(tmp_path)
+    text = b'{"model.norm.weight": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"]}}"
+    weights.write_bytes(len(text).to_bytes(8, "little") + text)
+    assert "truncated or damaged (its header is no JSON)" in refused(tmp_path)
+
+
+def write_sparse(path: Path, head: bytes, size: int) -> None:
+    """A file that begins with ``head`` and is long, but takes no space."""
+    path.write_bytes(head)
+    os.truncate(path, size)
+
+
+def test_a_header_beyond_any_model_is_not_read(tmp_path: Path) -> None:
+    """Zeros are no JSON, so that a header that is read after all is refused by other words."""
+    weights = saved(tmp_path) / "model.safetensors"
+    write_sparse(weights, (60_000_000).to_bytes(8, "little"), 61_000_000)
+    says = "has a header of 60000000 bytes, more than the 33554432 that any model needs; choose another file"
+    assert f"{weights} {says}" in refused(tmp_path)
+    write_sparse(weights, (30_000_000).to_bytes(8, "little"), 61_000_000)
+    assert "its header is no JSON" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "limit"),
+    [
+        ("config.json", 9_000_000, 8_388_608),
+        ("generation_config.json", 9_000_000, 8_388_608),
+        ("model.safetensors.index.json", 60_000_000, 33_554_432),
+    ],
+)
+def test_a_table_beyond_any_model_is_not_read(tmp_path: Path, name: str, size: int, limit: int) -> None:
+    write_sparse(saved(tmp_path) / name, b"{}", size)
+    assert f"{name} has more than the {limit} bytes that such a table needs; choose another" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "says"),
+    [
+        ("num_hidden_layers", "20000", "'num_hidden_layers' is 20000 in the model's config, it must be a positive"),
+        ("vocab_size", str(10**18), "it must be a positive integer of at most 16777216"),
+        ("hidden_size", "9" * 5000, "config.json is truncated or damaged (it is no JSON)"),
+        (
+            "rms_norm_eps",
+            "Infinity",
+            "'rms_norm_eps' is inf in the model's config, it must be a positive number (1e-30",
+        ),
+        ("rope_theta", "1e999", "'rope_theta' is inf in the model's config, it must be a positive number"),
+    ],
+)
+def test_a_config_beyond_any_model(tmp_path: Path, key: str, text: str, says: str) -> None:
+    config = saved(tmp_path) / "config.json"
+    table = json.loads(config.read_text())
+    table.pop("rope_parameters", None)
+    config.write_text(json.dumps({**table, key: "VALUE"}).replace('"VALUE"', text))
+    assert says in refused(tmp_path)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

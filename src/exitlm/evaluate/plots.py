@@ -178,6 +178,7 @@ _WORK = {"F": "#2a8ff4", "B": "#00a878", "I": "#00a878", "W": "#a45ee5"}
 _WORK_NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 
 _PALE = 0.45
+_MAX_PIECES, _MAX_RANKS = 1 << 12, 128  # take matplotlib 20 s, and each piece is a few pixels wide
 
 Work = tuple[str, int, float, float]
 
@@ -191,7 +192,17 @@ def timeline_picture(
 ) -> Path:
     """Draw pipeline schedules below each other on one scale: per title, for every rank its work as (op, microbatch,
     start, end), op one of F, B, I and W. ``partial``: microbatches that pass only some of the stages, which are paler.
-    ``names``: what the legend calls an op, where it is not as usual."""
+    ``names``: what the legend calls an op, where it is not as usual.
+
+    Raises:
+        UserError: too much work or too many ranks for a picture.
+    """
+    pieces, tallest = sum(len(work) for _, ranks in timelines for work in ranks), max(len(r) for _, r in timelines)
+    if pieces > _MAX_PIECES or tallest > _MAX_RANKS:
+        raise UserError(
+            f"a picture of {pieces} pieces of work on {tallest} ranks can't be read; use fewer microbatches or ranks "
+            f"(at most {_MAX_PIECES} pieces on {_MAX_RANKS} ranks), or leave the picture out"
+        )
     from matplotlib.patches import Patch
 
     span = max(end for _, ranks in timelines for work in ranks for _, _, _, end in work)

@@ -6,13 +6,12 @@ Not here: files (``exitlm.weights``) and exits (``exits.py``).
 """
 
 import math
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
-from exitlm.errors import UserError, nearest
+from exitlm.errors import UserError, nearest, short
 from exitlm.model.families import FAMILIES, Family, check_keys
 from exitlm.model.rope import RopeConfig, RopeKind
 
@@ -26,6 +25,20 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
 }
 """Names in HF configurations, and the one that stands for each function here."""
+
+MAX_SIZES: Mapping[str, int] = {
+    "num_hidden_layers": 1 << 10,  # 126 in Llama 3.1 405B; 1,000 in DeepNet (arXiv 2203.00555)
+    "hidden_size": 1 << 18,  # 16,384 in Llama 3.1 405B; 20,480 in Megatron-Turing NLG 530B (arXiv 2201.11990)
+    "intermediate_size": 1 << 20,  # 53,248 in Llama 3.1 405B; 81,920 in Megatron-Turing NLG
+    "num_attention_heads": 1 << 12,  # 128 in both
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 14,  # 256 in Gemma 3
+    "vocab_size": 1 << 24,  # 262,208 in Gemma 3; 901,629 in XLM-V (arXiv 2301.10472)
+}
+"""What is larger than any model: a configuration with more is damaged, and would take minutes or all memory."""
+_MAX_POSITIONS = (1 << 31) - 1  # of contexts, windows and periods, which take no memory; 10,485,760 in Llama 4 Scout
+_MIN_NUMBER, _MAX_NUMBER = 1e-30, 1e30  # of the range of float32, so that no settings have it overflow at once
+_MAX_SPECIAL_IDS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +163,9 @@ class ModelConfig:
         )
 
 
-_MOST_LAYERS = 100_000
+def is_positive(value: Any) -> bool:
+    """Whether a value is a positive number that arithmetic in float32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and _MIN_NUMBER <= value <= _MAX_NUMBER
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -163,25 +178,34 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
             "(model_type gemma3_text)"
         )
     outer = {key: value for key, value in config.items() if key not in ("text_config", "vision_config")}
-    return {**outer, **(config.get("text_config") or {}), "model_type": "gemma3_text"}
+    return {**outer, **_table(config, "text_config"), "model_type": "gemma3_text"}
+
+
+def _table(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise UserError(f"'{key}' must be an object in the model's config, not {short(found)}")
+    return found
 
 
 def _size(values: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = values.get(key)
     value = default if value is None else value
-    most = _MOST_LAYERS if key == "num_hidden_layers" else sys.maxsize
+    most = MAX_SIZES.get(key, _MAX_POSITIONS)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        found = "is missing from" if value is None else f"is {value!r} in"
-        raise UserError(f"'{key}' {found} the model's config, it must be a positive integer of a sensible size")
+        found = "is missing from" if value is None else f"is {short(value)} in"
+        raise UserError(f"'{key}' {found} the model's config, it must be a positive integer of at most {most}")
     return value
 
 
 def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = values.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        found = "is missing from" if value is None else f"is {value!r} in"
-        raise UserError(f"'{key}' {found} the model's config, it must be a positive number")
+    if value is None or not is_positive(value):
+        found = "is missing from" if value is None else f"is {short(value)} in"
+        raise UserError(
+            f"'{key}' {found} the model's config, it must be a positive number ({_MIN_NUMBER:g} to {_MAX_NUMBER:g})"
+        )
     return float(value)
 
 
@@ -193,7 +217,9 @@ def _attention_pattern(values: Mapping[str, Any], family: Family, layers: int) -
     given = values.get("layer_types") if "layer_types" in family.reads else None
     if given is not None:
         if not isinstance(given, list | tuple):
-            raise UserError(f"'layer_types' is {given!r} in the model's config, it must be a list with one per layer")
+            raise UserError(
+                f"'layer_types' is {short(given)} in the model's config, it must be a list with one per layer"
+            )
         unknown = sorted({str(kind) for kind in given} - {FULL, SLIDING})
         if unknown:
             raise UserError(f"layer_types holds '{unknown[0]}', supported are '{FULL}' and '{SLIDING}'")
@@ -204,6 +230,8 @@ def _attention_pattern(values: Mapping[str, Any], family: Family, layers: int) -
         types = (FULL if window is None else SLIDING,) * layers
     elif family.sliding == "after":
         first = values["max_window_layers"] if window is not None else layers
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise UserError(f"'max_window_layers' is {short(first)} in the model's config, it must be a whole number")
         types = tuple(SLIDING if index >= first else FULL for index in range(layers))
     elif family.sliding == "pattern":
         period = _size(values, "sliding_window_pattern")
@@ -258,10 +286,7 @@ def _read_ropes(values: Mapping[str, Any], family: Family, head_dim: int) -> tup
     Transformers 4 writes ``rope_theta`` and ``rope_scaling`` (and Gemma ``rope_local_base_freq``), transformers 5
     ``rope_parameters``, flat or one per layer type. Where both are present, the older spelling wins, as there.
     """
-    scaling, parameters = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
-    for name, found in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        if not isinstance(found, Mapping):
-            raise UserError(f"'{name}' must be an object in the model's config, not {found!r}")
+    scaling, parameters = _table(values, "rope_scaling"), _table(values, "rope_parameters")
     if family.local_theta is not None and "rope_theta" in scaling:
         raise UserError("rope_scaling holds a rope_theta, which this family reads from the top level; move it there")
     nested = FULL in parameters or SLIDING in parameters
@@ -275,12 +300,12 @@ def _read_ropes(values: Mapping[str, Any], family: Family, head_dim: int) -> tup
     if nested and (stray := sorted(set(parameters) - {FULL, SLIDING})):
         raise UserError(f"rope_parameters holds '{stray[0]}' beside layer types, remove it or move it into one of them")
     values = {key: value for key, value in values.items() if key != "original_max_position_embeddings"}
-    full = {**(parameters.get(FULL) or {}), **scaling}
+    full = {**_table(parameters, FULL), **scaling}
     local_theta = _number(values, "rope_local_base_freq", family.local_theta or theta)
     rope = _read_rope(full, values, family, head_dim, theta)
     if family.local_theta is None and SLIDING not in parameters:
         return rope, None
-    local = _read_rope(parameters.get(SLIDING) or {}, values, family, head_dim, local_theta)
+    local = _read_rope(_table(parameters, SLIDING), values, family, head_dim, local_theta)
     return rope, local
 
 
@@ -300,7 +325,7 @@ def _read_rope(
     known |= {"original_max_position_embeddings"}  # a note where the kind does not use it
     for key, value in settings.items():
         if key not in known and value is not None and (key != "factor" or value != 1):
-            raise UserError(f"the RoPE setting '{key}' ({value!r}) is not implemented for rope_type '{kind}'")
+            raise UserError(f"the RoPE setting '{key}' ({short(value)}) is not implemented for rope_type '{kind}'")
     partial = _number(settings, "partial_rotary_factor", _number(values, "partial_rotary_factor", 1.0))
     if partial != 1.0 and kind == "default" and not family.partial_rotary:
         warnings.warn(
@@ -339,6 +364,8 @@ def _read_scaling(settings: Mapping[str, Any], values: Mapping[str, Any], plain:
             high_freq_factor=high,
             original_max_position_embeddings=original,
         )
+    if original < 2:
+        raise UserError("'original_max_position_embeddings' is 1 in the model's config, longrope needs at least 2")
     factor = _number(settings, "factor", longest / original)
     derived = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
     return replace(
@@ -356,8 +383,8 @@ def _stretches(settings: Mapping[str, Any], key: str, count: int) -> tuple[float
     if not isinstance(given, list | tuple) or len(given) != count:
         found = len(given) if isinstance(given, list | tuple) else "no"
         raise UserError(f"longrope needs {count} numbers as '{key}', the config has {found}")
-    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in given):
-        raise UserError(f"'{key}' of longrope holds something that is no number; download the config again")
+    if not all(map(is_positive, given)):
+        raise UserError(f"'{key}' of longrope holds something that is no positive number; download the config again")
     return tuple(float(value) for value in given)
 
 
@@ -367,12 +394,15 @@ def token_ids(
     """Return the special ids within the vocabulary; warn about those a config names beyond it."""
     value = config[key] if key in config else (defaults or {}).get(key)
     ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-    if any(isinstance(index, bool) or not isinstance(index, int) for index in ids):
-        raise UserError(f"'{key}' is {value!r} in the model's config, it must be a token id or a list of them")
+    if len(ids) > _MAX_SPECIAL_IDS or any(isinstance(index, bool) or not isinstance(index, int) for index in ids):
+        raise UserError(
+            f"'{key}' is {short(value)} in the model's config, it must be a token id or a list of at most "
+            f"{_MAX_SPECIAL_IDS}"
+        )
     beyond = [index for index in ids if not 0 <= index < vocab]
     if beyond and key in config:
         warnings.warn(
-            f"{key} {', '.join(map(str, beyond))} is outside of the vocabulary of {vocab} tokens and is not used",
+            f"{key} {', '.join(map(short, beyond))} is outside of the vocabulary of {vocab} tokens and is not used",
             stacklevel=4,
         )
     return tuple(index for index in ids if 0 <= index < vocab)

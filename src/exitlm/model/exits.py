@@ -9,6 +9,7 @@ Shapes: B sequences, T positions, D hidden_size, V vocab_size, K rows of the out
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -277,7 +278,7 @@ def check_layers(layers: Sequence[int], num_hidden_layers: int) -> None:
     for layer in layers:
         if not 1 <= layer <= num_hidden_layers:
             raise UserError(f"exit layer {layer} does not exist: the model has layers 1 to {num_hidden_layers}")
-    twice = sorted({layer for layer in layers if list(layers).count(layer) > 1})
+    twice = sorted(layer for layer, count in Counter(layers).items() if count > 1)
     if twice:
         raise UserError(f"exit layer {twice[0]} is given more than once; give each layer once")
 

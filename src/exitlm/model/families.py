@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from exitlm.errors import UserError
+from exitlm.errors import UserError, short
 
 _COMMON = """
     model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
@@ -214,7 +214,7 @@ def check_keys(config: Mapping[str, Any], family: Family) -> None:
     """
     claimed = config.get("architectures") or ()
     if not isinstance(claimed, list | tuple):
-        raise UserError(f"'architectures' is {_short(claimed)} in the model's config, it must be a list of names")
+        raise UserError(f"'architectures' is {short(claimed)} in the model's config, it must be a list of names")
     for name in claimed:
         if name not in family.architectures:
             raise UserError(
@@ -229,7 +229,7 @@ def check_keys(config: Mapping[str, Any], family: Family) -> None:
             warnings.warn(f"'{key}' has no effect in a model of type {family.name} (as in transformers)", stacklevel=4)
             continue
         raise UserError(
-            f"the config's '{key}' ({_short(value)}) is not implemented for model_type '{family.name}' and may change "
+            f"the config's '{key}' ({short(value)}) is not implemented for model_type '{family.name}' and may change "
             "what the model computes; choose another checkpoint, or remove the key if it has no effect"
         )
 
@@ -245,8 +245,3 @@ def _is_neutral(key: str, value: Any) -> bool:
     if key.endswith(("_multiplier", "_scale", "_scaling", "_factor", "_ratio")):
         return value is None or (not isinstance(value, bool | dict | list) and value == 1)
     return not value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -16,15 +16,12 @@ from dataclasses import dataclass, field
 from exitlm.errors import UserError
 from exitlm.model.exits import ExitConfig
 from exitlm.parallel.mesh import Layout
-from exitlm.parallel.pipeline.schedule import Schedule, make
+from exitlm.parallel.pipeline.schedule import Schedule, make, max_microbatches
 from exitlm.parallel.pipeline.split import Split
 from exitlm.parallel.pipeline.stage import FINAL, StepPlan
 from exitlm.train.loop import exit_weights
 from exitlm.train.run import RunConfig
 from exitlm.train.stream import Stream
-
-MOST, MOST_OF_TORCH = 1 << 14, 1 << 11
-"""Microbatches of a step that a schedule is made for in a few seconds: ours, and those with several stages a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +68,7 @@ def geometry(config: RunConfig, layout: Layout, split: Split, *, frozen: bool, t
             f"({t.microbatch} x {p.data}); use {max(1, t.global_batch // per_round) * per_round}"
         )
     count = t.global_batch // per_round
-    most = MOST if layout.stages == layout.pipeline else MOST_OF_TORCH
+    most = max_microbatches(layout.schedule, layout.stages)
     if count > most:
         raise UserError(
             f"a step has {count} microbatches on each data rank, more than {most}; use a smaller train.global_batch "

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from exitlm.errors import UserError, nearest
+from exitlm.errors import UserError, nearest, short
 from exitlm.train.sections import (
     CheckpointSection,
     DataSection,
@@ -127,7 +127,7 @@ class RunConfig:
         """Read the text of a run file; ``name`` is what errors call it."""
         try:
             tree = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # beside those of TOML: a number of more than 4,300 digits
             raise UserError(f"{name} is not valid TOML: {error}") from error
         return cls.from_dict(tree, defaults)
 
@@ -337,6 +337,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
                 f"{key} is {_toml_value(value)}, but must be {_describe(hint)}{nearest(str(value), get_args(hint))}"
             )
         return value
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise UserError(f"{key} is {short(value)}, but a whole number must fit into 64 bits")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return number(value, key)
     if type(value) is not hint:
@@ -360,7 +362,7 @@ def _describe(hint: Any) -> str:
 def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         if "," in text and not text.startswith(("[", '"', "'")):
             return [_parse_value(part.strip()) for part in text.split(",") if part.strip()]
         return text

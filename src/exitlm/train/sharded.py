@@ -303,6 +303,8 @@ class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):  # as some versions of Python 3.11 wrote members of enums
             return _member
+        if module == "pathlib._local":  # where Python 3.13 alone has the classes of pathlib
+            module = "pathlib"
         if (module, name) in _HARMLESS:
             return super().find_class(module, name)
         found = getattr({"torch": torch, Metadata.__module__: metadata}.get(module), name, None)
@@ -316,7 +318,6 @@ _HARMLESS = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
     ("collections", "OrderedDict"),
 }
 

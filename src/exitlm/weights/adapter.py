@@ -41,7 +41,7 @@ from exitlm.weights.tensorfile import (
 FORMAT, VERSION = "exitlm exits", 1
 TENSORS, TABLE = "exits.safetensors", "exits.json"
 _NEXT_TABLE = "exits.json.new"
-_NAME = re.compile(r"exits\.(\d+)\.([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)", re.ASCII)
+_NAME = re.compile(r"exits\.(\d{1,9})\.([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)", re.ASCII)
 _OUTPUT = "output.weight"
 _CONFIG_KEYS = {field.name for field in fields(ExitConfig)}
 

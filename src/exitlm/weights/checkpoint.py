@@ -45,7 +45,8 @@ _PREFIXES = (
 )
 # Classes that take tokenizer.json as it is (the second is transformers 5's name of the first).
 _GENERIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
-_LARGEST_JSON = 200_000_000
+# Bytes of tables: the largest of settings, those of tokenizers, have 2 MB, and the index of 140,000 tensors 15 MB.
+_MAX_TABLE, _MAX_INDEX = 1 << 23, 1 << 25
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
@@ -225,14 +226,17 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: 
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file. Anything else in it is a UserError."""
+def read_json(path: Path, largest: int = _MAX_TABLE) -> dict[str, Any]:
+    """The table in a JSON file of at most ``largest`` bytes. Anything else in it is a UserError."""
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise UserError(f"{path} is too large to be a table of settings")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(largest + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(text) > largest:
+        raise UserError(f"{path} has more than the {largest} bytes that such a table needs; choose another file")
+    try:
+        found = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise damaged(path, "it is no JSON") from error
     if not isinstance(found, dict):
@@ -243,7 +247,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _entries(directory: Path) -> dict[str, Entry]:
     """Where each tensor lies, by HF name, from the index or the single file."""
     if (directory / INDEX).is_file():
-        mapping = read_json(directory / INDEX).get("weight_map")
+        mapping = read_json(directory / INDEX, _MAX_INDEX).get("weight_map")
         if not isinstance(mapping, dict) or not mapping:
             raise damaged(directory / INDEX, "it has no weight_map")
         headers = {}

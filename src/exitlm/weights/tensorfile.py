@@ -34,7 +34,9 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LARGEST_HEADER = 100_000_000
+# An entry takes 100 to 150 bytes, and no known shard has 100,000 tensors (DeepSeek-V3 has 91,000 in 163 of them).
+_MAX_HEADER = 1 << 25
+_MAX_DIMENSIONS = 64  # torch's own limit
 _CHUNK = 1 << 22
 _ALIGNMENT = 64  # of the data in files written here, so that mapped rows suit vector loads
 
@@ -76,25 +78,36 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-                raise damaged(path, "its header is longer than the file")
-            raw = json.loads(file.read(length))
+            text = file.read(min(length, _MAX_HEADER))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    if size < 8 or length > size - 8:
+        raise damaged(path, "its header is longer than the file")
+    if length > _MAX_HEADER:
+        raise UserError(
+            f"{path} has a header of {length} bytes, more than the {_MAX_HEADER} that any model needs; choose another "
+            "file"
+        )
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:  # of text, of JSON, or of a number of more than 4,300 digits
         raise damaged(path, "its header is no JSON") from error
     if not isinstance(raw, dict):
         raise damaged(path, "its header is no table")
     metadata = raw.pop("__metadata__", None) or {}
     entries = {name: _entry(path, name, value, 8 + length, size) for name, value in raw.items()}
+    if sum(entry.end - entry.start for entry in entries.values()) > size - 8 - length:
+        raise damaged(path, "its tensors overlap")
     return entries, {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
     try:
-        dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
-        start, end = (int(n) + base for n in value["data_offsets"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        dtype, shape = str(value["dtype"]), tuple(value["shape"])
+        start, end = (n + base for n in value["data_offsets"])
+        if len(shape) > _MAX_DIMENSIONS or not all(isinstance(n, int) for n in (*shape, start, end)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"the entry of tensor '{name}' is malformed") from error
     if dtype not in DTYPES:
         raise UserError(f"{path}: tensor '{name}' has dtype {dtype}, which exitlm does not read; use F32, F16 or BF16")

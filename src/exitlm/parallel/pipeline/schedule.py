@@ -21,6 +21,14 @@ from exitlm.errors import UserError, nearest
 
 Op = Literal["F", "B", "I", "W"]
 NAMES = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "filled", "tuning")
+OF_TORCH = ("interleaved", "zero_bubble", "zbv")
+# Bounds far above any real run (the largest have some 100 stages and 1,000 microbatches), by what a core needs just
+# below them: to make and simulate a schedule of 2**18 pairs of a stage and a microbatch takes 6 s and 200 MB, and to
+# make one of torch's with 2**25 = stages x microbatches**2 takes 25 s, growing so. A stage has at least one layer.
+MAX_STAGES, _MAX_MICROBATCHES, _MAX_PAIRS = 1 << 10, 1 << 14, 1 << 18
+_MAX_MICROBATCHES_OF_TORCH, _MAX_SQUARES_OF_TORCH = 1 << 11, 1 << 25
+_MIN_RATIO, _MAX_RATIO = 1e-3, 1e3
+_WIDEST, _TALLEST = 240, 64  # columns and lines of text that a schedule is drawn with
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,11 @@ class Schedule:
         """
         events = [event for events in simulate(self).ranks for event in events]
         lists: list[list[Action | Message]] = [[] for _ in self.ranks]
-        waiting = [list(actions) for actions in self.ranks]
+        waiting = [iter(actions) for actions in self.ranks]
         for event in sorted(events, key=lambda event: (event.start, event.action.stage)):
             action = event.action
             stage, m = action.stage, action.microbatch
-            lists[stage].append(waiting[stage].pop(0))
+            lists[stage].append(next(waiting[stage]))
             lo, hi = self.spans[m]
             to = None
             if action.op == "F" and stage < hi:
@@ -135,8 +143,21 @@ def make(
         raise UserError(f"schedule '{name}' is unknown; use one of {', '.join(NAMES)}{nearest(name, NAMES)}")
     if pipeline < 1 or microbatches < 1:
         raise UserError(f"{pipeline} ranks and {microbatches} microbatches make no schedule; use at least 1 of each")
-    if not 0.0 < ratio < math.inf:
-        raise UserError(f"the ratio of backward to forward time is {ratio}, but must be a positive number")
+    if not _MIN_RATIO <= ratio <= _MAX_RATIO:
+        raise UserError(
+            f"the ratio of backward to forward time is {ratio}, but must be a positive number from {_MIN_RATIO:g} to "
+            f"{_MAX_RATIO:g}"
+        )
+    per_rank = {"interleaved": stages_per_rank, "zero_bubble": stages_per_rank, "zbv": 2}.get(name, 1)
+    if pipeline * per_rank > MAX_STAGES:
+        raise UserError(
+            f"{pipeline} ranks are too many for schedule '{name}', which has at most {MAX_STAGES} stages; use fewer"
+        )
+    most = max_microbatches(name, pipeline * per_rank)
+    if microbatches > most:
+        raise UserError(
+            f"{microbatches} microbatches are too many for schedule '{name}' on {pipeline} ranks; use at most {most}"
+        )
     if name != "filled":
         if fill_warmup or fill_cooldown:
             raise UserError(f"schedule '{name}' fills no bubbles; use schedule 'filled'")
@@ -154,6 +175,13 @@ def make(
                 f"use 0 to {room}"
             )
     return filled(pipeline, microbatches, *counts, first_exit=first_exit)
+
+
+def max_microbatches(name: str, stages: int) -> int:
+    """How many microbatches the schedule ``name`` is made for on up to ``MAX_STAGES`` stages."""
+    if name in OF_TORCH:
+        return min(_MAX_MICROBATCHES_OF_TORCH, math.isqrt(_MAX_SQUARES_OF_TORCH // stages))
+    return min(_MAX_MICROBATCHES, _MAX_PAIRS // stages)
 
 
 def fill_room(pipeline: int, ratio: float) -> int:
@@ -340,16 +368,36 @@ def _needs(action: Action, schedule: Schedule, ended: Mapping[Action, float]) ->
 
 
 def drawn(timeline: Timeline, columns: int = 100) -> list[str]:
-    """A line of text per rank: forwards as the microbatch's number, backwards in brackets, waiting as dots."""
+    """A line of text per rank: forwards as the microbatch's number, backwards in brackets, waiting as dots.
+
+    ``columns`` are those of a short schedule. A long one is cut in the middle, and so are many ranks: "…" stands for
+    what is left out.
+    """
     unit = min(event.end - event.start for events in timeline.ranks for event in events)
     scale = max(1.0, min(4.0 / unit, columns / timeline.makespan))
+    ranks, length, half = len(timeline.ranks), math.ceil(timeline.makespan * scale), _WIDEST // 2
+    parts = [range(length)] if length <= _WIDEST else [range(half), range(length - half, length)]
     lines = []
     for rank, events in enumerate(timeline.ranks):
-        line = ["·"] * math.ceil(timeline.makespan * scale)
-        for event in events:
-            first, last = round(event.start * scale), max(round(event.start * scale) + 1, round(event.end * scale))
+        if ranks > _TALLEST and _TALLEST // 2 <= rank < ranks - _TALLEST // 2:
+            if rank == _TALLEST // 2:
+                lines.append("…")
+            continue
+        drawings = [_drawn_part(events, scale, part) for part in parts]
+        lines.append(f"rank {rank:>{max(2, len(str(ranks - 1)))}} |{'…'.join(drawings)}|")
+    return lines
+
+
+def _drawn_part(events: Sequence[Event], scale: float, part: range) -> str:
+    """The columns ``part`` of a rank's line."""
+    line = ["·"] * len(part)
+    for event in events:
+        first = round(event.start * scale)
+        width = max(1, round(event.end * scale) - first)
+        begin, end = max(first, part.start), min(first + width, part.stop)
+        if begin < end:
             op, number = event.action.op, str(event.action.microbatch)
             text = number if op == "F" else f"[{number}" if op in "BI" else f"({number}"
-            line[first:last] = list(text[: last - first].ljust(last - first, "-" if op != "F" else " "))
-        lines.append(f"rank {rank:>2} |{''.join(line)}|")
-    return lines
+            text = text[:width].ljust(width, "-" if op != "F" else " ")
+            line[begin - part.start : end - part.start] = text[begin - first : end - first]
+    return "".join(line)

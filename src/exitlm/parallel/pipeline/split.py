@@ -21,6 +21,10 @@ from exitlm.errors import UserError
 from exitlm.model.config import SLIDING, ModelConfig
 from exitlm.model.exits import ExitConfig, check_layers
 
+_MAX_BALANCED = (
+    1 << 26
+)  # layers**2 x stages (or exits): what a core searches in half a minute; 126 layers on 64 need 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -104,6 +108,11 @@ def make_split(
         raise UserError(f"{stages} pipeline stages can't share {layers} layers; use 1 to {layers} stages")
     costs = _Costs(model, exits, layers, place, depth is None, seq_len, frozen, recompute, teacher)
     if layers_per_stage == "balanced":
+        if layers * layers * max(stages, len(exits)) > _MAX_BALANCED:
+            raise UserError(
+                f"the best split of {layers} layers with {len(exits)} exits over {stages} pipeline stages takes "
+                f"minutes to find; give parallel.layers_per_stage as a list of {stages} numbers with the sum {layers}"
+            )
         bounds = costs.balanced(stages)
     else:
         counts = [int(count) for count in layers_per_stage]
@@ -219,7 +228,9 @@ class _Costs:
     def balanced(self, stages: int) -> tuple[int, ...]:
         """The bounds of the best split."""
         n = self.layers
-        found = {(a, b): self.stage(a, b, self.owned(a, b)) for a in range(n) for b in range(a + 1, n + 1)}
+        # A cut leaves at least one stage before and behind it where layers are left, and a layer for every other stage.
+        cuts = ((a, b) for a in range(n) for b in range(a + 1, min(n, a + n - stages + 1) + 1))
+        found = {(a, b): self.stage(a, b, self.owned(a, b)) for a, b in cuts if (a > 0) + (b < n) < stages}
         time = {cut: cost.forward_flops + cost.backward_flops for cut, cost in found.items()}
         size = {cut: cost.parameters for cut, cost in found.items()}
         # A tie is broken among all splits as good as the best, which one table of pairs could not do.
