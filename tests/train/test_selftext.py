@@ -89,6 +89,44 @@ def test_answers_are_kept_extended_and_the_same(model: Any, cache: Path, tmp_pat
     assert all(a.ids[: a.start] in PROMPTS for a in longer)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 7, 30, 61, 100, 149, 150])
+def test_no_more_is_written_than_asked_for(model: Any, cache: Path, tmp_path: Path, tokens: int) -> None:
+    """But for the other answers' tokens of the last step; and the same, whatever the cache holds."""
+    found = collect(model, cache, tokens)
+    assert tokens <= sum(len(a.ids) - a.start for a in found) < tokens + writing().batch
+    path = next((cache / "self").glob("*/answers.jsonl"))
+    kept = [answer for line in path.read_text().splitlines() for answer in json.loads(line)["rows"]]
+    assert [Answer(ids, start) for start, ids in kept] == found
+    assert collect(None, cache, tokens) == found
+    longer = collect(model, cache, 200)
+    assert collect(model, tmp_path, 200) == longer
+    assert [path.read_bytes() for path in tmp_path.rglob("*.jsonl")] == [path.read_bytes()]
+    assert collect(None, cache, tokens) == found
+    fewer = collect(None, cache, max(1, tokens // 2))
+    assert all(a.ids == b.ids[: len(a.ids)] for a, b in zip(fewer, found, strict=False))
+
+
+def test_a_line_behind_a_batch_that_was_cut_is_not_read(model: Any, cache: Path) -> None:
+    whole = collect(model, cache, 150)
+    path = next((cache / "self").glob("*/answers.jsonl"))
+    before = path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    cut = json.dumps({**json.loads(lines[0]), "cut": True}).encode() + b"\n"
+    path.write_bytes(cut + b"".join(lines[1:]))
+    assert collect(model, cache, 150) == whole
+    assert path.read_bytes() == before
+
+
+def test_progress_is_told_at_every_step(model: Any, cache: Path) -> None:
+    told: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"vocab_size": VOCAB, "cache": cache, "report": lambda *numbers: told.append(numbers)}
+    list(write_answers(lambda: model, PROMPTS, writing(), tokens=100, **options))
+    assert told == sorted(told)
+    assert told[0] == (writing().batch, 100)
+    assert told[-1] == (100, 100)
+    assert len(told) > 20
+
+
 def test_each_prompt_once(model: Any, cache: Path) -> None:
     answers = collect(model, cache, None, temperature=0.0)
     assert [a.ids[: a.start] for a in answers] == PROMPTS

@@ -153,7 +153,7 @@ def corpus_of_answers(
         prompts=prompts_digest(train),
         seq_len=d.seq_len,
         temperature=d.self_temperature,
-        batch=max(1, min(d.self_batch, -(-(count or 1) // 32))),
+        batch=max(1, min(d.self_batch, 2 * (count or 1) // d.seq_len)),  # few tokens make few answers, not short ones
         seed=config.train.seed,
         dtype=d.self_dtype,
         stop_ids=tuple(sorted(stop_ids)),

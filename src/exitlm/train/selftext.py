@@ -122,11 +122,15 @@ def write_answers(
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Answer]:
     """The answers, from the cache as far as they are there, else written now: batches until ``tokens`` answer tokens
-    are reached, or (``tokens`` None) each prompt once. ``model``, whose ids are below ``vocab_size``, is only called if
-    something must be written. Ends early when ``stopped()``; what was written stays."""
+    are reached, where the last one is cut, or (``tokens`` None) each prompt once. ``model``, whose ids are below
+    ``vocab_size``, is only called if something must be written. Ends early when ``stopped()``; batches that were
+    written stay."""
 
     def chosen(index: int) -> list[list[int]]:
         return [prompts[i] for i in _choose(len(prompts), index, writing, once=tokens is None)]
+
+    def shown(more: int) -> None:
+        report(done if tokens is None else done + more, total)
 
     home = cache / "self" / writing.key()
     total = tokens if tokens is not None else len(prompts)
@@ -135,18 +139,29 @@ def write_answers(
         done = index = 0
         written = _read_batches(file, chosen, writing.seq_len + 1, vocab_size)
         while done < total:
+            room = None if tokens is None else total - done
+            if room is not None and index < len(written) and written[index].cut and written[index].tokens < room:
+                file.truncate(written.pop().place)  # it was cut for fewer tokens
             if index == len(written):
                 loaded = loaded or model()
-                batch = _write_batch(loaded, chosen(index), writing, index, stopped)
-                if batch is None:
+                found = _write_batch(loaded, chosen(index), writing, index, stopped, room, shown)
+                if found is None:
                     return
-                _append(file, index, batch)
-                written.append(batch)
-            for answer in written[index]:
-                yield answer
-                done += len(answer.ids) - answer.start if tokens is not None else 1
+                written.append(_append(file, index, *found))
+            answers = written[index].answers if room is None else first_tokens(written[index].answers, room)
+            yield from answers
+            done += len(answers) if tokens is None else sum(len(answer.ids) - answer.start for answer in answers)
             index += 1
             report(min(done, total), total)
+
+
+def first_tokens(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """The answers as they were at the step by which they had ``count`` tokens together, each one more in every step
+    until its end; as they are if they have fewer."""
+    lengths = [len(answer.ids) - answer.start for answer in answers]
+    longest = max(lengths)
+    steps = next((s for s in range(1, longest) if sum(min(n, s) for n in lengths) >= count), longest)
+    return [Answer(answer.ids[: answer.start + steps], answer.start) for answer in answers]
 
 
 def as_blocks(answers: Sequence[Answer]) -> Blocks:
@@ -176,24 +191,39 @@ def _exclusive(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Answers, whether they were cut when there were tokens enough, and the byte at which they begin in the file."""
+
+    answers: list[Answer]
+    cut: bool
+    place: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the answers have."""
+        return sum(len(answer.ids) - answer.start for answer in self.answers)
+
+
 def _read_batches(
     file: IO[bytes], prompts: Callable[[int], list[list[int]]], longest: int, vocab_size: int
-) -> list[list[Answer]]:
-    """All whole batches; what a kill left behind them, or what answers no ``prompts(batch)``, is cut off."""
+) -> list[_Batch]:
+    """All batches that are whole but for the last one, which may be cut; what a kill left behind them, or what answers
+    no ``prompts(batch)``, is taken off."""
     file.seek(0)
-    batches: list[list[Answer]] = []
+    batches: list[_Batch] = []
     end = 0
     for line in file:
         try:
             row: Any = json.loads(line) if line.endswith(b"\n") else None
-            if row["batch"] != len(batches):
+            if row["batch"] != len(batches) or (batches and batches[-1].cut):
                 break
             pairs = list(zip(row["rows"], prompts(len(batches)), strict=True))
             if not all(_is_answer(start, ids, prompt, longest, vocab_size) for (start, ids), prompt in pairs):
                 break
         except (ValueError, TypeError, KeyError, RecursionError):  # another line than was written
             break
-        batches.append([Answer(ids, start) for (start, ids), _ in pairs])
+        batches.append(_Batch([Answer(ids, start) for (start, ids), _ in pairs], bool(row.get("cut")), end))
         end += len(line)
     file.truncate(end)
     return batches
@@ -206,14 +236,16 @@ def _is_answer(start: Any, ids: Any, prompt: list[int], longest: int, vocab_size
     return type(start) is int and start == len(prompt) < len(ids) <= longest and ids[:start] == prompt
 
 
-def _append(file: IO[bytes], index: int, batch: Sequence[Answer]) -> None:
+def _append(file: IO[bytes], index: int, answers: list[Answer], cut: bool) -> _Batch:
+    row = {"batch": index, "rows": [[answer.start, answer.ids] for answer in answers], **({"cut": True} if cut else {})}
     try:
-        file.seek(0, os.SEEK_END)
-        file.write(json.dumps({"batch": index, "rows": [[a.start, a.ids] for a in batch]}).encode() + b"\n")
+        place = file.seek(0, os.SEEK_END)
+        file.write(json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
     except OSError as error:
         raise cannot_keep(Path(file.name), error) from error
+    return _Batch(answers, cut, place)
 
 
 # ---- writing
@@ -228,17 +260,29 @@ def _choose(count: int, index: int, writing: Writing, once: bool) -> list[int]:
 
 
 def _write_batch(
-    model: EarlyExitModel, prompts: Sequence[list[int]], writing: Writing, index: int, stopped: Callable[[], bool]
-) -> list[Answer] | None:
-    """Answer one batch, or None if ``stopped()`` while at it."""
+    model: EarlyExitModel,
+    prompts: Sequence[list[int]],
+    writing: Writing,
+    index: int,
+    stopped: Callable[[], bool],
+    room: int | None,
+    report: Callable[[int], None],
+) -> tuple[list[Answer], bool] | None:
+    """Answer one batch, and whether it was cut where it had ``room`` tokens; None if ``stopped()`` while at it.
+    ``report`` is told the tokens so far."""
     generator = torch.Generator().manual_seed((writing.seed * 1_000_003 + index) % (1 << 62))
     answers: list[list[int]] = [[] for _ in prompts]
+    count, cut = 0, False
     for step in answer_steps(model, prompts, writing, generator):
         if stopped():
             return None
         for row, token in step:
             answers[row].append(token)
-    return [Answer([*p, *a], len(p)) for p, a in zip(prompts, answers, strict=True)]
+        count += len(step)
+        report(count)
+        if cut := room is not None and count >= room:
+            break
+    return [Answer([*p, *a], len(p)) for p, a in zip(prompts, answers, strict=True)], cut
 
 
 @torch.no_grad()
