@@ -288,10 +288,10 @@ def stopping(after: int) -> Any:
     """``_write_batch`` that raises SIGTERM while writing batch ``after``."""
     from exitlm.train.selftext import _write_batch
 
-    def write(model: Any, prompts: Any, writing: Any, index: int, stopped: Any) -> Any:
+    def write(model: Any, prompts: Any, writing: Any, index: int, *rest: Any) -> Any:
         if index == after:
             signal.raise_signal(signal.SIGTERM)
-        return _write_batch(model, prompts, writing, index, stopped)
+        return _write_batch(model, prompts, writing, index, *rest)
 
     return write
 

@@ -130,7 +130,7 @@ def write_answers(
         return [prompts[i] for i in _choose(len(prompts), index, writing, once=tokens is None)]
 
     def shown(more: int) -> None:
-        report(done if tokens is None else done + more, total)
+        report(done if tokens is None else min(done + more, total), total)
 
     home = cache / "self" / writing.key()
     total = tokens if tokens is not None else len(prompts)
