@@ -166,10 +166,10 @@ def fused_model(**exit_settings: Any) -> FusedModel:
     return FusedModel(attach(tiny_model("llama"), [ExitConfig(**{"layer": 1, **exit_settings})]), "none")
 
 
-def test_a_quiet_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quiet_machine_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, QUIET)
     found = measure(fused_model())
-    assert machine.timed == machine.parts
+    assert machine.timed == 2 * machine.parts
     assert found.spread == pytest.approx(0.02)
     assert found.steady
     assert found.origin == "measured"
@@ -177,9 +177,9 @@ def test_a_quiet_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_busy_moment_is_measured_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, BUSY, QUIET)
+    machine = Machine(monkeypatch, BUSY, BUSY, QUIET)
     found = measure(fused_model())
-    assert machine.timed == 2 * machine.parts
+    assert machine.timed == 3 * machine.parts
     assert found.steady
     assert found.head[0] == 1.0
 
@@ -187,10 +187,28 @@ def test_a_busy_moment_is_measured_over(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_busy_machine_is_not_measured_for_ever_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, BUSY)
     found = measure(fused_model())
-    assert machine.timed == 3 * machine.parts
+    assert machine.timed == 4 * machine.parts
     assert found.spread == pytest.approx(1.0)
     assert not found.steady
     assert found.head[0] == 1.5
+
+
+@pytest.mark.parametrize("wrong", ["twice", "once"])
+def test_a_part_that_was_slow_all_the_time_is_seen(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """In one of two rounds; or in both, where one row takes longer than two."""
+    fused, timed = fused_model(), 0
+
+    def seconds(action: Any, before: Any, device: Any) -> list[float]:
+        nonlocal timed
+        timed += 1
+        first, second = timed == 1, (timed - 1) % Machine.parts == 0
+        return [9.0] * 3 if first or (second and wrong == "twice") else [1.0] * 3
+
+    monkeypatch.setattr(costs_module, "_seconds", seconds)
+    found = measure(fused)
+    assert found.steady == (wrong == "once")
+    assert timed == (2 if wrong == "once" else 4) * Machine.parts
+    assert found.full() == (2.0 if wrong == "once" else 10.0)
 
 
 def test_what_a_busy_machine_gave_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

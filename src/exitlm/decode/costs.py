@@ -33,10 +33,10 @@ from exitlm.decode.step import SequenceState
 
 _FORMAT = 5  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
 _SIZES = (1, 2, 4, 8, 16)
-_REPEATS, _ROUNDS = 5, 3
+_REPEATS, _ROUNDS = 3, 4
 _PATIENCE = 3.0  # seconds after which no further round of measuring begins
 _CELL_SECONDS = 0.5  # what one part may take in one round, beyond its second run
-STEADY = 0.2  # the largest spread of a table that is kept
+STEADY = 0.3  # the largest spread of a table that is kept: 0.1 on an idle machine, 0.8 to 50 on a busy one
 _DEVIATION = 1.5  # how far times relative to a kept table may lie from each other, or all of them from 1, squared
 _MOST_EXITS, _LARGEST_SUBSET = 8, 4
 
@@ -45,7 +45,8 @@ _MOST_EXITS, _LARGEST_SUBSET = 8, 4
 class Costs:
     """Seconds of a layer and of the final head for a number of rows (``rows``), and of each exit's test and draft.
 
-    ``spread`` says how far the times of one part differed, as a share of the least; ``origin`` where a table came from.
+    ``spread`` says how much longer than at best a part took, as a share, or fewer rows than more of them; ``origin``
+    where a table came from.
     """
 
     rows: tuple[int, ...]
@@ -159,18 +160,22 @@ def _parts(fused: FusedModel) -> dict[Part, tuple[Callable[[], object], Callable
 
 @torch.inference_mode()
 def measure(fused: FusedModel) -> Costs:
-    """Time layers, heads and exits: well under a second for a small model on an idle machine, and again, the best times
-    counting, as long as they differ more than ``STEADY``, for some seconds at most."""
+    """Time layers, heads and exits twice (a second or two for a small model), and again as long as a part took more
+    than ``STEADY`` longer than at best, for some seconds at most. The best times count.
+
+    One round can't tell a busy machine from a slow one: all times of a part may be too long by the same factor.
+    """
     parts = _parts(fused)
-    best = dict.fromkeys(parts, math.inf)
-    begun = time.perf_counter()
+    best: dict[Part, float] = {}
+    spread, begun = math.inf, time.perf_counter()
     for _ in range(_ROUNDS):
-        usual = {}
+        usual, again = {}, bool(best)
         for part, (action, before) in parts.items():
             times = _seconds(action, before, fused.device)
-            usual[part], best[part] = statistics.median(times), min(best[part], *times)
-        spread = statistics.median(usual[part] / best[part] - 1.0 for part in parts)
-        if spread <= STEADY or time.perf_counter() - begun > _PATIENCE:
+            usual[part], best[part] = statistics.median(times), min([*times, best.get(part, math.inf)])
+        falls = [best["layers", few] / best["layers", more] for few, more in itertools.pairwise(_SIZES)]
+        spread = max(*(usual[part] / best[part] for part in parts), *falls) - 1.0
+        if again and (spread <= STEADY or time.perf_counter() - begun > _PATIENCE):
             break
     L = fused.config.num_hidden_layers
     # more rows never cost less: what is below is noise of the clock

@@ -68,8 +68,8 @@ class Engine:
             self._costs, self._next_measure = costs, time.monotonic() + MEASURE_AGAIN
             if not costs.steady:
                 self._notes["costs"] = (
-                    f"this machine is busy: times of equal passes differ by {costs.spread:.0%}, so that what exits "
-                    "gain here is a guess; the costs of passes are not kept, and will be measured again"
+                    f"this machine is busy: equal passes took up to {1 + costs.spread:.1f} times as long, so that what "
+                    "exits gain here is a guess; the costs of passes are not kept, and will be measured again"
                 )
             elif costs.origin.startswith("measured again"):
                 self._notes["costs"] = f"the costs of passes were {costs.origin}"
