@@ -254,6 +254,20 @@ def test_a_key_that_another_one_idles_is_named(
 
 
 @pytest.mark.parametrize(
+    "settings", [(), SELF, ("exits.kind=norm", "objective.distill=0")], ids=["files", "self", "norm"]
+)
+def test_the_run_file_that_a_run_leaves_names_nothing(
+    base: Path, places: dict[str, Path], tmp_path: Path, settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(base, out, places, settings)[1] == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tune(RunConfig.from_toml(out / "run.toml"))
+    assert "is a finished run already; nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("keep", "gib", "kept"),
     [("memory", 4.0, True), ("disk", 4.0, True), ("none", 4.0, False), ("memory", 0.0, False)],
 )

@@ -182,6 +182,16 @@ def test_what_has_no_effect_is_said() -> None:
         resolved("parallel.fill_warmup=1")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("objective.final", "0.5"), ("objective.layer_dropout", "0.5"), ("train.recompute", "layers")]
+)
+def test_what_a_frozen_model_does_not_read_is_said(base: Path, key: str, value: str) -> None:
+    frozen = ["train.parameters=exits", f"model.base={base}", "data.tokenizer=", "objective.layer_dropout=0"]
+    with pytest.warns(UserWarning, match=f"{key} has no effect here: "):
+        assert resolved(*frozen, f"{key}={value}").fit.config.flat()[key] == RunConfig().flat()[key]
+    assert resolved(f"{key}={value}").fit.config.flat()[key] != RunConfig().flat()[key]
+
+
 def test_what_is_left_to_the_model_and_the_machine() -> None:
     found = resolved("train.dtype=auto", "exits.candidates=-1", "exits.init=auto", "train.dtype=bfloat16")
     assert (found.compute, found.master) == (torch.bfloat16, torch.float32)

@@ -134,10 +134,13 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
     base = config.model.base
     if Path(base).expanduser().exists():
         base = os.path.abspath(Path(base).expanduser())  # the run is gone on with, and exported, from anywhere
+    data = config.data
+    if self_tokens(config) is not None:
+        data = replace(data, self_dtype=_name(resolve_dtype(data.self_dtype, place, backbone)))
     resolved = replace(
         config,
         model=replace(config.model, base=base, device=device, dtype=_name(backbone)),
-        data=replace(config.data, self_dtype=_name(resolve_dtype(config.data.self_dtype, place, backbone))),
+        data=data,
         train=replace(config.train, dtype=_name(resolve_dtype(config.train.dtype, place, master))),
     )
     for e in exit_configs(resolved):
