@@ -92,8 +92,8 @@ def _hf_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         value = {**settings, **rotary}.get(key, absent)
         if value not in allowed:
             raise UserError(
-                f"the checkpoint's setting {key} is {short(value)}, but exitlm imports models where it is {allowed[0]!r} "
-                "only; choose another checkpoint"
+                f"the checkpoint's setting {key} is {short(value)}, but exitlm imports models where it is "
+                f"{allowed[0]!r} only; choose another checkpoint"
             )
     heads = _natural(settings, "num_attention_heads")
     groups = _natural(settings, "num_query_groups") if settings.get("group_query_attention") else heads
