@@ -273,6 +273,7 @@ def test_a_newer_version_and_another_format(base: Path, tmp_path: Path) -> None:
         "exits.01.gate.bias",
         "exits.1.",
         "exits.1..x",
+        f"exits.{'9' * 5000}.x",
     ],
 )
 def test_names_that_are_no_exits(base: Path, tmp_path: Path, name: str) -> None:

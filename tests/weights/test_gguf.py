@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from exitlm.errors import UserError
 from exitlm.model.rope import inverse_frequencies
 from exitlm.weights import describe, load_model, open_checkpoint
 from exitlm.weights.gguf import converted
-from exitlm.weights.gguf_config import rope_scaling
+from exitlm.weights.gguf_config import ARCHITECTURES, hf_name, rope_scaling
 from exitlm.weights.gguf_file import TYPES, GGUFFile, shortest
 from tests.model.families import tiny_hf_model
 from tests.weights.gguf_files import write_gguf
 
+EPSILON, PATTERN = "llama.attention.layer_norm_rms_epsilon", "attention.sliding_window_pattern"
 IDS = torch.tensor([[5, 17, 3, 88, 41, 9, 60, 2, 2, 71, 30, 11]])
 GEMMA = {
     "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
@@ -299,11 +301,77 @@ def test_garbage_is_refused(tmp_path: Path) -> None:
         ({"llama.rope.scaling.type": "yarn"}, "RoPE scaling 'yarn'"),
         ({"split.count": 3}, "one part of a split GGUF"),
         ({"llama.attention.causal": False}, "llama.attention.causal"),
+        ({"split.count": "two"}, "one part of a split GGUF"),
+        ({EPSILON: math.inf}, f"'{EPSILON}' is inf, it must be a positive number"),
+        ({EPSILON: math.nan}, f"'{EPSILON}' is nan, it must be a positive number"),
+        ({EPSILON: -1.0}, f"'{EPSILON}' is -1.0, it must be a positive number"),
+        ({EPSILON: 0.0}, f"'{EPSILON}' is 0.0, it must be a positive number"),
+        ({"llama.rope.freq_base": math.inf}, "'llama.rope.freq_base' is inf, it must be a positive number"),
+        ({"llama.rope.freq_base": "x" * 100}, "'llama.rope.freq_base' is 'xxxxx"),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": math.inf},
+            "'llama.rope.scaling.factor' is inf, it must be a positive number",
+        ),
+        ({"llama.attention.head_count": 10**9}, "'num_attention_heads' is 1000000000 in the model's config"),
+        ({"llama.attention.head_count_kv": 0}, "'llama.attention.head_count_kv' is 0, it must be a positive integer"),
+        ({"llama.feed_forward_length": 4 * 10**9}, "'intermediate_size' is 4000000000 in the model's config"),
+        ({"llama.context_length": 4 * 10**9}, "'max_position_embeddings' is 4000000000 in the model's config"),
+        ({"llama.block_count": 20_000}, "tensors for 20000 layers"),
+        ({"llama.embedding_length": "large"}, "'llama.embedding_length' is 'large', it must be a positive integer"),
+        ({"tokenizer.ggml.eos_token_id": [1, 2]}, "'tokenizer.ggml.eos_token_id' is [1, 2], it must be a token id"),
     ],
 )
-def test_what_would_change_the_maths_is_named(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
+def test_what_would_change_the_maths_is_named(
+    tmp_path: Path, cache: Path, metadata: dict[str, Any], message: str
+) -> None:
     write_gguf(tmp_path / "m.gguf", reference("llama"), metadata=metadata)
     assert message in refused(tmp_path / "m.gguf")
+    assert not any((cache / "gguf").glob("*"))
+    assert message in str(describe(tmp_path / "m.gguf")["supported"])
+
+
+def test_a_pattern_of_windows_that_is_none(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", reference("gemma3_text", **GEMMA), metadata={f"gemma3.{PATTERN}": 0})
+    assert f"'gemma3.{PATTERN}' is 0, it must be a positive integer" in refused(tmp_path / "m.gguf")
+    write_gguf(tmp_path / "m.gguf", reference("gemma3_text", **GEMMA), metadata={f"gemma3.{PATTERN}": [True]})
+    assert "layer_types has 1 entries for 6 layers" in refused(tmp_path / "m.gguf")
+
+
+def header(path: Path, *parts: bytes, keys: int, tensors: int = 0, size: int = 0) -> Path:
+    """A file of ``size`` bytes, zeros in the end, that begins with a header of these parts."""
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + b"".join(parts))
+    os.truncate(path, max(size, path.stat().st_size))
+    return path
+
+
+def text(value: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(value) if length is None else length) + value
+
+
+@pytest.mark.parametrize(
+    ("parts", "counts", "says"),
+    [
+        ([text(b"a") + struct.pack("<I", 8) + text(b"", 200_000_000)], {"keys": 1}, "header of more than 100000000 by"),
+        ([text(b"a") + struct.pack("<IIQ", 9, 0, 200_000_000)], {"keys": 1}, "has a list of 200000000 items"),
+        ([text(b"a") + struct.pack("<IIQ", 9, 8, 2**63)], {"keys": 1}, "has a list of 9223372036854775808 items"),
+        ([text(b"a") + struct.pack("<IIQ", 9, 9, 5)], {"keys": 1}, "holds a list of type 9"),
+        ([], {"keys": 2**64 - 1}, "has the key '' twice"),
+        ([], {"keys": 0, "tensors": 2**64 - 1}, "has the tensor '' twice"),
+        ([text(b"t") + struct.pack("<IQQIQ", 2, 10**18, 0, 0, 0)], {"keys": 0, "tensors": 1}, "'t' is malformed"),
+    ],
+)
+def test_a_header_beyond_any_model_is_not_read(
+    tmp_path: Path, parts: list[bytes], counts: dict[str, int], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        GGUFFile(header(tmp_path / "m.gguf", *parts, **counts, size=300_000_000))
+
+
+def test_a_layer_whose_number_is_none() -> None:
+    llama = ARCHITECTURES["llama"]
+    assert hf_name("blk.12.attn_norm.weight", llama) == "model.layers.12.input_layernorm.weight"
+    for number in ("x", "\u00b2", "9" * 5000):  # a digit to Python, but no number; and a number that it does not read
+        assert hf_name(f"blk.{number}.attn_norm.weight", llama) is None
 
 
 def test_other_architectures_and_missing_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,11 +157,25 @@ def test_an_unnamed_pre_tokenizer_is_a_warning(tmp_path: Path) -> None:
         ({"tokenizer.ggml.merges": ["q no_such_token"]}, "damaged"),
         ({"tokenizer.ggml.token_type": [1, 2]}, "token types"),
         ({"tokenizer.ggml.model": "llama"}, "no score"),
+        (
+            {
+                "tokenizer.ggml.model": "llama",
+                "tokenizer.ggml.tokens": ["a", "a" * 40_000],
+                "tokenizer.ggml.scores": [0.0, 1.0],
+                "tokenizer.ggml.token_type": [1, 1],
+            },
+            "pieces longer than any model's; give token ids",
+        ),
     ],
 )
 def test_unsupported_and_damaged_ones_are_a_sentence(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         write_tokenizer(metadata_of(trained("smollm"), "smollm") | change, tmp_path)
+
+
+def test_an_id_that_is_none_is_left_out(tmp_path: Path) -> None:
+    write_tokenizer(metadata_of(trained("smollm"), "smollm") | {"tokenizer.ggml.unknown_token_id": "x"}, tmp_path)
+    assert load_tokenizer(tmp_path).unk_token is None
 
 
 # --- SentencePiece --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeGuard, cast
 
 from exitlm.errors import UserError, nearest, short
 from exitlm.model.families import FAMILIES, Family, check_keys
@@ -163,7 +163,7 @@ class ModelConfig:
         )
 
 
-def is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> TypeGuard[float]:
     """Whether a value is a positive number that arithmetic in float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and _MIN_NUMBER <= value <= _MAX_NUMBER
 
@@ -201,7 +201,7 @@ def _size(values: Mapping[str, Any], key: str, *, default: int | None = None) ->
 def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = values.get(key)
     value = default if value is None else value
-    if value is None or not is_positive(value):
+    if not is_positive(value):
         found = "is missing from" if value is None else f"is {short(value)} in"
         raise UserError(
             f"'{key}' {found} the model's config, it must be a positive number ({_MIN_NUMBER:g} to {_MAX_NUMBER:g})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exitlm.errors import UserError
+from exitlm.model import ModelConfig
 from exitlm.weights.gguf_config import (
     ROPE_FACTORS,
     TOP_TENSORS,
@@ -92,6 +94,7 @@ def convert(file: GGUFFile, directory: Path) -> None:
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     factors = file.array(ROPE_FACTORS) if ROPE_FACTORS in shapes else None
     config = hf_config(file.metadata, shapes, factors, where)
+    _check_config(config, where)
     makers = _makers(file, architecture, config)
     config["dtype"] = str(_main_dtype(file)).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -124,6 +127,16 @@ def convert(file: GGUFFile, directory: Path) -> None:
         "tokenizer_problem": problem,
     }
     (directory / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what no model can be before anything is converted."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are told when the conversion is read
+            ModelConfig.from_hf(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 Maker = tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]

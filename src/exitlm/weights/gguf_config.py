@@ -8,6 +8,7 @@ which both transformers 4 and 5 read. Not here: the tokenizer (``gguf_tokenizer.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exitlm.errors import UserError, nearest
+from exitlm.errors import UserError, nearest, short
+from exitlm.model.config import is_positive
 
 _COMMON_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -127,7 +129,7 @@ def architecture_of(metadata: Mapping[str, Any], where: str) -> Architecture:
             f"{where}: GGUF architecture '{name}' is not supported (supported: {', '.join(ARCHITECTURES)})"
             f"{nearest(name, ARCHITECTURES)}"
         )
-    if int(metadata.get("split.count", 1)) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise UserError(f"{where} is one part of a split GGUF; join the parts first: llama-gguf-split --merge")
     return ARCHITECTURES[name]
 
@@ -141,12 +143,43 @@ def hf_name(name: str, architecture: Architecture) -> str | None:
     part, _, kind = rest.rpartition(".")
     if (
         block != "blk"
-        or not index.isdigit()
+        or not re.fullmatch("[0-9]{1,9}", index)
         or kind not in ("weight", "bias")
         or part not in architecture.layer_tensors
     ):
         return None
     return f"model.layers.{int(index)}.{architecture.layer_tensors[part]}.{kind}"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The ``values`` of an architecture by key without ``prefix``; ``where`` names the file in messages."""
+
+    values: Mapping[str, Any]
+    prefix: str
+    where: str
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self._given(key, default)
+        if isinstance(value, list):  # one value per layer
+            if len(set(value)) != 1:
+                raise UserError(f"{self.where}: '{self.prefix}{key}' differs between layers, which is not implemented")
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{self.where}: '{self.prefix}{key}' is {short(value)}, it must be a positive integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._given(key, default)
+        if not is_positive(value):
+            raise UserError(f"{self.where}: '{self.prefix}{key}' is {short(value)}, it must be a positive number")
+        return float(value)
+
+    def _given(self, key: str, default: float | None) -> Any:
+        value = self.values.get(key, default)
+        if value is None:
+            raise UserError(f"{self.where} lacks '{self.prefix}{key}'; it is incomplete, choose another file")
+        return value
 
 
 def hf_config(
@@ -168,26 +201,16 @@ def hf_config(
         neutral = value in _NEUTRAL_KEYS[key] if key in _NEUTRAL_KEYS else not value
         if key not in _KNOWN_KEYS and not neutral:
             raise UserError(
-                f"{where}: '{prefix}{key}' ({value!r}) is not implemented and may change what the model computes"
+                f"{where}: '{prefix}{key}' ({short(value)}) is not implemented and may change what the model computes"
             )
 
-    def need(key: str) -> Any:
-        if key not in values:
-            raise UserError(f"{where} lacks '{prefix}{key}'; it is incomplete, choose another file")
-        value = values[key]
-        if isinstance(value, list):  # one value per layer
-            if len(set(value)) != 1:
-                raise UserError(f"{where}: '{prefix}{key}' differs between layers, which is not implemented")
-            value = value[0]
-        return value
-
-    hidden, heads, layers = need("embedding_length"), need("attention.head_count"), need("block_count")
-    if not all(isinstance(value, int) and value > 0 for value in (hidden, heads, layers)):
-        raise UserError(f"{where}: its sizes are not positive integers; it is damaged, choose another file")
+    given = _Settings(values, prefix, where)
+    hidden, heads = given.size("embedding_length"), given.size("attention.head_count")
+    layers = given.size("block_count")
     if layers > len(shapes):
         raise UserError(f"{where} has {len(shapes)} tensors for {layers} layers; it is damaged, choose another file")
-    head_dim = values.get("attention.key_length", hidden // heads)
-    if values.get("attention.value_length", head_dim) != head_dim:
+    head_dim = given.size("attention.key_length", max(1, hidden // heads))
+    if given.size("attention.value_length", head_dim) != head_dim:
         raise UserError(f"{where}: keys and values of different width are not implemented")
     if "token_embd.weight" not in shapes:
         raise UserError(f"{where} lacks the tensor 'token_embd.weight'; it is incomplete, choose another file")
@@ -196,16 +219,16 @@ def hf_config(
         "model_type": architecture.model_type,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
-        "intermediate_size": need("feed_forward_length"),
+        "intermediate_size": given.size("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": need("attention.head_count_kv") if "attention.head_count_kv" in values else heads,
+        "num_key_value_heads": given.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": given.size("context_length"),
+        "rms_norm_eps": given.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in shapes,
-        **_rope(values, architecture, head_dim, rope_factors, where),
-        **_special_ids(metadata),
+        **_rope(given, architecture, head_dim, rope_factors),
+        **_special_ids(metadata, where),
     }
     biased = {part for part in ("attn_q", "attn_output", "ffn_down") if f"blk.0.{part}.bias" in shapes}
     if architecture.model_type in ("llama", "qwen3", "gemma3_text"):
@@ -213,9 +236,9 @@ def hf_config(
     if architecture.model_type == "llama":
         config["mlp_bias"] = "ffn_down" in biased
     if architecture.model_type == "gemma3_text":
-        config |= _gemma(values, layers, hidden, heads, head_dim)
+        config |= _gemma(given, layers, hidden, heads, head_dim)
     elif values.get("attention.sliding_window"):
-        _slide(config, values["attention.sliding_window"], where)
+        _slide(config, given.size("attention.sliding_window"), where)
     return config
 
 
@@ -227,8 +250,11 @@ def _slide(config: dict[str, Any], window: int, where: str) -> None:
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
 
 
-def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _special_ids(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
     ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")}
+    for name, index in ids.items():
+        if not isinstance(index, int | None):
+            raise UserError(f"{where}: 'tokenizer.ggml.{name}_token_id' is {short(index)}, it must be a token id")
     ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None))
     return {
         "bos_token_id": ids["bos"],
@@ -237,31 +263,33 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gemma(values: Mapping[str, Any], layers: int, hidden: int, heads: int, head_dim: int) -> dict[str, Any]:
+def _gemma(given: _Settings, layers: int, hidden: int, heads: int, head_dim: int) -> dict[str, Any]:
     """What llama.cpp knows of Gemma 3 without the file saying it: the pattern of windows, and the 27B's scale."""
-    pattern = values.get("attention.sliding_window_pattern", _GEMMA_PERIOD)
-    slides = list(pattern) if isinstance(pattern, list) else [bool((i + 1) % pattern) for i in range(layers)]
-    window = values.get("attention.sliding_window")
+    key = "attention.sliding_window_pattern"
+    pattern = given.values.get(key)
+    if not isinstance(pattern, list):
+        period = given.size(key, _GEMMA_PERIOD)
+        pattern = [bool((i + 1) % period) for i in range(layers)]
+    window = given.values.get("attention.sliding_window")
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": hidden // heads if layers == _GEMMA_27B_LAYERS else head_dim,
-        "rope_local_base_freq": values.get("rope.freq_base_swa", _GEMMA_LOCAL_THETA),
+        "rope_local_base_freq": given.number("rope.freq_base_swa", _GEMMA_LOCAL_THETA),
         "sliding_window": window,
-        "layer_types": ["sliding_attention" if window and slide else "full_attention" for slide in slides],
+        "layer_types": ["sliding_attention" if window and slide else "full_attention" for slide in pattern],
         "final_logit_softcapping": None,
         "attn_logit_softcapping": None,
     }
 
 
 def _rope(
-    values: Mapping[str, Any],
+    given: _Settings,
     architecture: Architecture,
     head_dim: int,
     factors: NDArray[np.float32] | None,
-    where: str,
 ) -> dict[str, Any]:
-    default = 1_000_000.0 if architecture.model_type == "gemma3_text" else 10_000.0
-    theta = float(values.get("rope.freq_base", default))
+    values, where = given.values, given.where
+    theta = given.number("rope.freq_base", 1_000_000.0 if architecture.model_type == "gemma3_text" else 10_000.0)
     rotary = values.get("rope.dimension_count", head_dim)
     settings: dict[str, Any] = {"rope_theta": theta, "rope_scaling": None}
     if rotary != head_dim:
@@ -270,9 +298,9 @@ def _rope(
     if factors is not None:
         if kind not in ("none", "linear") or values.get("rope.scaling.factor", 1.0) not in (0.0, 1.0):
             raise UserError(f"{where} has both the tensor '{ROPE_FACTORS}' and RoPE scaling '{kind}'")
-        settings["rope_scaling"] = rope_scaling(factors, theta, int(values["context_length"]), where)
+        settings["rope_scaling"] = rope_scaling(factors, theta, given.size("context_length"), where)
     elif kind == "linear":
-        settings["rope_scaling"] = {"rope_type": "linear", "factor": float(values.get("rope.scaling.factor", 1.0))}
+        settings["rope_scaling"] = {"rope_type": "linear", "factor": given.number("rope.scaling.factor", 1.0)}
     elif kind != "none":
         raise UserError(
             f"{where}: RoPE scaling '{kind}' is not supported in GGUF files (supported: none, linear, llama3)"
@@ -317,7 +345,7 @@ def _llama3(wide: NDArray[np.float64], frequency: NDArray[np.float64]) -> dict[s
     if band.sum() >= 2:
         blend = (1 / wide[band] - 1 / factor) / (1 - 1 / factor)
         slope, offset = np.polyfit(frequency[band], blend, 1)
-        if offset < 0 < slope:
+        if -1e6 < offset < -1e-6 and 0 < slope < 1e12:  # other lines are those of no band
             high = round(1 - 1 / float(offset), 3)
             original = round(2 * math.pi * float(slope) * (high - 1))
             guesses.insert(0, (1.0, high, original))

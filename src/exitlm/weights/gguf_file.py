@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exitlm.errors import UserError
+from exitlm.errors import UserError, short
 
 # GGML type id -> name, elements per block, bytes per block. (A "Q4_K" file mixes types: rows that no block of 256 fits
 # are Q5_0 or Q8_0, and some matrices Q6_K.)
@@ -41,7 +41,9 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _ALIGNMENT = 32
 _CHUNK = 1 << 22  # elements
-_MOST_DIMENSIONS = 4
+_MAX_DIMENSIONS = 4
+# Gemma 3's header has 262,144 tokens and takes 6 MB; one with as many merges takes 10 MB.
+_MAX_HEADER, _MAX_ITEMS = 100_000_000, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,22 @@ class GGUFFile:
             count, keys = self._unpack("QQ")
             for _ in range(keys):
                 key = self._string()
+                if key in self.metadata:
+                    raise self._damaged(f"its header has the key {short(key)} twice")
                 self.metadata[key] = self._value(*self._unpack("I"))
-            infos = [self._tensor_info() for _ in range(count)]
-        except (struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
-            raise self._damaged("its header is cut short or corrupt") from error
+            infos: dict[str, tuple[int, tuple[int, ...], int]] = {}
+            for _ in range(count):
+                name, type_id, shape, offset = self._tensor_info()
+                if name in infos:
+                    raise self._damaged(f"it has the tensor {short(name)} twice")
+                infos[name] = type_id, shape, offset
+        except UnicodeDecodeError as error:
+            raise self._damaged("a text in its header is corrupt") from error
         alignment = self.metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
-            raise self._damaged(f"its alignment is {alignment!r}")
+            raise self._damaged(f"its alignment is {short(alignment)}")
         base = -(-self._at // alignment) * alignment
-        for name, type_id, shape, offset in infos:
+        for name, (type_id, shape, offset) in infos.items():
             self._add_tensor(name, type_id, shape, base + offset)
 
     def _add_tensor(self, name: str, type_id: int, shape: tuple[int, ...], start: int) -> None:
@@ -101,7 +110,7 @@ class GGUFFile:
                 f"{', '.join(sorted(label for label, _, _ in TYPES.values()))}"
             )
         label, block, size = TYPES[type_id]
-        if not shape or shape[-1] % block or name in self.tensors:
+        if min(shape, default=0) < 1 or shape[-1] % block:
             raise self._damaged(f"tensor '{name}' is malformed")
         nbytes = math.prod(shape) // block * size
         if start + nbytes > len(self._map):
@@ -111,28 +120,33 @@ class GGUFFile:
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.path} is truncated or damaged ({what}); download or copy it again")
 
+    def _skip(self, length: int) -> int:
+        """Go on by ``length`` bytes of the header; returns where they begin."""
+        start, self._at = self._at, self._at + length
+        if self._at > len(self._map):
+            raise self._damaged("it ends inside its header")
+        if self._at > _MAX_HEADER:
+            raise UserError(
+                f"{self.path} has a header of more than {_MAX_HEADER} bytes, which no model needs; choose another file"
+            )
+        return start
+
     def _unpack(self, codes: str) -> tuple[Any, ...]:
-        values = struct.unpack_from("<" + codes, self._map, self._at)
-        self._at += struct.calcsize("<" + codes)
-        return values
+        return struct.unpack_from("<" + codes, self._map, self._skip(struct.calcsize("<" + codes)))
 
     def _string(self) -> str:
         (length,) = self._unpack("Q")
-        end = self._at + length
-        if end > len(self._map):
-            raise self._damaged("it ends inside a string of its header")
-        text = self._map[self._at : end].decode("utf-8")
-        self._at = end
-        return text
+        start = self._skip(length)
+        return self._map[start : self._at].decode("utf-8")
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
             item, length = self._unpack("IQ")
+            if length > _MAX_ITEMS:
+                raise self._damaged(f"its header has a list of {length} items, more than {_MAX_ITEMS}")
             if item in _SCALARS:
-                if length * struct.calcsize(_SCALARS[item]) > len(self._map) - self._at:
-                    raise self._damaged("it ends inside a list of its header")
                 values = list(self._unpack(f"{length}{_SCALARS[item]}"))
                 return [shortest(value) for value in values] if item == _FLOAT32 else values
             if item != _STRING:
@@ -146,7 +160,7 @@ class GGUFFile:
     def _tensor_info(self) -> tuple[str, int, tuple[int, ...], int]:
         name = self._string()
         (dimensions,) = self._unpack("I")
-        if dimensions > _MOST_DIMENSIONS:
+        if dimensions > _MAX_DIMENSIONS:
             raise self._damaged(f"tensor '{name}' has {dimensions} dimensions")
         shape = tuple(reversed(self._unpack(f"{dimensions}Q")))
         type_id, offset = self._unpack("IQ")

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exitlm.errors import UserError
+from exitlm.errors import UserError, short
 from exitlm.model import ExitConfig, ModelConfig
+from exitlm.model.config import is_positive
 from exitlm.model.exits import ExitKind, check_layers
 from exitlm.weights.megatron_file import MegatronCheckpoint
 
@@ -91,8 +92,8 @@ def _hf_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         value = {**settings, **rotary}.get(key, absent)
         if value not in allowed:
             raise UserError(
-                f"the checkpoint's setting {key} is {value!r}, but exitlm imports models where it is {allowed[0]!r} "
-                "only; choose another checkpoint"
+                f"the checkpoint's setting {key} is {short(value)}, but exitlm imports models where it is "
+                f"{allowed[0]!r} only; choose another checkpoint"
             )
     heads = _natural(settings, "num_attention_heads")
     groups = _natural(settings, "num_query_groups") if settings.get("group_query_attention") else heads
@@ -139,7 +140,7 @@ def _exits(settings: Mapping[str, Any]) -> dict[int, ExitConfig]:
     """Our exits by the 1-based number of the layer that theirs belong to."""
     numbers = settings.get("exit_layer_nums") or []
     if not isinstance(numbers, list) or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-        raise UserError(f"the checkpoint's exit_layer_nums is {numbers!r}, it must be a list of layers")
+        raise UserError(f"the checkpoint's exit_layer_nums is {short(numbers)}, it must be a list of layers")
     flags = tuple(bool(settings.get(key)) for key in _EXIT_SETTINGS)
     kind, before = _EXIT_KINDS.get(flags), bool(settings.get("pre_exit"))
     if numbers and kind is None:
@@ -163,13 +164,13 @@ def _exits(settings: Mapping[str, Any]) -> dict[int, ExitConfig]:
 
 def _positive(settings: Mapping[str, Any], key: str) -> float:
     value = settings.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"the checkpoint's setting {key} is {value!r}, it must be a positive number")
+    if not is_positive(value):
+        raise UserError(f"the checkpoint's setting {key} is {short(value)}, it must be a positive number")
     return value
 
 
 def _natural(settings: Mapping[str, Any], key: str) -> int:
     value = _positive(settings, key)
     if not isinstance(value, int):
-        raise UserError(f"the checkpoint's setting {key} is {value!r}, it must be a whole number")
+        raise UserError(f"the checkpoint's setting {key} is {short(value)}, it must be a whole number")
     return value
