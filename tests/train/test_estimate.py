@@ -258,5 +258,6 @@ def test_what_cannot_be_is_refused(sections: dict[str, dict[str, Any]], says: st
 
 
 def test_a_speed_must_be_one() -> None:
-    with pytest.raises(UserError, match="must be a positive number"):
-        estimate(run(), tflops=0.0)
+    for speed in (0.0, float("nan"), float("inf"), 1e300):
+        with pytest.raises(UserError, match="must be a positive number"):
+            estimate(run(), tflops=speed)

@@ -106,6 +106,7 @@ REFUSED = [
     ("train.compile=true parallel.pipeline=2 parallel.schedule=zero_bubble", "a schedule that splits the backward"),
     ("train.compile=true parallel.pipeline=2 parallel.schedule=zbv", "use parallel.tensor = 1 and schedule '1f1b'"),
     ("parallel.tensor=3", "parallel.tensor is 3, but must divide num_attention_heads = 2; use 1 or 2"),
+    ("parallel.tensor=1000000000000", "must divide num_attention_heads = 2; use 1 or 2"),
     ("parallel.tensor=2 data.seq_len=25", "must divide data.seq_len (parallel.sequence splits it) = 25"),
     ("parallel.data=0", "parallel.data is 0, but must be at least 1"),
     ("parallel.timeout=0", "must be a positive number"),

@@ -90,7 +90,7 @@ def estimate(config: RunConfig, *, tflops: float | None = None) -> Estimate:
         UserError: settings that can't work together, or a base whose shape can't be known here.
     """
     config.check()
-    if tflops is not None and not tflops > 0:
+    if tflops is not None and not 1e-9 <= tflops <= 1e9:
         raise UserError(f"the assumed speed is {tflops} TFLOP/s, but must be a positive number")
     found = fit(config, model_shape(config))
     config, model, exits, layout, split = found.config, found.model, found.exits, found.layout, found.split
