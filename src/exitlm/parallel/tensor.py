@@ -53,7 +53,8 @@ def check_tensor(config: ModelConfig, exits: list[ExitConfig], tensor: int, sequ
     }
     if sequence:
         sizes["data.seq_len (parallel.sequence splits it)"] = seq_len
-    works = [n for n in range(1, min(tensor, config.num_attention_heads + 1)) if all(size % n == 0 for size in sizes.values())]
+    most = min(tensor - 1, config.num_attention_heads)
+    works = [n for n in range(1, most + 1) if all(size % n == 0 for size in sizes.values())]
     for name, size in sizes.items():
         if size % tensor:
             raise UserError(
