@@ -128,6 +128,11 @@ def test_progress_is_told_at_every_step(model: Any, cache: Path) -> None:
     assert told[0] == (writing().batch, 100)
     assert told[-1] == (100, 100)
     assert len(told) > 20
+    told.clear()
+    list(write_answers(lambda: model, PROMPTS, writing(stop_ids=tuple(range(0, 97, 9))), tokens=None, **options))
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == ((0, 5), (5, 5))
+    assert len(set(told)) > 2  # not all of them end together
 
 
 def test_each_prompt_once(model: Any, cache: Path) -> None:

@@ -130,7 +130,7 @@ def write_answers(
         return [prompts[i] for i in _choose(len(prompts), index, writing, once=tokens is None)]
 
     def shown(more: int) -> None:
-        report(done if tokens is None else min(done + more, total), total)
+        report(min(done + more, total), total)
 
     home = cache / "self" / writing.key()
     total = tokens if tokens is not None else len(prompts)
@@ -269,7 +269,7 @@ def _write_batch(
     report: Callable[[int], None],
 ) -> tuple[list[Answer], bool] | None:
     """Answer one batch, and whether it was cut where it had ``room`` tokens; None if ``stopped()`` while at it.
-    ``report`` is told the tokens so far."""
+    ``report`` is told how many tokens there are by now, or without ``room`` how many answers are finished."""
     generator = torch.Generator().manual_seed((writing.seed * 1_000_003 + index) % (1 << 62))
     answers: list[list[int]] = [[] for _ in prompts]
     count, cut = 0, False
@@ -279,7 +279,7 @@ def _write_batch(
         for row, token in step:
             answers[row].append(token)
         count += len(step)
-        report(count)
+        report(len(prompts) - len(step) if room is None else count)
         if cut := room is not None and count >= room:
             break
     return [Answer([*p, *a], len(p)) for p, a in zip(prompts, answers, strict=True)], cut
