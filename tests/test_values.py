@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from exitlm.errors import UserError
-from exitlm.values import flag, number, path_of, paths_of, seed_of, shown, whole, wholes, words
+from exitlm.errors import UserError, short
+from exitlm.values import flag, number, path_of, paths_of, seed_of, whole, wholes, words
 
 
 @pytest.mark.parametrize("value", [3, np.int8(3), np.uint64(3), np.array(3), torch.tensor(3)])
@@ -56,7 +56,7 @@ WRONG: list[tuple[Callable[..., object], Any, str]] = [
     (number, "0.5", "it is '0.5' (str), but must be a number"),
     (number, 1j, "it is 1j (complex), but must be a number"),
     (number, Decimal("0.5"), "it is Decimal('0.5') (Decimal), but must be a number"),
-    (number, 10**400, f"it is {shown(10**400)}, but must be a number that a float can hold"),
+    (number, 10**400, f"it is {short(10**400)}, but must be a number that a float can hold"),
     (seed_of, 2**64, f"it is {2**64}, but must be a whole number of at most 64 bits"),
     (flag, 1, "it is 1 (int), but must be True or False"),
     (flag, "no", "it is 'no' (str), but must be True or False"),
@@ -83,6 +83,6 @@ def test_a_least_number() -> None:
 
 
 def test_long_values_are_shown_on_one_short_line() -> None:
-    for value in (list(range(1000)), "x" * 1000, torch.zeros(9, 9), {i: i for i in range(99)}):
-        assert len(shown(value)) < 100
-        assert "\n" not in shown(value)
+    for value in (list(range(1000)), "x" * 1000, torch.zeros(9, 9), {i: i for i in range(99)}, [10**5000]):
+        assert len(short(value)) < 100
+        assert "\n" not in short(value)

@@ -24,9 +24,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it: the first 60 characters of what Python prints."""
+    """A value as a message shows it: the first 60 characters of what Python prints, on one line."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except ValueError:  # Python prints no number of more than 4,300 digits, alone or within something else
         text = "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."

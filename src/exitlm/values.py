@@ -6,22 +6,16 @@ A scalar of numpy or torch counts as the number it holds, and a bool is not a nu
 
 import operator
 import os
-import reprlib
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from exitlm.errors import UserError
+from exitlm.errors import UserError, short
 
 
 def wrong(name: str, value: Any, expected: str) -> UserError:
     """The sentence for a value of another type than the ``expected`` one."""
-    return UserError(f"{name} is {shown(value)} ({type(value).__name__}), but must be {expected}")
-
-
-def shown(value: Any) -> str:
-    """A value in a few words, on one line."""
-    return " ".join(reprlib.repr(value).split())
+    return UserError(f"{name} is {short(value)} ({type(value).__name__}), but must be {expected}")
 
 
 def unboxed(value: Any) -> Any:
@@ -40,7 +34,7 @@ def whole(value: Any, name: str, *, least: int | None = None) -> int:
     except TypeError:
         raise wrong(name, value, expected) from None
     if least is not None and number < least:
-        raise UserError(f"{name} is {shown(number)}, but must be {expected}")
+        raise UserError(f"{name} is {short(number)}, but must be {expected}")
     return number
 
 
@@ -64,7 +58,7 @@ def seed_of(value: Any, name: str = "seed") -> int:
     """A whole number that torch's generators take as a seed."""
     found = whole(value, name)
     if not -(2**63) <= found < 2**64:
-        raise UserError(f"{name} is {shown(found)}, but must be a whole number of at most 64 bits")
+        raise UserError(f"{name} is {short(found)}, but must be a whole number of at most 64 bits")
     return found
 
 
@@ -76,7 +70,7 @@ def number(value: Any, name: str, expected: str = "a number") -> float:
     try:
         return float(found)
     except OverflowError:
-        raise UserError(f"{name} is {shown(value)}, but must be {expected} that a float can hold") from None
+        raise UserError(f"{name} is {short(value)}, but must be {expected} that a float can hold") from None
 
 
 def flag(value: Any, name: str) -> bool:

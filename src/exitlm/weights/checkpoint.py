@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from exitlm.errors import UserError, nearest
+from exitlm.errors import UserError, nearest, short
 from exitlm.model import ModelConfig
 from exitlm.model.config import token_ids
-from exitlm.values import number, shown, wrong
+from exitlm.values import number, wrong
 from exitlm.weights import gguf
 from exitlm.weights.source import display_name, resolve
 from exitlm.weights.store import kept_digest
@@ -111,7 +111,7 @@ class Checkpoint:
         for said in (table.get(key) for table in tables for key in ("dtype", "torch_dtype")):
             if said is not None and str(said).removeprefix("torch.") not in FLOATS:
                 raise UserError(
-                    f"{self.directory / 'config.json'} says that the weights are {shown(said)}, which exitlm does not "
+                    f"{self.directory / 'config.json'} says that the weights are {short(said)}, which exitlm does not "
                     f"compute in; choose a checkpoint in one of {', '.join(FLOATS)}, or load this one with such a dtype"
                 )
             if said is not None:
