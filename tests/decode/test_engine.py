@@ -465,7 +465,7 @@ def test_final_logits_that_are_not_finite_end_the_generation(mode: str) -> None:
     model = copy.deepcopy(drafting_model("llama"))
     with torch.no_grad():
         model.lm_head.weight[40, 3] = math.nan
-    with pytest.raises(UserError, match=r"final logits for new token 1 are not finite .* dtype 'float32'"):
+    with pytest.raises(UserError, match=r"final logits for new token 1 are not finite .* are damaged: get them again"):
         generate(make_engine(model), PROMPT, **MODES[mode])
 
 
@@ -516,7 +516,7 @@ def test_costs_of_a_busy_machine_are_named_and_measured_again(monkeypatch: pytes
         assert generate(engine, PROMPT, **settings).stats["costs"] == "measured"
         assert len(tables) == 1
         (note,) = engine.notes
-        assert "this machine is busy: equal passes took up to 1.9 times as long" in note
+        assert "this machine is busy (equal passes took up to 1.9 times as long)" in note
     monkeypatch.setattr(engine_module, "MEASURE_AGAIN", 0.0)
     engine._next_measure = 0.0
     generate(engine, PROMPT, **settings)
@@ -533,3 +533,30 @@ def test_a_table_that_was_measured_again_is_told(monkeypatch: pytest.MonkeyPatch
     assert generate(engine, PROMPT, **settings).stats["costs"] == origin
     assert engine.notes == [f"the costs of passes were {origin}"]
     assert generate(make_engine(model), PROMPT, mode="full").stats["costs"] == "given"
+
+
+def test_in_threshold_mode_a_guess_is_measured_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(drafting_model("llama"))
+    for head in model.exit_heads().values():
+        head.record = {"rule": "gate", "threshold": 0.5, "coverage": 0.9}
+    tables = [replace(some_costs(model), spread=0.9, origin="measured"), replace(some_costs(model), origin="measured")]
+    monkeypatch.setattr(engine_module, "cached", lambda *_: tables.pop(0))
+    monkeypatch.setattr(engine_module, "MEASURE_AGAIN", 0.0)
+    engine = make_engine(model, costs=None)
+    for left in (1, 0, 0):
+        generate(engine, PROMPT, mode="threshold", max_new_tokens=4)
+        assert len(tables) == left
+        assert any("busy" in note for note in engine.notes) == (left == 1)
+
+
+@pytest.mark.parametrize("compile", ["none", "static"])
+def test_what_a_refused_generation_left_harms_no_other(compile: str) -> None:
+    model = copy.deepcopy(drafting_model("llama", dtype=torch.float32))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[40] = math.nan
+    model.lm_head.weight = drafting_model("llama", dtype=torch.float32).lm_head.weight
+    engine = make_engine(model, compile=compile)
+    before = generate(engine, PROMPT, mode="full", **FREE).token_ids[:4]
+    with pytest.raises(UserError, match="not finite"):
+        generate(engine, [40, *PROMPT], mode="full", **FREE)
+    assert generate(engine, PROMPT, mode="full", **{**FREE, "max_new_tokens": 4}).token_ids == before

@@ -142,6 +142,7 @@ IDLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "objective.gate": ("0.5", ()),
     "objective.candidate_tokens": ("20", ("objective.candidate_loss=false",)),
     "objective.candidate_share": ("0.5", ()),
+    "train.min_lr": ("0.001", ("train.schedule=constant",)),
     "objective.rotate_exits": ("1", ()),
     "data.prompts": ("PROMPTS", ()),
     "data.self_temperature": ("0.5", ()),

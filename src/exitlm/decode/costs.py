@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ _SIZES = (1, 2, 4, 8, 16)
 _REPEATS, _ROUNDS = 3, 4
 _PATIENCE = 3.0  # seconds after which no further round of measuring begins
 _CELL_SECONDS = 0.5  # what one part may take in one round, beyond its second run
+_MAX_SWITCHES = 1  # how often the system may take the processor away while a pass is timed
 STEADY = 0.3  # the largest spread of a table that is kept: 0.1 on an idle machine, 0.8 to 50 on a busy one
 _DEVIATION = 1.5  # how far times relative to a kept table may lie from each other, or all of them from 1, squared
 _MOST_EXITS, _LARGEST_SUBSET = 8, 4
@@ -108,19 +110,24 @@ def ideal(fused: FusedModel) -> Costs:
 
 
 def _seconds(action: Callable[[], object], before: Callable[[], object], device: torch.device) -> list[float]:
-    """Times of ``action``, each time after ``before``, which is not timed; the first one only warms up."""
+    """Times of ``action``, each time after ``before``, which is not timed; the first one only warms up. A time in which
+    the system took the processor away is left out, so that a busy machine may leave none: two threads that share a core
+    give times that are equal, and a hundred times too long."""
     found: list[float] = []
-    begun = time.perf_counter()
-    while len(found) < 2 or (len(found) <= _REPEATS and time.perf_counter() - begun < _CELL_SECONDS):
+    begun, count = time.perf_counter(), 0
+    while count < 2 or (count <= _REPEATS and time.perf_counter() - begun < _CELL_SECONDS):
         before()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        begin = time.perf_counter()
+        taken, begin = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw, time.perf_counter()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - begin)
-    return found[1:]
+        seconds = time.perf_counter() - begin
+        if count and resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - taken <= _MAX_SWITCHES:
+            found.append(seconds)
+        count += 1
+    return found
 
 
 Part = tuple[str, int]
@@ -166,17 +173,22 @@ def measure(fused: FusedModel) -> Costs:
     One round can't tell a busy machine from a slow one: all times of a part may be too long by the same factor.
     """
     parts = _parts(fused)
-    best: dict[Part, float] = {}
+    best = dict.fromkeys(parts, math.inf)
     spread, begun = math.inf, time.perf_counter()
-    for _ in range(_ROUNDS):
-        usual, again = {}, bool(best)
+    for number in range(_ROUNDS):
+        usual = dict.fromkeys(parts, math.inf)
         for part, (action, before) in parts.items():
-            times = _seconds(action, before, fused.device)
-            usual[part], best[part] = statistics.median(times), min([*times, best.get(part, math.inf)])
-        falls = [best["layers", few] / best["layers", more] for few, more in itertools.pairwise(_SIZES)]
-        spread = max(*(usual[part] / best[part] for part in parts), *falls) - 1.0
-        if again and (spread <= STEADY or time.perf_counter() - begun > _PATIENCE):
+            if time.perf_counter() - begun > _PATIENCE:
+                break
+            if times := _seconds(action, before, fused.device):
+                usual[part], best[part] = statistics.median(times), min([*times, best[part]])
+        if max(best.values()) < math.inf:
+            falls = [best["layers", few] / best["layers", more] for few, more in itertools.pairwise(_SIZES)]
+            spread = max(*(usual[part] / best[part] for part in parts), *falls) - 1.0
+        if (number and spread <= STEADY) or time.perf_counter() - begun > _PATIENCE:
             break
+    if max(best.values()) == math.inf:  # not one pass had the processor to itself
+        return replace(ideal(fused), spread=math.inf, origin="guessed")
     L = fused.config.num_hidden_layers
     # more rows never cost less: what is below is noise of the clock
     layer = list(itertools.accumulate((best["layers", rows] / L for rows in _SIZES), max))
@@ -193,13 +205,14 @@ def measure(fused: FusedModel) -> Costs:
 
 @torch.inference_mode()
 def deviation(fused: FusedModel, costs: Costs) -> tuple[float, float]:
-    """The least and the largest time of a few passes, as a multiple of what the table says."""
+    """The least and the largest time of a few passes, as a multiple of what the table says; 1 where the machine is too
+    busy to say."""
     parts = _parts(fused)
     L, found = costs.num_hidden_layers, []
     for name, rows in (("layers", 1), ("layers", 8), ("head", 1)):
-        times = _seconds(*parts[name, rows], fused.device)
-        found.append(min(times) / (costs.layers(L, rows) if name == "layers" else costs._at(costs.head, rows)))
-    return min(found), max(found)
+        if times := _seconds(*parts[name, rows], fused.device):
+            found.append(min(times) / (costs.layers(L, rows) if name == "layers" else costs._at(costs.head, rows)))
+    return min(found, default=1.0), max(found, default=1.0)
 
 
 def cached(fused: FusedModel, directory: Path) -> Costs:
@@ -222,9 +235,10 @@ def cached(fused: FusedModel, directory: Path) -> Costs:
         if most / least <= _DEVIATION and _DEVIATION**-2 <= least <= most <= _DEVIATION**2:
             return kept
         origin = f"measured again, since passes take {least:.2f} to {most:.2f} times as long as was kept"
-    costs = replace(measure(fused), origin=origin)
-    if not costs.steady:
-        return costs if kept is None else kept  # which were steady when they were measured
+    costs = measure(fused)
+    if not costs.steady:  # a kept table was steady when it was measured
+        return costs if kept is None else replace(kept, origin=origin.replace("measured again, since", "kept, though"))
+    costs = replace(costs, origin=origin)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")

@@ -65,13 +65,13 @@ class Engine:
         the machine was too busy to be measured."""
         if self._costs is None or (not self._costs.steady and time.monotonic() >= self._next_measure):
             costs = cached(self.fused, self._cache_dir or cache_directory())
-            self._costs, self._next_measure = costs, time.monotonic() + MEASURE_AGAIN
+            self._costs, self._next_measure, self._chosen = costs, time.monotonic() + MEASURE_AGAIN, None
             if not costs.steady:
                 self._notes["costs"] = (
-                    f"this machine is busy: equal passes took up to {1 + costs.spread:.1f} times as long, so that what "
-                    "exits gain here is a guess; the costs of passes are not kept, and will be measured again"
+                    f"this machine is busy (equal passes took up to {1 + costs.spread:.1f} times as long), so that "
+                    "what exits gain here is a guess; the costs of passes are not kept, and will be measured again"
                 )
-            elif costs.origin.startswith("measured again"):
+            elif costs.origin not in ("measured", "kept"):
                 self._notes["costs"] = f"the costs of passes were {costs.origin}"
             else:
                 self._notes.pop("costs", None)
@@ -159,7 +159,8 @@ class Engine:
             if config.adaptive:
                 records = {e: self.records[e] for e in self.early if self.records[e].get("rule") == name}
                 curves = {e: record["calibration"] for e, record in records.items() if record.get("calibration")}
-                chosen = choose_drafting(self.costs, curves, self._tests(name)) if curves else {}
+                costs = self.costs
+                chosen = choose_drafting(costs, curves, self._tests(name)) if curves else {}
                 thresholds.update({e: chosen.get(e, 1.0) for e in curves})
             layers = [e for e in self.early if thresholds[e] < 1.0]
             if config.adaptive:
@@ -174,12 +175,14 @@ class Engine:
 
     def _tests(self, name: str) -> dict[int, float]:
         """Seconds of testing each exit by a rule."""
-        return {e: self.costs.test[e] if name == "gate" else self.costs.draft[e] for e in self.early}
+        assert self._costs is not None  # read once for a plan, so that no two tables are mixed
+        return {e: self._costs.test[e] if name == "gate" else self._costs.draft[e] for e in self.early}
 
     def _paying_exits(self, thresholds: Mapping[int, float], name: str) -> tuple[int, ...]:
+        costs = self.costs
         if self._chosen is None:
             coverage = {e: float(self.records[e]["coverage"]) for e in self.early if thresholds[e] < 1.0}
-            self._chosen, speed = choose_exits(self.costs, coverage, self._tests(name))
+            self._chosen, speed = choose_exits(costs, coverage, self._tests(name))
             gain = f"expected speed with {list(self._chosen)}: {speed:.2f}x of full" if self._chosen else "none pays"
             self._note_off(self._chosen, "leave", f"coverage ({gain})")
         return self._chosen
@@ -241,6 +244,7 @@ class Engine:
 
     def _pieces(self, request: Request) -> Iterator[Piece]:
         text = TextStream(self.tokenizer, request.config.stop, request.prompt)
+        broken = False
         try:
             tokens = request.prefill()
             while True:
@@ -260,8 +264,12 @@ class Engine:
                 if request.finish_reason is not None:
                     return
                 tokens = request.round()
+        except UserError:  # what it leaves in the cache may not be numbers, and padded reads would meet them
+            broken = True
+            raise
         finally:
-            self.finish(request)
+            if not broken:
+                self.finish(request)
 
     def stream(self, prompt: Sequence[int], config: GenerationConfig) -> Iterator[Piece]:
         """Decode ``prompt`` and yield pieces as they become certain (in lossless mode: after verification)."""

@@ -185,8 +185,8 @@ class Generation:
 
     ``stats``: mode, prompt_tokens, tokens, tokens_per_second (decoding alone), prefill_seconds, decode_seconds,
     mean_layers (mean exit layer), drafted, accepted, acceptance (None without drafts), max_pending, exits (the active
-    ones), rule, thresholds, quant, costs (where the costs of passes came from, None if none were needed), layer_rows
-    (rows times layers that were run after the prefill).
+    ones), rule, thresholds, quant, costs (where the costs of passes came from; None if no request needed them so far),
+    layer_rows (rows times layers that were run after the prefill).
     """
 
     text: str | None

@@ -120,11 +120,13 @@ class Request:
     def _check_finite(self, finite: bool) -> None:
         """Refuse to take a token from final logits that are not ``finite``."""
         if not finite:
-            dtype = str(self.state.fused.dtype).removeprefix("torch.")
+            dtype = self.state.fused.dtype
+            narrow = dtype in (torch.float16, torch.bfloat16)
             raise UserError(
                 f"the final logits for new token {len(self.tokens) + 1} are not finite (NaN or infinity); the weights "
-                f"are damaged, or {dtype} is too narrow for them: get them again, or load them with dtype 'float32'"
-            )
+                + (f"are damaged, or {str(dtype).removeprefix('torch.')} is too narrow for them: get them again, or "
+                   "load them with dtype 'float32'" if narrow else "are damaged: get them again")
+            )  # fmt: skip
 
     def _choose(self, logits_V: Tensor, drafts: Sequence[int] = ()) -> int:
         """A token from logits ``[V]`` after the text so far (and unverified ``drafts``)."""

@@ -79,7 +79,7 @@ def self_tokens(config: RunConfig) -> int | None:
     if len(files) > 1:
         raise UserError("self text and files don't mix in one run; give either self:N or files")
     digits = own[0].removeprefix("self:").replace("_", "")
-    if not digits.isdecimal() or int(digits) < 1:
+    if not digits.isdecimal() or len(digits) > 15 or int(digits) < 1:
         raise UserError(f"'{own[0]}' must be self:N with a positive number of tokens, such as self:20000")
     return int(digits)
 

@@ -146,7 +146,7 @@ def resolve(config: RunConfig, launch: Launch) -> Setup:
         )
     if any(e.gate for e in found.exits) and config.objective.gate == 0.0:
         warnings.warn("nothing trains the gates of exits.gate; set objective.gate, to 1.0 for example", stacklevel=2)
-    if config.objective.candidate_loss:
+    if config.objective.candidate_loss and not found.frozen:  # there it is a default of exitlm tune
         warnings.warn(
             "objective.candidate_loss is for exitlm tune on one process, and has no effect here", stacklevel=2
         )

@@ -33,6 +33,7 @@ from exitlm.train.objective import candidate_vocabulary
 from exitlm.train.precision import resolve_dtype
 from exitlm.train.run import RunConfig
 from exitlm.train.selftext import read_prompts
+from exitlm.train.stream import Stream
 from exitlm.train.trained import recorded, versions
 from exitlm.train.unread import set_back, unread_by_tuning
 from exitlm.train.validation import Scores, evaluate, record
@@ -117,7 +118,7 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = device_of(device)
-    backbone = resolve_dtype(config.model.dtype, place, opened.dtype)
+    backbone = resolve_dtype(config.model.dtype, place, opened.dtype if config.model.dtype == "auto" else torch.float32)
     master = torch.promote_types(backbone, torch.float32)
     vocab, hidden = opened.model_config.vocab_size, opened.model_config.hidden_size
     automatic = automatic_candidates(vocab)
@@ -266,7 +267,7 @@ class _Run:
             if found.step:
                 _say(f"going on from step {found.step} of {t.steps} in {out}")
         else:
-            self._solve(hidden)
+            self._solve(hidden, text.order)
         self.meta: dict[str, Any] = dict(same)
         if found is None:
             self._save(trainer, before)
@@ -282,7 +283,7 @@ class _Run:
                 tracker.close()
         self._publish(text, held, before)
 
-    def _solve(self, hidden: HiddenStates) -> None:
+    def _solve(self, hidden: HiddenStates, stream: Stream | None) -> None:
         layers = self._closed_form_layers()
         if not layers:
             return
@@ -295,7 +296,7 @@ class _Run:
 
             def rows() -> Iterator[Row]:
                 done = 0
-                for index in range(len(hidden)):
+                for index in range(len(hidden)) if stream is None else stream.indices(range(len(hidden))):
                     if done >= CLOSED_FORM_TOKENS:
                         return
                     self._check_stop("")

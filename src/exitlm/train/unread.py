@@ -78,6 +78,8 @@ def unread_by_tuning(config: RunConfig, vocab_size: int) -> dict[str, str]:
         add("objective", ["gate"], "no exit has a gate (exits.gate)")
     if not o.candidate_loss:
         add("objective", _OF_SAMPLING, "objective.candidate_loss is off")
+    elif all(x.candidates for x in exits):
+        add("objective", _OF_SAMPLING, "every exit has candidates (exits.candidates), which are never sampled")
     elif vocab_size <= 2 * o.candidate_tokens:
         add("objective", ["candidate_share"], f"a vocabulary of {vocab_size} tokens is not sampled")
     add("data", ["across_documents"], "every document is a sequence of its own in exitlm tune on one process")
@@ -93,6 +95,8 @@ def unread_by_tuning(config: RunConfig, vocab_size: int) -> dict[str, str]:
     add("checkpoint", ["async"], "checkpoints of exits are small, and written at once")
     if config.train.hidden_cache == "none":
         add("train", ["hidden_cache_gib"], "train.hidden_cache is 'none'")
+    if config.train.schedule == "constant":
+        add("train", ["min_lr"], "train.schedule is 'constant'")
     if o.rotate_exits == 1:
         add("objective", ["rotate_exits"], "every exit is trained in every step, as with 0")
     return found

@@ -105,6 +105,7 @@ def save_adapter(
 def check_place(directory: Path, digest: Callable[[], str]) -> None:
     """Refuse a place for exits beside a model whose weights have another ``digest`` than their base: that model would
     be loaded with them from then on, and refused. Nothing is hashed where there is no model."""
+    directory = Path(os.path.abspath(directory))
     held = [name for name in ("config.json", SINGLE, INDEX) if (directory / name).is_file()]
     if not held:
         return

@@ -21,9 +21,8 @@ from exitlm.errors import UserError
 from exitlm.model.config import SLIDING, ModelConfig
 from exitlm.model.exits import ExitConfig, check_layers
 
-_MAX_BALANCED = (
-    1 << 26
-)  # layers**2 x stages (or exits): what a core searches in half a minute; 126 layers on 64 need 2**20
+# layers**2 x stages (or exits): what a core searches in half a minute; 126 layers on 64 need 2**20
+_MAX_BALANCED = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
