@@ -467,8 +467,8 @@ def test_a_closed_form_needs_the_upper_layers_only_at_the_start(
     ran = layers_that_run(monkeypatch)
     solve = tune_module._Run._solve
 
-    def solved(self: Any, hidden: Any) -> None:
-        solve(self, hidden)
+    def solved(self: Any, hidden: Any, stream: Any) -> None:
+        solve(self, hidden, stream)
         assert ran == {0, 1, 2, 3}
         ran.clear()
 
