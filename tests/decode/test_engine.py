@@ -535,6 +535,16 @@ def test_a_table_that_was_measured_again_is_told(monkeypatch: pytest.MonkeyPatch
     assert generate(make_engine(model), PROMPT, mode="full").stats["costs"] == "given"
 
 
+def test_a_machine_that_interrupts_every_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = drafting_model("llama")
+    guess = replace(some_costs(model), spread=math.inf, origin="guessed")
+    monkeypatch.setattr(engine_module, "cached", lambda *_: guess)
+    engine = make_engine(model, costs=None)
+    settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
+    assert generate(engine, PROMPT, **settings).stats["costs"] == "guessed"
+    assert "this machine is busy (equal passes were interrupted)" in engine.notes[0]
+
+
 def test_in_threshold_mode_a_guess_is_measured_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(drafting_model("llama"))
     for head in model.exit_heads().values():

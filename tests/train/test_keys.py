@@ -230,28 +230,17 @@ def test_a_key_that_cannot_be_is_refused(key: str, base: Path, places: dict[str,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("key", NAMED)
+@pytest.mark.parametrize(("key", "value", "settings"), [(key, *case) for key, case in [*NAMED.items(), *IDLE.items()]])
 def test_a_key_that_does_not_act_is_named(
-    key: str, base: Path, places: dict[str, Path], tmp_path: Path, usual: Callable[..., Any]
-) -> None:
-    value, settings = NAMED[key]
+    key: str, value: str, settings: tuple[str, ...], base: Path, places: dict[str, Path], tmp_path: Path,
+    usual: Callable[..., Any],
+) -> None:  # fmt: skip
     after, warned = run(base, tmp_path / "run", places, (*settings, f"{key}={value}"))
     (sentence,) = warned
     assert sentence.startswith(f"{key} has no effect here: ")
     assert after == usual(settings)[0]
     assert RunConfig.from_toml(tmp_path / "run" / "run.toml").flat()[key] == RunConfig().flat()[key]
     run(base, tmp_path / "run", places, settings)  # the same run without it: nothing to do, and nothing to refuse
-
-
-@pytest.mark.parametrize("key", IDLE)
-def test_a_key_that_another_one_idles_is_named(
-    key: str, base: Path, places: dict[str, Path], tmp_path: Path, usual: Callable[..., Any]
-) -> None:
-    value, settings = IDLE[key]
-    after, warned = run(base, tmp_path / "run", places, (*settings, f"{key}={value}"))
-    (sentence,) = warned
-    assert sentence.startswith(f"{key} has no effect here: ")
-    assert after == usual(settings)[0]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ is chosen by measured costs, once; what the user gave is always honoured.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,9 +68,11 @@ class Engine:
             costs = cached(self.fused, self._cache_dir or cache_directory())
             self._costs, self._next_measure, self._chosen = costs, time.monotonic() + MEASURE_AGAIN, None
             if not costs.steady:
+                longer = f"took up to {1 + costs.spread:.1f} times as long"
                 self._notes["costs"] = (
-                    f"this machine is busy (equal passes took up to {1 + costs.spread:.1f} times as long), so that "
-                    "what exits gain here is a guess; the costs of passes are not kept, and will be measured again"
+                    f"this machine is busy (equal passes {longer if costs.spread < math.inf else 'were interrupted'}), "
+                    "so that what exits gain here is a guess; the costs of passes are not kept, and will be measured "
+                    "again"
                 )
             elif costs.origin not in ("measured", "kept"):
                 self._notes["costs"] = f"the costs of passes were {costs.origin}"
