@@ -421,14 +421,17 @@ def test_drafting_thresholds_come_from_calibration_and_costs() -> None:
     assert other_rule.policy.exits[2].prior == 0.7
 
 
-def test_costs_are_measured_only_where_they_matter(tmp_path: Path) -> None:
-    engine = Engine(drafting_model("llama"), cache_dir=tmp_path)
+def test_costs_are_measured_only_where_they_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    model = drafting_model("llama")
+    monkeypatch.setattr(engine_module, "cached", lambda _, place: asked.append(place) or some_costs(model))
+    engine = Engine(model, cache_dir=tmp_path)
     generate(engine, PROMPT, mode="full", **FREE)
     generate(engine, PROMPT, mode="threshold", threshold=0.5, **FREE)
     generate(engine, PROMPT, mode="lossless", adaptive=False, **FREE)
-    assert list(tmp_path.iterdir()) == []
+    assert asked == []
     generate(engine, PROMPT, mode="lossless", **FREE)
-    assert [path.suffix for path in (tmp_path / "costs").iterdir()] == [".json"]
+    assert asked == [tmp_path]
 
 
 def test_a_measured_engine_and_a_given_table_write_the_same_text(tmp_path: Path) -> None:

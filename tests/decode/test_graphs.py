@@ -27,6 +27,7 @@ from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
 from tests.decode.models import drafting_model, generate, make_engine, random_ids, worst
 from tests.decode.patterns import long_model, walk
+from tests.decode.test_costs import any_time_counts
 from tests.model.families import FAMILIES
 
 
@@ -224,7 +225,8 @@ def test_engines_write_the_same_text(mode: str) -> None:
         assert (one.token_ids, one.exit_layers) == (two.token_ids, two.exit_layers)
 
 
-def test_costs_are_measured_with_static_passes() -> None:
+def test_costs_are_measured_with_static_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    any_time_counts(monkeypatch)
     _, fused = fused_pair(drafting_model("llama"), True)
     costs = measure(fused)
     assert all(value > 0 for value in (*costs.layer, *costs.head, *costs.test.values()))

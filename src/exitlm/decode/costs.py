@@ -188,7 +188,8 @@ def measure(fused: FusedModel) -> Costs:
         if (number and spread <= STEADY) or time.perf_counter() - begun > _PATIENCE:
             break
     if max(best.values()) == math.inf:  # not one pass had the processor to itself
-        return replace(ideal(fused), spread=math.inf, origin="guessed")
+        guess = ideal(fused)
+        return replace(guess, test=guess.draft, spread=math.inf, origin="guessed")
     L = fused.config.num_hidden_layers
     # more rows never cost less: what is below is noise of the clock
     layer = list(itertools.accumulate((best["layers", rows] / L for rows in _SIZES), max))
