@@ -287,7 +287,7 @@ def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
                 "acceptance": f"{s['accepted'] / s['drafted']:.2f} of {s['drafted']}" if s["drafted"] else "-",
             })  # fmt: skip
     print(table(rows))
-    agreement = ", ".join(f"{e}: {record['agreement']:.1%}" for e, record in engine.records.items())
+    agreement = ", ".join(f"{e}: {record.agreement:.1%}" for e, record in engine.records.items())
     held_out = {"agreement with the final head on held-out text, by exit": agreement}
     return {"tokens": count, "format": engine.quant, **held_out, "notes": engine.notes, "rows": rows}
 

@@ -20,6 +20,7 @@ from exitlm.decode.costs import (
     threshold_speed,
 )
 from exitlm.decode.fused import FusedModel
+from exitlm.model import Calibration
 from exitlm.model.exits import ExitConfig
 from tests.decode.models import attach, new_state
 from tests.model.families import tiny_model
@@ -95,21 +96,19 @@ def test_many_exits_are_chosen_from_in_bounded_time(monkeypatch: pytest.MonkeyPa
 
 def test_the_threshold_from_which_drafting_gains_most() -> None:
     costs = table()
-    curve = {"scores": [0.2, 0.5, 0.9], "coverage": [0.9, 0.6, 0.2], "precision": [0.3, 0.9, 0.99]}
-    gains = [
-        c * (p * costs.full() - costs.draft_cost(4)) for c, p in zip(curve["coverage"], curve["precision"], strict=True)
-    ]
+    curve = Calibration(scores=(0.2, 0.5, 0.9), coverage=(0.9, 0.6, 0.2), precision=(0.3, 0.9, 0.99))
+    gains = [c * (p * costs.full() - costs.draft_cost(4)) for c, p in zip(curve.coverage, curve.precision, strict=True)]
     assert gains.index(max(gains)) == 1
     free, dear = {4: 0.0}, {4: 10 * costs.full()}
     assert choose_drafting(costs, {4: curve}, free) == {4: 0.5}
     assert choose_drafting(costs, {4: curve}, dear) == {}
-    never = {"scores": [0.2, 0.9], "coverage": [0.9, 0.2], "precision": [0.01, 0.02]}
+    never = Calibration(scores=(0.2, 0.9), coverage=(0.9, 0.2), precision=(0.01, 0.02))
     assert choose_drafting(costs, {4: never}, free) == {}
 
 
 def test_an_exit_that_adds_less_than_its_tests_is_left_out() -> None:
     costs = table()
-    curve = {"scores": [0.5], "coverage": [0.6], "precision": [0.9]}
+    curve = Calibration(scores=(0.5,), coverage=(0.6,), precision=(0.9,))
     assert choose_drafting(costs, {2: curve, 4: curve}, {2: 0.01, 4: 0.01}) == {2: 0.5}
 
 

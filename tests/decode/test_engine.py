@@ -16,7 +16,7 @@ from exitlm.decode.engine import DEFAULT_THRESHOLD, Engine
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.rules import PATIENCE_REACHED, RULES
 from exitlm.errors import UserError
-from exitlm.model import EarlyExitModel
+from exitlm.model import Calibration, EarlyExitModel, ExitRecord
 from exitlm.model.exits import ExitConfig
 from tests.decode.models import attach, drafting_model, fade, generate, make_engine, random_ids, some_costs
 from tests.model.families import tiny_model
@@ -288,11 +288,11 @@ def test_few_caches_are_kept() -> None:
 # ---- what is run: explicit choices are honoured, defaults follow records and costs
 
 
-def recorded(**records: dict[str, Any]) -> EarlyExitModel:
+def recorded(**records: ExitRecord) -> EarlyExitModel:
     """A model with gates, whose exits carry what tuning leaves; keys are e1, e2, e3."""
     model = copy.deepcopy(drafting_model("llama"))
     for name, record in records.items():
-        model.exits[name[1:]].record.update(record)
+        model.exits[name[1:]].record = record
     return model
 
 
@@ -302,7 +302,7 @@ def plan(engine: Engine, **settings: Any) -> tuple[list[int], dict[int, float], 
 
 
 def test_the_default_threshold_is_what_tuning_stored_for_the_rule() -> None:
-    engine = make_engine(recorded(e1={"threshold": 0.7, "rule": "gate"}, e2={"threshold": 0.8}))
+    engine = make_engine(recorded(e1=ExitRecord(threshold=0.7, rule="gate"), e2=ExitRecord(threshold=0.8)))
     chosen = dict(mode="threshold", exits=[1, 2, 3])
     assert plan(engine, **chosen) == ([1, 2, 3], {1: 0.7, 2: 0.8, 3: DEFAULT_THRESHOLD}, "gate")
     assert plan(engine, **chosen, rule="margin")[1] == {1: DEFAULT_THRESHOLD, 2: 0.8, 3: DEFAULT_THRESHOLD}
@@ -363,8 +363,8 @@ def test_a_gate_where_there_is_none_is_refused() -> None:
     assert plan(engine, mode="threshold", rule="gate", exits=[1])[2] == "gate"
 
 
-SURE = {"rule": "gate", "threshold": 0.6, "coverage": 0.9}
-NEVER = {"rule": "gate", "threshold": 0.6, "coverage": 0.0}
+SURE = ExitRecord(rule="gate", threshold=0.6, coverage=0.9)
+NEVER = replace(SURE, coverage=0.0)
 
 
 def test_exits_that_do_not_pay_are_off_by_default_and_this_is_said_once() -> None:
@@ -378,8 +378,7 @@ def test_exits_that_do_not_pay_are_off_by_default_and_this_is_said_once() -> Non
 
 
 def test_drafting_that_does_not_pay_is_said_once() -> None:
-    curve = {"scores": [0.5], "coverage": [0.5], "precision": [0.1]}
-    record = {**SURE, "calibration": curve}
+    record = replace(SURE, calibration=Calibration(scores=(0.5,), coverage=(0.5,), precision=(0.1,)))
     engine = make_engine(recorded(e1=record, e2=record, e3=record))
     for _ in range(2):
         assert plan(engine, mode="lossless") == ([], {}, None)
@@ -405,9 +404,9 @@ def test_exits_that_tuning_said_nothing_about_stay_on() -> None:
 
 
 def test_drafting_thresholds_come_from_calibration_and_costs() -> None:
-    curve = {"scores": [0.2, 0.5, 0.9], "coverage": [0.9, 0.6, 0.2], "precision": [0.5, 0.95, 0.99]}
-    hopeless = {"scores": [0.2, 0.9], "coverage": [0.9, 0.2], "precision": [0.0, 0.01]}
-    model = recorded(e1={**SURE, "calibration": hopeless}, e2={**SURE, "calibration": curve}, e3=SURE)
+    curve = Calibration(scores=(0.2, 0.5, 0.9), coverage=(0.9, 0.6, 0.2), precision=(0.5, 0.95, 0.99))
+    hopeless = Calibration(scores=(0.2, 0.9), coverage=(0.9, 0.2), precision=(0.0, 0.01))
+    model = recorded(e1=replace(SURE, calibration=hopeless), e2=replace(SURE, calibration=curve), e3=SURE)
     engine = make_engine(model)
     assert plan(engine, mode="lossless") == ([2, 3], {2: 0.5, 3: 0.6}, "gate")
     assert plan(engine, mode="lossless", adaptive=False)[1] == {1: 0.6, 2: 0.6, 3: 0.6}
@@ -551,7 +550,7 @@ def test_a_machine_that_interrupts_every_pass_is_named(monkeypatch: pytest.Monke
 def test_in_threshold_mode_a_guess_is_measured_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(drafting_model("llama"))
     for head in model.exit_heads().values():
-        head.record = {"rule": "gate", "threshold": 0.5, "coverage": 0.9}
+        head.record = replace(SURE, threshold=0.5)
     tables = [replace(some_costs(model), spread=0.9, origin="measured"), replace(some_costs(model), origin="measured")]
     monkeypatch.setattr(engine_module, "cached", lambda *_: tables.pop(0))
     monkeypatch.setattr(engine_module, "MEASURE_AGAIN", 0.0)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from exitlm.errors import UserError
+from exitlm.model import ExitRecord
 from exitlm.train import Interrupted, RunConfig, model_of_run, tune
 from exitlm.train.exits import default_layers, needs_final
 from exitlm.train.tune import resolve
@@ -57,12 +58,17 @@ def test_a_run_makes_an_adapter(base: Path, text: Path, tmp_path: Path, capsys: 
     digest = {f.name: f.read_bytes() for f in base.iterdir()}
     out = tune(**arguments(base, str(text), tmp_path / "run", "train.validate_every=4"))
     assert out == tmp_path / "run"
-    assert "agreement with the final head" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "agreement with the final head" in said
     assert {f.name: f.read_bytes() for f in base.iterdir()} == digest
     table = json.loads((out / "exits.json").read_text())
     records = json.dumps(table)
     for word in ("agreement", "threshold", "rule", "coverage", "precision", "calibration", "data_digest", "versions"):
         assert word in records
+    tested = {entry["layer"]: entry["record"]["tested"] for entry in table["exits"]}
+    chosen = ", ".join(str(layer) for layer in (1, 3) if tested[layer])
+    none = "none, since none has a net speed-up"
+    assert said.endswith(f"; tested by default in mode threshold: {chosen or none}\n")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert "validation/agreement/3" in lines[3]
@@ -435,6 +441,21 @@ def test_settings_are_resolved_by_the_model(base: Path) -> None:
 def test_the_final_exit_is_run_only_where_it_is_read(base: Path, overrides: list[str], needed: bool) -> None:
     config = resolve(RunConfig().with_overrides(["exits.layers=1,2", *overrides]), open_checkpoint(base))
     assert needs_final(config) == needed
+
+
+@pytest.mark.parametrize(
+    ("records", "says"),
+    [
+        (
+            {8: ExitRecord(agreement=0.25, tested=True), 15: ExitRecord(agreement=0.5, tested=False)},
+            "agreement with the final head on held-out text: exit 8: 25.0%, exit 15: 50.0%; "
+            "tested by default in mode threshold: 8",
+        ),
+        ({8: ExitRecord(accuracy=0.25)}, "accuracy on held-out text: exit 8: 25.0%"),
+    ],
+)
+def test_what_a_run_says_in_the_end(records: dict[int, ExitRecord], says: str) -> None:
+    assert tune_module._summary(Path("out"), records) == f"out holds the exits; {says}"
 
 
 def layers_that_run(monkeypatch: pytest.MonkeyPatch) -> set[int]:

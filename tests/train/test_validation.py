@@ -1,5 +1,6 @@
 """What decoding is told about an exit, against the definitions."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,17 @@ from exitlm.train.data import Blocks
 from exitlm.train.heads import Heads
 from exitlm.train.hidden import HiddenStates, Wanted
 from exitlm.train.objective import LossSettings
-from exitlm.train.validation import GRID, LEAST_FIRED, Scores, calibration, evaluate, precision_threshold, record
+from exitlm.train.tested import ExitReads, Reads, reads_of
+from exitlm.train.validation import (
+    GRID,
+    LEAST_FIRED,
+    Scores,
+    calibration,
+    evaluate,
+    precision_threshold,
+    record,
+    records,
+)
 from tests.model.families import tiny_model
 
 
@@ -36,23 +47,42 @@ def test_threshold_is_the_smallest_precise_score(data: list[tuple[int, bool]], p
 def test_calibration_on_the_grid() -> None:
     score, correct = torch.tensor([0.1, 0.5, 0.9, 0.97], dtype=torch.float64), torch.tensor([False, True, False, True])
     table = calibration(score, correct)
-    assert table["scores"] == list(GRID)
+    assert table.scores == GRID
     assert len(GRID) == 51
-    assert table["coverage"][0] == 1.0
-    assert table["precision"][0] == 0.5
+    assert table.coverage[0] == 1.0
+    assert table.precision[0] == 0.5
     at = GRID.index(0.9)
-    assert (table["coverage"][at], table["precision"][at]) == (0.5, 0.5)
-    assert (table["coverage"][-1], table["precision"][-1]) == (0.0, 1.0)
+    assert (table.coverage[at], table.precision[at]) == (0.5, 0.5)
+    assert (table.coverage[-1], table.precision[-1]) == (0.0, 1.0)
 
 
 def test_record_of_an_exit_that_is_never_sure() -> None:
     score, correct = torch.rand(100).double(), torch.zeros(100, dtype=torch.bool)
     found = record(Scores(loss=1.0, correct_N=correct, score_N=score, rule="gate", against_final=True))
-    assert found["threshold"] == 1.0
-    assert found["coverage"] == 0.0
-    assert found["precision"] == 1.0
-    assert found["agreement"] == 0.0
-    assert found["rule"] == "gate"
+    assert found.threshold == 1.0
+    assert found.coverage == 0.0
+    assert found.precision == 1.0
+    assert found.agreement == 0.0
+    assert found.rule == "gate"
+
+
+def test_choose_tested_fire_at_their_stored_thresholds() -> None:
+    """Exit 1 is sure and right for half of the tokens, exit 2 for the same ones, exit 3 for none."""
+    sure = torch.arange(100) < 50
+    score = torch.where(sure, 0.9, 0.1).double()
+    scores = {
+        e: Scores(loss=1.0, correct_N=correct, score_N=score, rule="probability", against_final=True)
+        for e, correct in {1: sure, 2: sure, 3: ~sure}.items()
+    }
+    test = ExitReads(rule="probability", test=1, emit=0)
+    found = records(scores, Reads(layer=10, num_layers=4, head=0, exits=dict.fromkeys((1, 2, 3), test)))
+    assert {e: (one.coverage, one.tested) for e, one in found.items()} == {
+        1: (0.5, True),
+        2: (0.5, False),
+        3: (0.0, False),
+    }
+    for e, one in found.items():
+        assert replace(one, tested=None) == record(scores[e])
 
 
 @pytest.fixture
@@ -81,8 +111,9 @@ def test_evaluate_against_plain_logits(blocks: Blocks, tmp_path: Path, final: bo
         loss = (p * (p.log() - exits[1].log_softmax(-1))).sum(-1).mean()
         assert found[1].loss == pytest.approx(float(loss), abs=1e-12)
     else:
-        assert "threshold" not in record(found[1])
-        assert "accuracy" in record(found[1])
+        assert record(found[1]).threshold is None
+        assert record(found[1]).accuracy == found[1].agreement
+        assert [one.tested for one in records(found, reads_of(model)).values()] == [None, None]
     torch.testing.assert_close(found[2].score_N, exits[2].softmax(-1).amax(-1).flatten(), rtol=0, atol=1e-12)
     assert (found[1].rule, found[2].rule) == ("gate", "probability")
     assert torch.equal(found[1].score_N, torch.full((87,), 0.5, dtype=torch.float64))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exitlm.errors import UserError
-from exitlm.model import EarlyExitModel, ExitConfig
+from exitlm.model import EarlyExitModel, ExitConfig, ExitRecord
 from exitlm.weights import attach, export, load_model, read_adapter, save_adapter
 from exitlm.weights import publish as publish_module
 from exitlm.weights.adapter import plain
@@ -77,7 +77,8 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 def test_every_kind_comes_back(base: Path, tmp_path: Path) -> None:
     model = with_exits(base, EVERY_KIND)
-    record = {"threshold": 0.9, "agreement": np.float32(0.5), "history": (1, 2), "bad": float("nan")}
+    extra = {"history": (1, 2), "bad": float("nan")}
+    record = ExitRecord(threshold=0.9, agreement=np.float32(0.5), tested=False, extra=extra)
     model.exits["2"].record = record
     save_adapter(tmp_path / "a", model, training={"steps": 3, "seconds": torch.tensor(1.5)})
     again = load_model(base)
@@ -85,18 +86,37 @@ def test_every_kind_comes_back(base: Path, tmp_path: Path) -> None:
     assert [head.config for head in again.exit_heads().values()] == EVERY_KIND
     assert_same_exits(model, again)
     training = {"steps": 3, "seconds": 1.5}
-    assert again.exits["2"].record == {
-        "threshold": 0.9,
-        "agreement": 0.5,
-        "history": [1, 2],
-        "bad": None,
-        "training": training,
-    }
+    assert again.exits["2"].record == ExitRecord(
+        threshold=0.9,
+        agreement=0.5,
+        tested=False,
+        extra={"history": [1, 2], "bad": None},
+        training=training,
+    )
+    assert again.exits["1"].record == ExitRecord(training=training)
     # and once more: the record of the training stays with the exits
     save_adapter(tmp_path / "b", again)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     assert read_adapter(tmp_path / "b").meta["training"] == training
     assert sorted(os.listdir(tmp_path / "b")) == ["exits.json", "exits.safetensors"]
+
+
+def test_a_table_of_an_earlier_version_keeps_every_byte(base: Path, tmp_path: Path) -> None:
+    """Nothing in it says which exits are tested; merged adapters of two runs keep each record of training."""
+    adapter = saved(base, tmp_path / "old")
+    curve = {"scores": [0.0, 0.5], "coverage": [1.0, 0.25], "precision": [0.5, 0.96]}
+    measured = {"agreement": 0.5, "loss": 1.25, "tokens": 512, "rule": "gate", "threshold": 0.5, "coverage": 0.25}
+    exits = json.loads((adapter / "exits.json").read_text())["exits"]
+    exits[0]["record"] = {**measured, "precision": 0.96, "calibration": curve, "training": {"steps": 3}}
+    exits[1]["record"] = {"accuracy": 0.5, "loss": 2.0, "training": {"steps": 4}}
+    path = adapter / "exits.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"exits": exits}, indent=2))
+    model = load_model(base)
+    attach(model, [adapter])
+    found = model.exits["1"].record
+    assert (found.threshold, found.tested, found.training) == (0.5, None, {"steps": 3})
+    save_adapter(tmp_path / "again", model)
+    assert files_of(tmp_path / "again") == files_of(adapter)
 
 
 def test_a_shared_matrix_is_saved_once_and_stays_shared(base: Path, tmp_path: Path) -> None:
@@ -353,6 +373,7 @@ def test_candidates_beyond_the_vocabulary(base: Path, tmp_path: Path, ids: list[
         ({"record": {"threshold": 7}}, "malformed"),
         ({"record": {"coverage": None}}, "malformed"),
         ({"record": {"calibration": [1]}}, "malformed"),
+        ({"record": {"tested": 1}}, "the record of exit 1 is malformed: tested is 1 (int), but must be True or False"),
         ({"record": {"calibration": {"scores": [0.5]}}}, "malformed"),
         ({"record": {"calibration": {"scores": [0.5], "coverage": [0.5, 0.5], "precision": [1.0]}}}, "malformed"),
     ],
@@ -373,6 +394,7 @@ def test_tables_that_are_incomplete(base: Path, tmp_path: Path) -> None:
         {"exits": [3]},
         {"exits": [{"kind": "lens"}]},
         {"tensors_sha256": None},
+        {"training": [1]},
     ):
         text = (adapter / "exits.json").read_text()
         table(adapter, **change)

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from exitlm.errors import UserError
-from exitlm.model import EarlyExitModel, ExitConfig
+from exitlm.model import EarlyExitModel, ExitConfig, ExitRecord
 from exitlm.weights import attach, export, load_model, open_checkpoint, read_adapter, save_adapter
 from tests.model.families import FAMILIES, tiny_hf_model, tiny_model
 from tests.weights.gguf_files import write_gguf
@@ -52,7 +52,7 @@ def test_transformers_loads_the_same_bits(tmp_path: Path, family: str, tied: boo
 def test_exits_lie_beside_and_are_found(tmp_path: Path) -> None:
     base = saved(tmp_path / "base")
     model = with_exits(base, 1, 3)
-    model.exits["1"].record["threshold"] = 0.7
+    model.exits["1"].record = ExitRecord(threshold=0.7, tested=False)
     export(model, tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == [
         "config.json",
@@ -63,7 +63,7 @@ def test_exits_lie_beside_and_are_found(tmp_path: Path) -> None:
     ]
     again = load_model(tmp_path / "out")
     attach(again, [tmp_path / "out"])
-    assert again.exits["1"].record == {"threshold": 0.7}
+    assert again.exits["1"].record == ExitRecord(threshold=0.7, tested=False)
     for layer, logits in model.exit_logits(IDS).items():
         assert torch.equal(logits, again.exit_logits(IDS)[layer])
     # From the path alone, and the exits fit the original base too: its weights are the same.

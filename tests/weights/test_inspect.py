@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from exitlm.errors import UserError
-from exitlm.model import ExitConfig
+from exitlm.model import ExitConfig, ExitRecord
 from exitlm.weights import describe, export, load_model, save_adapter
 from exitlm.weights.inspect import show
 from tests.model.families import tiny_hf_model
@@ -25,14 +25,16 @@ def test_a_model_and_its_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(found["files"]) > 1
     model = load_model(tmp_path / "base")
     model.add_exits([ExitConfig(layer=2, gate=True)])
-    model.exits["2"].record["threshold"] = 0.7
+    model.exits["2"].record = ExitRecord(threshold=0.7, tested=True)
     export(model, tmp_path / "out")
     exits = describe(tmp_path / "out")["exits"]
     assert exits["exits"][0]["layer"] == 2
+    assert exits["exits"][0]["record"] == {"threshold": 0.7, "tested": True}
+    assert json.dumps(exits)
     show(tmp_path / "out")
     printed = capsys.readouterr().out
     assert "qwen3" in printed
-    assert "threshold" in printed
+    assert "threshold: 0.7, tested: yes" in " ".join(printed.replace("│", "").split())
 
 
 def test_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ import torch
 from exitlm.decode.fused import FusedHead, FusedModel
 from exitlm.decode.rules import probability
 from exitlm.decode.step import SequenceState
+from exitlm.model.record import Calibration
 
 _FORMAT = 5  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
 _SIZES = (1, 2, 4, 8, 16)
@@ -329,7 +330,7 @@ def choose_exits(
 
 
 def choose_drafting(
-    costs: Costs, calibrations: Mapping[int, Mapping[str, Sequence[float]]], tests: Mapping[int, float]
+    costs: Costs, calibrations: Mapping[int, Calibration], tests: Mapping[int, float]
 ) -> dict[int, float]:
     """The exits to draft at in lossless mode, and the score from which each drafts, that gain most time per token by
     their calibration curves; {} where none pays.
@@ -340,7 +341,7 @@ def choose_drafting(
     worth = costs.full()
     chosen: dict[int, tuple[float, float, float]] = {}
     for layer, curve in calibrations.items():
-        points = zip(curve["scores"], curve["coverage"], curve["precision"], strict=True)
+        points = zip(curve.scores, curve.coverage, curve.precision, strict=True)
         cost = costs.draft_cost(layer)
         gain, score, covered, precise = max((c * (p * worth - cost), s, c, p) for s, c, p in points)
         if gain > 0.0 and score < 1.0:

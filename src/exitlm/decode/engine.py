@@ -25,6 +25,7 @@ from exitlm.decode.step import SequenceState
 from exitlm.decode.text import TextStream, Tokenizer
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
+from exitlm.model.record import ExitRecord
 from exitlm.weights.store import cache_directory
 
 DEFAULT_THRESHOLD = 0.9
@@ -52,7 +53,7 @@ class Engine:
         self.quant = resolve_format(quant, matrices)
         self.config, self.tokenizer = model.config, tokenizer
         self.fused = FusedModel(model, self.quant, resolve_compile(compile, model.device))
-        self.records: dict[int, dict[str, Any]] = {int(name): model.exits[name].record for name in model.exits}
+        self.records: dict[int, ExitRecord] = {int(name): model.exits[name].record for name in model.exits}
         self.early = [e for e in sorted(self.fused.heads) if e < self.config.num_hidden_layers]
         self._notes: dict[str, str] = {}
         self._costs, self._cache_dir = costs, cache_dir
@@ -90,8 +91,8 @@ class Engine:
         if rule in _OWN_DEFAULTS:
             return _OWN_DEFAULTS[rule]
         record = self.records[layer]
-        stored = record.get("rule", rule) == rule
-        return float(record.get("threshold", DEFAULT_THRESHOLD)) if stored else DEFAULT_THRESHOLD
+        stored = record.threshold if record.rule in (None, rule) else None
+        return DEFAULT_THRESHOLD if stored is None else stored
 
     def _thresholds(self, config: GenerationConfig, layers: Sequence[int], rule: str) -> dict[int, float]:
         """One threshold per active exit: the given ones, else the defaults."""
@@ -157,11 +158,11 @@ class Engine:
     def _default_plan(self, config: GenerationConfig, name: str) -> tuple[list[int], ExitRule | None]:
         """All at default: drop exits that never fire or, by the costs, do not pay."""
         thresholds = {e: self._default_threshold(e, name) for e in self.early}
-        known = all(self.records[e].get("rule") == name and "coverage" in self.records[e] for e in self.early)
+        known = all(self.records[e].rule == name and self.records[e].coverage is not None for e in self.early)
         if config.mode == "lossless":
             if config.adaptive:
-                records = {e: self.records[e] for e in self.early if self.records[e].get("rule") == name}
-                curves = {e: record["calibration"] for e, record in records.items() if record.get("calibration")}
+                records = {e: self.records[e] for e in self.early if self.records[e].rule == name}
+                curves = {e: record.calibration for e, record in records.items() if record.calibration is not None}
                 costs = self.costs
                 chosen = choose_drafting(costs, curves, self._tests(name)) if curves else {}
                 thresholds.update({e: chosen.get(e, 1.0) for e in curves})
@@ -184,7 +185,7 @@ class Engine:
     def _paying_exits(self, thresholds: Mapping[int, float], name: str) -> tuple[int, ...]:
         costs = self.costs
         if self._chosen is None:
-            coverage = {e: float(self.records[e]["coverage"]) for e in self.early if thresholds[e] < 1.0}
+            coverage = {e: self.records[e].coverage or 0.0 for e in self.early if thresholds[e] < 1.0}
             self._chosen, speed = choose_exits(costs, coverage, self._tests(name))
             gain = f"expected speed with {list(self._chosen)}: {speed:.2f}x of full" if self._chosen else "none pays"
             self._note_off(self._chosen, "leave", f"coverage ({gain})")
@@ -319,11 +320,11 @@ class Engine:
         )
 
 
-def _expected_precision(record: Mapping[str, Any], rule: ExitRule, layer: int) -> float:
+def _expected_precision(record: ExitRecord, rule: ExitRule, layer: int) -> float:
     """The precision that tuning measured for this rule at the nearest score, else a fair guess."""
-    curve = record.get("calibration")
-    if not curve or record.get("rule", rule.name) != rule.name:
+    curve = record.calibration
+    if curve is None or record.rule not in (None, rule.name):
         return _PRIOR_ACCEPTANCE
     threshold = rule.thresholds[layer]
-    at = min(range(len(curve["scores"])), key=lambda i: abs(float(curve["scores"][i]) - threshold))
-    return min(0.99, max(0.01, float(curve["precision"][at])))
+    at = min(range(len(curve.scores)), key=lambda i: abs(curve.scores[i] - threshold))
+    return min(0.99, max(0.01, curve.precision[at]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from exitlm.errors import UserError, nearest
 from exitlm.model.config import ModelConfig
 from exitlm.model.layers import MLP, AttentionContext, DecoderLayer, PastProtocol, Tap, model_norm
+from exitlm.model.record import ExitRecord
 from exitlm.values import flag, whole, wrong
 
 if TYPE_CHECKING:
@@ -76,14 +77,14 @@ class ExitConfig:
 
 
 class ExitHead(nn.Module):
-    """The head of one exit. ``record`` is plain data that tuning leaves (threshold, rule, agreement, calibration)."""
+    """The head of one exit. ``record`` is what tuning measured of it."""
 
     candidate_ids: Tensor | None
 
     def __init__(self, config: ExitConfig, model_config: ModelConfig, candidate_ids: Tensor | None = None) -> None:
         super().__init__()
         self.config, self.model_config = config, model_config
-        self.record: dict[str, Any] = {}
+        self.record = ExitRecord()
         D, V = model_config.hidden_size, model_config.vocab_size
         if config.candidates > V:
             raise UserError(

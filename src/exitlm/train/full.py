@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from exitlm.errors import UserError
+from exitlm.model import ExitRecord
 from exitlm.parallel.mesh import Launch, Mesh, group
 from exitlm.parallel.pipeline.schedule import fill_room, simulate
 from exitlm.parallel.roll import Roll, meet
@@ -268,7 +269,7 @@ class _Run:
         model = model_of_run(self.out)
         for layer, head in model.exit_heads().items():
             measured = self.measured.get(layer, {})
-            head.record = {name: measured[name] for name in ("accuracy", "loss") if name in measured}
+            head.record = ExitRecord(accuracy=measured.get("accuracy"), loss=measured.get("loss"))
         opened = self.setup.opened
         assert opened is not None
         training = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from exitlm.errors import UserError
 from exitlm.model.exits import ExitConfig, check_layers
+from exitlm.model.record import ExitRecord
 from exitlm.parallel.mesh import Launch
 from exitlm.train import checkpoint as run_files
 from exitlm.train.corpus import Corpus, corpus_of_answers, corpus_of_files, open_tokens, self_tokens
@@ -34,9 +35,10 @@ from exitlm.train.precision import resolve_dtype
 from exitlm.train.run import RunConfig
 from exitlm.train.selftext import read_prompts
 from exitlm.train.stream import Stream
+from exitlm.train.tested import reads_of
 from exitlm.train.trained import recorded, versions
 from exitlm.train.unread import set_back, unread_by_tuning
-from exitlm.train.validation import Scores, evaluate, record
+from exitlm.train.validation import Scores, evaluate, records
 from exitlm.values import path_of, paths_of, wholes, words
 from exitlm.weights.adapter import check_place, save_adapter
 from exitlm.weights.checkpoint import Checkpoint, open_checkpoint, read_json
@@ -370,8 +372,9 @@ class _Run:
         except Interrupted:
             self._check_stop(f"step {self.config.train.steps} of {self.config.train.steps} is saved; ")
             raise
+        found = records(scores, reads_of(self.model))
         for layer, head in self.heads.by_layer.items():
-            head.record = record(scores[layer])
+            head.record = found[layer]
         t = self.config.train
         training = {
             "config": recorded(self.config, self.opened.name),
@@ -383,7 +386,7 @@ class _Run:
             "versions": versions(),
         }  # fmt: skip
         save_adapter(self.out, self.model, training=training)
-        _say(_summary(self.out, scores))
+        _say(_summary(self.out, found))
 
     def _check_stop(self, kept: str) -> None:
         if self.stop:
@@ -395,10 +398,17 @@ def _say(sentence: str) -> None:
     print(sentence, flush=True)
 
 
-def _summary(out: Path, scores: dict[int, Scores]) -> str:
-    parts = [f"exit {layer}: {s.agreement:.1%}" for layer, s in scores.items()]
-    what = "agreement with the final head" if next(iter(scores.values())).against_final else "accuracy"
-    return f"{out} holds the exits; {what} on held-out text: {', '.join(parts)}"
+def _summary(out: Path, records: Mapping[int, ExitRecord]) -> str:
+    """What was measured, and what it means for decoding."""
+    what, tested = "accuracy", ""
+    if all(record.agreement is not None for record in records.values()):
+        what = "agreement with the final head"
+        chosen = [str(layer) for layer, record in records.items() if record.tested]
+        names = ", ".join(chosen) or "none, since none has a net speed-up"
+        tested = f"; tested by default in mode threshold: {names}"
+    shares = ((layer, r.accuracy if r.agreement is None else r.agreement) for layer, r in records.items())
+    parts = [f"exit {layer}: {share:.1%}" for layer, share in shares if share is not None]
+    return f"{out} holds the exits; {what} on held-out text: {', '.join(parts)}{tested}"
 
 
 def _leave_nothing(out: Path) -> None:

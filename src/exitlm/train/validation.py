@@ -8,16 +8,17 @@ Shapes: N tokens, D hidden_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from exitlm.model.record import Calibration, ExitRecord
 from exitlm.train.heads import Heads
 from exitlm.train.hidden import HiddenStates
 from exitlm.train.objective import LossSettings, linear_losses
+from exitlm.train.tested import Reads, choose_tested
 
 PRECISION = 0.95
 GRID = tuple(i / 50 for i in range(51))
@@ -89,7 +90,7 @@ def precision_threshold(score_N: Tensor, correct_N: Tensor, precision: float = P
     return float(score[good.nonzero()[-1, 0]]) if good.any() else 1.0
 
 
-def calibration(score_N: Tensor, correct_N: Tensor) -> dict[str, list[float]]:
+def calibration(score_N: Tensor, correct_N: Tensor) -> Calibration:
     """Coverage and precision of the thresholds 0, 0.02 ... 1; precision is 1 where nothing fires."""
     coverage, precision = [], []
     for threshold in GRID:
@@ -97,24 +98,39 @@ def calibration(score_N: Tensor, correct_N: Tensor) -> dict[str, list[float]]:
         count = int(fired.sum())
         coverage.append(round(count / max(1, len(score_N)), 6))
         precision.append(round(int(correct_N[fired].sum()) / count, 6) if count else 1.0)
-    return {"scores": list(GRID), "coverage": coverage, "precision": precision}
+    return Calibration(scores=GRID, coverage=tuple(coverage), precision=tuple(precision))
 
 
-def record(scores: Scores) -> dict[str, Any]:
-    """The record that goes into the adapter. Without the final head there is nothing to agree with: then it holds the
+def fired(score_N: Tensor, threshold: float) -> Tensor:
+    """For which tokens an exit fires, ``[N]`` bool: a threshold of 1 never does."""
+    return (score_N >= threshold) & (threshold < 1.0)
+
+
+def record(scores: Scores) -> ExitRecord:
+    """What one exit measures by itself. Without the final head there is nothing to agree with: then it holds the
     accuracy on the text, and no threshold."""
+    tokens = len(scores.correct_N)
     if not scores.against_final:
-        return {"accuracy": round(scores.agreement, 6), "loss": scores.loss, "tokens": len(scores.correct_N)}
+        return ExitRecord(accuracy=round(scores.agreement, 6), loss=scores.loss, tokens=tokens)
     threshold = precision_threshold(scores.score_N, scores.correct_N)
-    fired = scores.score_N >= threshold if threshold < 1.0 else torch.zeros_like(scores.correct_N)
-    count = int(fired.sum())
-    return {
-        "agreement": round(scores.agreement, 6),
-        "loss": scores.loss,
-        "tokens": len(scores.correct_N),
-        "rule": scores.rule,
-        "threshold": threshold,
-        "coverage": round(count / max(1, len(fired)), 6),
-        "precision": round(int(scores.correct_N[fired].sum()) / count, 6) if count else 1.0,
-        "calibration": calibration(scores.score_N, scores.correct_N),
-    }
+    fired_N = fired(scores.score_N, threshold)
+    count = int(fired_N.sum())
+    return ExitRecord(
+        agreement=round(scores.agreement, 6),
+        loss=scores.loss,
+        tokens=tokens,
+        rule=scores.rule,
+        threshold=threshold,
+        coverage=round(count / max(1, tokens), 6),
+        precision=round(int(scores.correct_N[fired_N].sum()) / count, 6) if count else 1.0,
+        calibration=calibration(scores.score_N, scores.correct_N),
+    )
+
+
+def records(scores: Mapping[int, Scores], reads: Reads) -> dict[int, ExitRecord]:
+    """The records that go into the adapter, by layer: each exit's own, and which of them mode ``threshold`` tests by
+    default (:func:`exitlm.train.tested.choose_tested`). Exits without a threshold leave that open."""
+    found = {layer: record(one) for layer, one in scores.items()}
+    fires_EN = {e: fired(scores[e].score_N, r.threshold) for e, r in found.items() if r.threshold is not None}
+    chosen = choose_tested(reads, fires_EN)
+    return {e: replace(r, tested=e in chosen) if e in fires_EN else r for e, r in found.items()}

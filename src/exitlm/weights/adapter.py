@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from exitlm.errors import UserError, nearest
-from exitlm.model import EarlyExitModel, ExitConfig, ExitHead
+from exitlm.model import EarlyExitModel, ExitConfig, ExitHead, ExitRecord
 from exitlm.model.exits import check_layers
 from exitlm.weights.checkpoint import HEAD, INDEX, SINGLE, Checkpoint, read_json
 from exitlm.weights.load import Unfilled
@@ -56,7 +56,7 @@ class Adapter:
     directory: Path
     meta: Mapping[str, Any]
     exits: list[ExitConfig]
-    records: Mapping[int, dict[str, Any]]
+    records: Mapping[int, ExitRecord]
     output_from: Mapping[int, int]
     tensors: Mapping[str, Tensor]
 
@@ -166,19 +166,18 @@ def write_adapter(
         for name, tensor in sorted(head.state_dict().items())
         if name != _OUTPUT or source.get(layer, layer) == layer
     ]
-    records = {layer: dict(head.record) for layer, head in heads.items()}
+    records = {layer: head.record for layer, head in heads.items()}
     if training is None:
-        kept = [record.get("training") for record in records.values()]
+        kept = [record.training for record in records.values()]
         training = kept[0] if kept[0] and all(entry == kept[0] for entry in kept) else None
     if training is not None:
-        for record in records.values():
-            record.pop("training", None)
+        records = {layer: replace(record, training=None) for layer, record in records.items()}
     table = {
         "format": FORMAT,
         "version": VERSION,
         "base": dict(base),
         "exits": [
-            {**asdict(head.config), "output_from": source.get(layer), "record": plain(records[layer])}
+            {**asdict(head.config), "output_from": source.get(layer), "record": plain(records[layer].to_json())}
             for layer, head in heads.items()
         ],
         "training": plain(training),
@@ -295,16 +294,16 @@ def _checked_table(path: Path) -> dict[str, Any]:
         or not exits
     ):
         raise damaged(path, "it names no base or no exits")
+    if not isinstance(table.get("training"), dict | None):
+        raise damaged(path, "what it says of the training is not a table")
     if not isinstance(table.get("tensors_sha256"), str):
         raise damaged(path, "it has no digest of the tensors")
     return table
 
 
-def _exits(
-    directory: Path, table: Mapping[str, Any]
-) -> tuple[list[ExitConfig], dict[int, dict[str, Any]], dict[int, int]]:
+def _exits(directory: Path, table: Mapping[str, Any]) -> tuple[list[ExitConfig], dict[int, ExitRecord], dict[int, int]]:
     configs: list[ExitConfig] = []
-    records: dict[int, dict[str, Any]] = {}
+    records: dict[int, ExitRecord] = {}
     output_from: dict[int, int] = {}
     for entry in table["exits"]:
         if not isinstance(entry, dict):
@@ -320,14 +319,17 @@ def _exits(
             or not all(isinstance(values.get(key, False), bool) for key in ("gate", "branch"))
         ):
             raise damaged(directory / TABLE, "the settings of an exit have wrong types")
-        if not _is_record(record):
-            raise damaged(directory / TABLE, f"what tuning recorded of exit {values.get('layer')} is malformed")
+        try:
+            found = ExitRecord.from_json(record)
+        except UserError as error:
+            what = f"the record of exit {values.get('layer')} is malformed: {error}"
+            raise damaged(directory / TABLE, what) from error
         try:
             config = ExitConfig(**values)
         except TypeError as error:
             raise damaged(directory / TABLE, f"the settings of an exit are incomplete: {error}") from error
         configs.append(config)
-        records[config.layer] = record
+        records[config.layer] = found
         if source is not None and not _is_natural(source):
             raise damaged(directory / TABLE, f"output_from of exit {config.layer} is no layer")
         if source is not None:
@@ -337,24 +339,6 @@ def _exits(
     if any(source not in output_from or output_from[source] != source for source in output_from.values()):
         raise damaged(directory / TABLE, "an exit takes its output matrix from one that has none")
     return sorted(configs, key=lambda config: config.layer), records, output_from
-
-
-def _is_record(record: Mapping[str, Any]) -> bool:
-    """Whether what decoding reads of a tuning record is in order: shares from 0 to 1, in curves of one length."""
-
-    def is_share(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0
-
-    shares = [record[name] for name in ("threshold", "coverage") if name in record]
-    curve = record.get("calibration")
-    if curve is not None:
-        if not isinstance(curve, dict):
-            return False
-        lines = [curve.get(name) for name in ("scores", "coverage", "precision")]
-        if not all(isinstance(line, list) and line and len(line) == len(lines[0] or ()) for line in lines):
-            return False
-        shares += [value for line in lines for value in line or ()]
-    return isinstance(record.get("rule", ""), str) and all(map(is_share, shares))
 
 
 def _is_natural(value: Any) -> bool:
@@ -448,9 +432,9 @@ def _build(model: EarlyExitModel, adapter: Adapter) -> dict[int, ExitHead]:
         head.load_state_dict(state, assign=True)
         if source != config.layer:
             head.output = heads[source].output
-        head.record = dict(adapter.records[config.layer])
+        head.record = adapter.records[config.layer]
         if adapter.meta.get("training") is not None:
-            head.record["training"] = adapter.meta["training"]
+            head.record = replace(head.record, training=adapter.meta["training"])
         heads[config.layer] = head.train(model.training)
     extra = sorted(set(adapter.tensors) - used)
     if extra:

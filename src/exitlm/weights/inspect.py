@@ -124,7 +124,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
                 "candidates": config.candidates,
                 "gate": config.gate,
                 "branch": config.branch,
-                "record": adapter.records[config.layer],
+                "record": adapter.records[config.layer].to_json(),
             }
             for config in adapter.exits
         ],
