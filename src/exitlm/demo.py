@@ -20,8 +20,7 @@ from rich.console import Console
 
 from exitlm import show
 from exitlm.decode.engine import Engine
-from exitlm.decode.generation import Generation
-from exitlm.decode.step import SequenceState
+from exitlm.decode.generation import Generation, GenerationConfig
 from exitlm.errors import UserError
 from exitlm.evaluate.plots import Point, depth_picture, speed_quality_picture
 from exitlm.llm import LLM, load
@@ -135,18 +134,14 @@ def measure(llm: LLM, prompts: Sequence[str], tokens: int, console: Console) -> 
     return settings
 
 
-@torch.inference_mode()
 def agreeing(engine: Engine, prompt: list[int], answer: list[int], full: list[int]) -> int:
     """How many tokens of ``answer`` are what ``full`` writes after the same text; ``full`` is its own answer."""
     same = next((i for i, (mine, its) in enumerate(zip(answer, full, strict=False)) if mine != its), len(answer))
     if same == len(answer):
         return same
-    fused = engine.fused
-    state = SequenceState(fused, [], fused.new_cache(), len(prompt) + len(answer))
-    hidden_TD = state.advance([*prompt, *answer]).final_RD
-    assert hidden_TD is not None
-    best = fused.final_logits(hidden_TD[len(prompt) + same - 1 : -1]).argmax(-1).tolist()
-    return same + sum(int(its == mine) for its, mine in zip(best, answer[same:], strict=True))
+    scored = GenerationConfig(mode="full", max_new_tokens=0, prompt_logprobs=1)
+    best = [next(iter(top)) for _, top in engine.generate([*prompt, *answer], scored).prompt_logprobs]
+    return same + sum(its == mine for its, mine in zip(best[len(prompt) - 1 + same :], answer[same:], strict=True))
 
 
 def _report(llm: LLM, settings: list[Setting], out: Path, console: Console) -> None:

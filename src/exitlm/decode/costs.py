@@ -16,11 +16,11 @@ import json
 import math
 import os
 import platform
-import random
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +28,15 @@ from typing import Any
 
 import torch
 
+from exitlm.decode.batch import Batch
+from exitlm.decode.batch import Part as Rows
+from exitlm.decode.block_table import BlockTable
 from exitlm.decode.fused import FusedHead, FusedModel
 from exitlm.decode.rules import probability
-from exitlm.decode.step import SequenceState
+from exitlm.decode.runner import Runner
 from exitlm.model.record import Calibration
 
-_FORMAT = 5  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
+_FORMAT = 6  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
 _SIZES = (1, 2, 4, 8, 16)
 _REPEATS, _ROUNDS = 3, 4
 _PATIENCE = 3.0  # seconds after which no further round of measuring begins
@@ -41,7 +44,7 @@ _CELL_SECONDS = 0.5  # what one part may take in one round, beyond its second ru
 _MAX_SWITCHES = 1  # how often the system may take the processor away while a pass is timed
 STEADY = 0.3  # the largest spread of a table that is kept: 0.1 on an idle machine, 0.8 to 50 on a busy one
 _DEVIATION = 1.5  # how far times relative to a kept table may lie from each other, or all of them from 1, squared
-_MOST_EXITS, _LARGEST_SUBSET = 8, 4
+_LARGEST_SUBSET = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,63 +135,70 @@ def _seconds(action: Callable[[], object], before: Callable[[], object], device:
 
 
 Part = tuple[str, int]
+Timed = tuple[Callable[[], object], Callable[[], object]]
 """What is timed: ``layers`` or ``head`` with a number of rows, ``test`` or ``gate`` with an exit's layer."""
 
 
-def _parts(fused: FusedModel) -> dict[Part, tuple[Callable[[], object], Callable[[], object]]]:
+@contextmanager
+def _parts(runner: Runner) -> Iterator[dict[Part, Timed]]:
     """What to time, and what to run before each time: another part, as in decoding, so that the processor's caches hold
-    the other's weights then."""
-    context = 128
-    state = SequenceState(fused, (), fused.new_cache(), context + _SIZES[-1])
-    state.depths.filled = [context]
-    tokens = [i % fused.config.vocab_size for i in range(_SIZES[-1])]
-    hidden = fused.embed(tokens)
+    the other's weights then. Borrows blocks of the pool; a pool that has none left gives nothing to time."""
+    fused, pool, context = runner.fused, runner.pool, 128
+    context = min(context, fused.config.max_position_embeddings - _SIZES[-1])
+    tables = [BlockTable(allocator, pool.block_size) for allocator in pool.allocators]
+    try:
+        if context < 1 or not all(table.ensure(context + _SIZES[-1]) for table in tables):
+            yield {}
+            return
+        for group, table in enumerate(tables):
+            pool.clear(group, table.blocks)
+        reads = [group.window for group in pool.groups]
+        tokens = [i % fused.config.vocab_size for i in range(_SIZES[-1])]
+        hidden = fused.embed(tokens)
 
-    def layers(rows: int) -> None:
-        state.truncate(context)
-        state.advance(tokens[:rows])
+        def batch(rows: int) -> Batch:
+            firsts = tuple(0 if window is None else max(0, context + 1 - window) for window in reads)
+            seen = tuple(tuple(t.slots(at, context + rows - at)) for t, at in zip(tables, firsts, strict=True))
+            writes = tuple(tuple(table.slots(context, rows)) for table in tables)
+            return Batch.of((Rows(context, rows, firsts, seen, writes),))
 
-    def final(rows: int) -> None:
-        fused.final_logits(hidden[:rows]).argmax(-1).tolist()
+        batches = {rows: batch(rows) for rows in _SIZES}
 
-    def test(head: FusedHead) -> None:
-        probability(head.logits(hidden[:1], hidden[:1], hidden[:1])[0])
+        def layers(rows: int) -> None:
+            runner.run(0, runner.segments, batches[rows], fused.embed(tokens[:rows]))
 
-    one = partial(layers, 1)
-    parts: dict[Part, tuple[Callable[[], object], Callable[[], object]]] = {}
-    for rows in _SIZES:
-        parts["layers", rows] = partial(layers, rows), partial(final, rows)
-        parts["head", rows] = partial(final, rows), partial(layers, rows)
-    for e, exit_head in fused.heads.items():
-        parts["test", e] = partial(test, exit_head), one
-        if exit_head.has_gate:
-            parts["gate", e] = partial(exit_head.gate, hidden[0]), one
-    return parts
+        def final(rows: int) -> None:
+            fused.final_logits(hidden[:rows]).argmax(-1).tolist()
+
+        def test(head: FusedHead) -> None:
+            probability(head.logits(hidden[:1], hidden[:1], hidden[:1])).tolist()
+
+        one = partial(layers, 1)
+        parts: dict[Part, Timed] = {}
+        for rows in _SIZES:
+            parts["layers", rows] = partial(layers, rows), partial(final, rows)
+            parts["head", rows] = partial(final, rows), partial(layers, rows)
+        for e, exit_head in fused.heads.items():
+            parts["test", e] = partial(test, exit_head), one
+            if exit_head.has_gate:
+                parts["gate", e] = partial(exit_head.gates, hidden[:1]), one
+        yield parts
+    finally:
+        for table in tables:
+            table.release()
 
 
 @torch.inference_mode()
-def measure(fused: FusedModel) -> Costs:
+def measure(runner: Runner) -> Costs:
     """Time layers, heads and exits twice (a second or two for a small model), and again as long as a part took more
     than ``STEADY`` longer than at best, for some seconds at most. The best times count.
 
     One round can't tell a busy machine from a slow one: all times of a part may be too long by the same factor.
     """
-    parts = _parts(fused)
-    best = dict.fromkeys(parts, math.inf)
-    spread, begun = math.inf, time.perf_counter()
-    for number in range(_ROUNDS):
-        usual = dict.fromkeys(parts, math.inf)
-        for part, (action, before) in parts.items():
-            if time.perf_counter() - begun > _PATIENCE:
-                break
-            if times := _seconds(action, before, fused.device):
-                usual[part], best[part] = statistics.median(times), min([*times, best[part]])
-        if max(best.values()) < math.inf:
-            falls = [best["layers", few] / best["layers", more] for few, more in itertools.pairwise(_SIZES)]
-            spread = max(*(usual[part] / best[part] for part in parts), *falls) - 1.0
-        if (number and spread <= STEADY) or time.perf_counter() - begun > _PATIENCE:
-            break
-    if max(best.values()) == math.inf:  # not one pass had the processor to itself
+    with _parts(runner) as parts:
+        best, spread = _rounds(parts, runner.fused.device)
+    fused = runner.fused
+    if not parts or max(best.values()) == math.inf:  # not one pass had the processor to itself
         guess = ideal(fused)
         return replace(guess, test=guess.draft, spread=math.inf, origin="guessed")
     L = fused.config.num_hidden_layers
@@ -205,21 +215,43 @@ def measure(fused: FusedModel) -> Costs:
     )  # fmt: skip
 
 
+def _rounds(
+    parts: Mapping[Part, tuple[Callable[[], object], Callable[[], object]]], device: torch.device
+) -> tuple[dict[Part, float], float]:
+    """The best time of each part, and how far its usual times lie above it in the last round."""
+    best = dict.fromkeys(parts, math.inf)
+    spread, begun = math.inf, time.perf_counter()
+    for number in range(_ROUNDS if parts else 0):
+        usual = dict.fromkeys(parts, math.inf)
+        for part, (action, before) in parts.items():
+            if time.perf_counter() - begun > _PATIENCE:
+                break
+            if times := _seconds(action, before, device):
+                usual[part], best[part] = statistics.median(times), min([*times, best[part]])
+        if max(best.values()) < math.inf:
+            falls = [best["layers", few] / best["layers", more] for few, more in itertools.pairwise(_SIZES)]
+            spread = max(*(usual[part] / best[part] for part in parts), *falls) - 1.0
+        if (number and spread <= STEADY) or time.perf_counter() - begun > _PATIENCE:
+            break
+    return best, spread
+
+
 @torch.inference_mode()
-def deviation(fused: FusedModel, costs: Costs) -> tuple[float, float]:
+def deviation(runner: Runner, costs: Costs) -> tuple[float, float]:
     """The least and the largest time of a few passes, as a multiple of what the table says; 1 where the machine is too
     busy to say."""
-    parts = _parts(fused)
     L, found = costs.num_hidden_layers, []
-    for name, rows in (("layers", 1), ("layers", 8), ("head", 1)):
-        if times := _seconds(*parts[name, rows], fused.device):
-            found.append(min(times) / (costs.layers(L, rows) if name == "layers" else costs._at(costs.head, rows)))
+    with _parts(runner) as parts:
+        for name, rows in (("layers", 1), ("layers", 8), ("head", 1)):
+            if parts and (times := _seconds(*parts[name, rows], runner.fused.device)):
+                found.append(min(times) / (costs.layers(L, rows) if name == "layers" else costs._at(costs.head, rows)))
     return min(found, default=1.0), max(found, default=1.0)
 
 
-def cached(fused: FusedModel, directory: Path) -> Costs:
+def cached(runner: Runner, directory: Path) -> Costs:
     """The table that is kept in ``directory`` for this machine and these shapes, if a few passes take what it says;
     else :func:`measure`, kept if the times agreed. ``origin`` says which."""
+    fused = runner.fused
     exits = {e: repr(head.config) for e, head in fused.heads.items()}
     shape = {k: v for k, v in asdict(fused.config).items() if isinstance(v, (int, float, str))}
     machine = (platform.processor(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__,
@@ -233,11 +265,11 @@ def cached(fused: FusedModel, directory: Path) -> Costs:
         kept = None  # absent or damaged
     origin = "measured"
     if kept is not None:
-        least, most = deviation(fused, kept)
+        least, most = deviation(runner, kept)
         if most / least <= _DEVIATION and _DEVIATION**-2 <= least <= most <= _DEVIATION**2:
             return kept
         origin = f"measured again, since passes take {least:.2f} to {most:.2f} times as long as was kept"
-    costs = measure(fused)
+    costs = measure(runner)
     if not costs.steady:  # a kept table was steady when it was measured
         return costs if kept is None else replace(kept, origin=origin.replace("measured again, since", "kept, though"))
     costs = replace(costs, origin=origin)
@@ -279,54 +311,6 @@ def _device_name(device: torch.device) -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
-def threshold_speed(costs: Costs, exits: Mapping[int, float], tests: Mapping[int, float]) -> float:
-    """Speed of threshold mode relative to full, simulated over 2,000 tokens.
-
-    ``exits`` maps each active layer to the share of tokens that its rule fires for; ``tests`` to the seconds of a test.
-    """
-    layers, L = sorted(exits), costs.num_hidden_layers
-    numbers = random.Random(0)
-    pending = dict.fromkeys(layers, 0)
-    spent, tokens = 0.0, 2000
-    for _ in range(tokens):
-        at, rows, draw = 0, 1, numbers.random()
-        for layer in layers:
-            spent += costs.layers(layer - at, rows) + tests[layer]
-            at, rows = layer, rows + pending[layer]
-            if draw < exits[layer]:
-                pending[layer] = rows
-                spent += costs.draft[layer] if tests[layer] < costs.draft[layer] else 0.0
-                break
-            pending[layer] = 0
-        else:
-            spent += costs.layers(L - at, rows) + costs._at(costs.head, 1)
-    return tokens * costs.full() / spent
-
-
-def choose_exits(
-    costs: Costs, coverage: Mapping[int, float], tests: Mapping[int, float]
-) -> tuple[tuple[int, ...], float]:
-    """The subset of exits with the highest simulated speed in threshold mode, and that speed; () when none reaches 1.
-
-    Subsets have up to 4 exits; of more than 8 exits they are not all tried, but the best one is added four times."""
-
-    def speed_with(subset: Sequence[int]) -> float:
-        return threshold_speed(costs, {e: coverage[e] for e in subset}, {e: tests[e] for e in subset})
-
-    best: tuple[tuple[int, ...], float] = ((), 1.0)
-    layers = sorted(coverage)
-    for count in range(1, min(len(layers), _LARGEST_SUBSET) + 1):
-        if len(layers) > _MOST_EXITS:
-            tried = [tuple(sorted({*best[0], layer})) for layer in layers if layer not in best[0]]
-        else:
-            tried = list(itertools.combinations(layers, count))
-        for subset in tried:
-            speed = speed_with(subset)
-            if speed > best[1]:
-                best = subset, speed
-    return best
 
 
 def choose_drafting(

@@ -1,41 +1,83 @@
-"""The engine: a packed model, its defaults, and requests. One sequence at a time.
+"""The engine: texts come and go at any step, and rows of many of them share each pass.
 
-It turns a :class:`GenerationConfig` into an exit rule, active exits and a drafting policy. What is left at its default
-is chosen by measured costs, once; what the user gave is always honoured.
+```
+step:  admit texts that fit  ->  the scheduler chooses a pass: rows that wait at one boundary
+       run them to the next boundary where something happens to one of them
+         an exit:  the newest row of each text that tests it is scored; where the rule fires, the token (or draft) is
+                   there, and its rows stay pending; the others wait to go deeper
+         the end:  the final head gives tokens, and verifies drafts; what follows the first refusal is rolled back
+```
+Each (token, layer) is computed once, in every mode, and a text depends on nobody else's rows. The engine owns the loop;
+:mod:`exitlm.decode.runner` computes, :mod:`exitlm.decode.scheduler` chooses, :mod:`exitlm.decode.sequence` remembers.
+
+Shapes: M rows of a pass, R rows that want final logits, T tested rows, K rows of an exit's output matrix, V vocab_size.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import math
+import secrets
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from exitlm.decode.cache import KeyValueCache
-from exitlm.decode.costs import Costs, cached, choose_drafting, choose_exits
-from exitlm.decode.drafting import DraftPolicy
+import torch
+from torch import Tensor
+
+from exitlm.decode.acceptance import DraftPolicy
+from exitlm.decode.batch import Batch
+from exitlm.decode.block_allocator import next_key
+from exitlm.decode.block_table import BlockTable
+from exitlm.decode.costs import Costs, cached
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
 from exitlm.decode.graphs import resolve_compile
-from exitlm.decode.request import Request
-from exitlm.decode.rules import PATIENCE_REACHED, ExitRule
-from exitlm.decode.step import SequenceState
+from exitlm.decode.hidden_pool import HiddenPool
+from exitlm.decode.lookup import NgramIndex
+from exitlm.decode.options import EngineConfig
+from exitlm.decode.output import Output
+from exitlm.decode.planning import Exits, Plan, make_plan
+from exitlm.decode.rules import SCORES, ExitTest, fires
+from exitlm.decode.runner import Arrived, Runner
+from exitlm.decode.sampling.sampler import finite_rows
+from exitlm.decode.sequence import Draft, Sequence
 from exitlm.decode.text import TextStream, Tokenizer
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
-from exitlm.model.record import ExitRecord
 from exitlm.weights.store import cache_directory
 
-DEFAULT_THRESHOLD = 0.9
-_OWN_DEFAULTS = {"patience": PATIENCE_REACHED, "fixed": 0.0}  # rules with an integer of their own
-_PRIOR_ACCEPTANCE = 0.7
 MEASURE_AGAIN = 30.0  # seconds from one measurement on a busy machine to the next
+MAX_PENDING = 64  # positions that wait at most where a request sets no cap; it changes no token
+_FINAL_ROWS = 64  # rows of final logits at once
+Ids = collections.abc.Sequence[int]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step brought to one text: tokens that are certain, and with the last one the whole ``generation``, or the
+    error that ended it."""
+
+    key: int
+    piece: Piece | None = None
+    generation: Generation | None = None
+    error: Exception | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing follows for this text."""
+        return self.generation is not None or self.error is not None
 
 
 class Engine:
-    """Decodes with a model. The model's weights are packed once; change the model's exits, then make a new engine."""
+    """Decodes with a model. Its weights are packed once; change the model's exits, then make a new engine.
+
+    ``add``, ``abort`` and ``step`` may be called from any thread.
+    """
 
     def __init__(
         self,
@@ -44,6 +86,7 @@ class Engine:
         quant: str = "auto",
         compile: str = "auto",
         tokenizer: Tokenizer | None = None,
+        options: EngineConfig | None = None,
         costs: Costs | None = None,
         cache_dir: Path | None = None,
     ) -> None:
@@ -51,23 +94,672 @@ class Engine:
         measuring; ``cache_dir`` is where measured costs are kept."""
         matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
         self.quant = resolve_format(quant, matrices)
-        self.config, self.tokenizer = model.config, tokenizer
+        self.config, self.tokenizer, self.options = model.config, tokenizer, options or EngineConfig()
         self.fused = FusedModel(model, self.quant, resolve_compile(compile, model.device))
-        self.records: dict[int, ExitRecord] = {int(name): model.exits[name].record for name in model.exits}
-        self.early = [e for e in sorted(self.fused.heads) if e < self.config.num_hidden_layers]
+        self.runner = Runner(self.fused, self.options)
+        self.pool = self.runner.pool
+        self.hidden = HiddenPool(model.config.hidden_size, self.fused.dtype, self.fused.device)
+        self.exits = Exits(
+            records={e: model.exits[str(e)].record for e in self.runner.early},
+            gated=frozenset(e for e in self.runner.early if self.fused.heads[e].has_gate),
+        )
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._windows = [group.window for group in self.pool.groups]
+        self._lock = threading.RLock()
+        self._sinks: dict[int, deque[Event]] = {}
+        self._outbox: deque[Event] = deque()
+        self._next_key = 0
+        self._busy, self._begun = 0.0, 0.0
         self._notes: dict[str, str] = {}
         self._costs, self._cache_dir = costs, cache_dir
         self._next_measure = 0.0
-        self._free: list[KeyValueCache] = []
-        self._chosen: tuple[int, ...] | None = None
+
+    # ---- the loop
+
+    def step(self) -> list[Event]:
+        """One pass, and what it brought to the texts that were added with :meth:`add`."""
+        with self._lock:
+            self._step()
+            found = list(self._outbox)
+            self._outbox.clear()
+            return found
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        self._begun = time.perf_counter()
+        try:
+            self._admit()
+            chosen = self._next_pass()
+            if chosen is not None:
+                self._run(*chosen)
+        except BaseException as error:
+            self._drop_all(error)
+            raise
+        finally:
+            self._busy = self._now()
+            self._begun = time.perf_counter()
+
+    def _next_pass(self) -> tuple[int, list[tuple[Sequence, int]]] | None:
+        """The boundary that a pass begins at, and how many rows of which sequences it takes from there."""
+        moving = [sequence for sequence in self.running if sequence.moving]
+        if moving:
+            first = min(sequence.front for sequence in moving)
+            return first, [(s, s.rows_at(first)) for s in moving if s.front == first]
+        room, ready = self.options.prefill_chunk, []
+        for sequence in list(self.running):
+            if sequence.filled[0] >= sequence.prefill_end:
+                if not sequence.prepared and not self._prepare(sequence):
+                    continue
+                rows = sequence.rows_at(0)
+            else:
+                rows = min(room, sequence.rows_at(0))
+                room -= rows
+            if rows and self._reserve(sequence, rows):
+                ready.append((sequence, rows))
+        ready = [(s, rows) for s, rows in ready if s.tables]  # some may have been preempted for others
+        return (0, ready) if ready else None
+
+    def _run(self, first: int, members: list[tuple[Sequence, int]]) -> None:
+        """Take rows from boundary ``first`` to the next one where something happens to one of them."""
+        last = self._end(first, members)
+        parts, tokens, slots = [], [], []
+        for sequence, count in members:
+            start = sequence.filled[first]
+            parts.append(sequence.part(start, count, self._windows))
+            if first == 0:
+                tokens += sequence.tokens(start, count)
+            else:
+                slots += sequence.slots_of(start, count)
+        hidden_MD = self.hidden.get(slots) if first else self.runner.embed(tokens)
+        arrived = self.runner.run(first, last, Batch.of(tuple(parts)), hidden_MD)
+        layers = self.runner.bounds[last] - self.runner.bounds[first]
+        for sequence, count in members:
+            end = sequence.filled[first] + count
+            sequence.filled[first:last] = [end] * (last - first)
+            if first == 0:
+                sequence.deep_end = end
+            if sequence.generated:
+                sequence.tally.layer_rows += count * layers
+        if last < self.runner.segments:
+            self._wait(first, last, members, arrived)
+            self._test(last, members, arrived)
+        else:
+            self._finish_rows(first, members, arrived)
+
+    def _end(self, first: int, members: list[tuple[Sequence, int]]) -> int:
+        """The next boundary where a row is tested, others wait to come along, or the layers end."""
+        fronts = {sequence.front for sequence in self.running if sequence.moving} if len(self.running) > 1 else ()
+        for boundary in range(first + 1, self.runner.segments):
+            if boundary in fronts:
+                return boundary
+            for sequence, count in members:
+                if sequence.filled[boundary] < sequence.filled[boundary - 1]:
+                    return boundary
+                if self._tries(sequence, boundary, sequence.filled[first] + count):
+                    return boundary
+        return self.runner.segments
+
+    def _tries(self, sequence: Sequence, boundary: int, end: int) -> bool:
+        """Whether a pass that brings the rows below ``end`` to a boundary brings one that is tested there."""
+        test = sequence.test
+        return test is not None and end == sequence.length and test.tries(self.runner.bounds[boundary])
+
+    def _wait(self, first: int, last: int, members: list[tuple[Sequence, int]], arrived: Arrived) -> None:
+        """Keep hidden states at a boundary."""
+        slots: list[int] = []
+        for sequence, count in members:
+            if first == 0:
+                sequence.slots += self.hidden.take(count)
+            slots += sequence.slots_of(sequence.filled[last - 1] - count, count)
+        self.hidden.put(slots, arrived.hidden_MD)
+
+    # ---- at an exit
+
+    def _test(self, boundary: int, members: list[tuple[Sequence, int]], arrived: Arrived) -> None:
+        """Score the newest rows that are tested at this exit; where a rule fires, the token or draft is there."""
+        rows, tested, row = [], [], -1
+        for sequence, count in members:
+            row += count
+            if self._tries(sequence, boundary, sequence.filled[boundary - 1]):
+                rows.append(row)
+                tested.append(sequence)
+        if not rows:
+            return
+        layer, head = self.runner.bounds[boundary], self.runner.head(boundary)
+        gates = [1.0] * len(rows)
+        gated = [i for i, sequence in enumerate(tested) if sequence.plan.rule_name == "gate"]
+        if gated:  # a gate that does not fire needs no logits
+            for i, score in zip(gated, self.runner.gates(boundary, arrived, [rows[i] for i in gated]), strict=True):
+                gates[i] = score
+            quiet = [i for i in gated if not fires(gates[i], tested[i].plan.threshold(layer))]
+            for i in quiet:
+                self._tested(tested[i]).fires(layer, gates[i])
+            left = [i for i in range(len(rows)) if i not in quiet]
+            rows, tested, gates = [rows[i] for i in left], [tested[i] for i in left], [gates[i] for i in left]
+            if not rows:
+                return
+        raw_TK = self.runner.exit_logits(boundary, arrived, rows)
+        logits_TK = self._restricted(raw_TK, tested, head.candidate_ids)
+        scores, best = self._scores(logits_TK, tested)
+        for i, sequence in enumerate(tested):
+            token = head.token(best[i])
+            if self._tested(sequence).fires(layer, scores[i] * gates[i], token):
+                if not sequence.sampler.plain:
+                    token = sequence.choose(expand(logits_TK[i], head.candidate_ids, self.config.vocab_size))
+                self._fired(sequence, layer, token, raw_TK[i], head.candidate_ids)
+
+    @staticmethod
+    def _tested(sequence: Sequence) -> ExitTest:
+        assert sequence.test is not None
+        return sequence.test
+
+    def _restricted(self, raw_TK: Tensor, tested: list[Sequence], candidates_K: Tensor | None) -> Tensor:
+        """Logits without what each sequence may not write."""
+        if not any(sequence.sampler.restricts for sequence in tested):
+            return raw_TK
+        rows, dtype = [], torch.promote_types(raw_TK.dtype, torch.float32)
+        for sequence, raw_K in zip(tested, raw_TK, strict=True):
+            logits_V = sequence.restricted(expand(raw_K, candidates_K, self.config.vocab_size))
+            rows.append((logits_V if candidates_K is None else logits_V[candidates_K]).to(dtype))
+        return torch.stack(rows)
+
+    @staticmethod
+    def _scores(logits_TK: Tensor, tested: list[Sequence]) -> tuple[list[float], list[int]]:
+        """Score and best row of each row, with one wait for an accelerator."""
+        names = [sequence.plan.rule_name for sequence in tested]
+        if len(set(names)) == 1:
+            score_T = SCORES[names[0]](logits_TK)
+        else:
+            score_T = torch.stack([SCORES[name](row_K) for name, row_K in zip(names, logits_TK, strict=True)])
+        both = torch.stack([score_T.double(), logits_TK.argmax(-1).double()]).tolist()
+        return both[0], [int(index) for index in both[1]]
+
+    def _fired(self, sequence: Sequence, layer: int, token: int, raw_K: Tensor, candidates_K: Tensor | None) -> None:
+        """An exit has decided the newest row: its token goes out or is drafted, and its rows stay pending."""
+        test = self._tested(sequence)
+        sequence.test = None
+        cap = sequence.config.max_pending
+        if sequence.config.mode == "lossless" or sequence.pending <= (MAX_PENDING if cap is None else cap):
+            sequence.deep_end = 0
+            sequence.tally.max_pending = max(sequence.tally.max_pending, sequence.pending)
+        if sequence.config.mode == "lossless":
+            sequence.extend_drafts([Draft(token, layer, "exit", confidence=test.confidence)])
+            return
+        raw_V = expand(raw_K, candidates_K, self.config.vocab_size) if sequence.config.logprobs else raw_K
+        sequence.tally.rounds += 1
+        self._emit(sequence, TokenTrace(id=token, exit_layer=layer, source="exit", confidence=test.confidence), raw_V)
+        self._tell(sequence)
+
+    # ---- at the end
+
+    def _finish_rows(self, first: int, members: list[tuple[Sequence, int]], arrived: Arrived) -> None:
+        """Rows that have passed all layers: tokens of the final head, drafts verified, full blocks shared."""
+        wanted, at = [], 0
+        for sequence, count in members:
+            begin = sequence.filled[-1] - count
+            if first:
+                self.hidden.give_back(sequence.slots[:count])
+                del sequence.slots[:count]
+            if sequence.wants_prompt_scores:
+                self._score_prompt(sequence, begin, arrived, at, count)
+            if begin + count >= len(sequence.ids) and sequence.output.finish_reason is None:
+                skipped = max(0, len(sequence.ids) - 1 - begin)
+                wanted.append((sequence, list(range(at + skipped, at + count))))
+            at += count
+        for group in _in_groups(wanted, _FINAL_ROWS):
+            raw_RV = self.runner.final_logits(arrived, [row for _, rows in group for row in rows])
+            finite, best, at = finite_rows(raw_RV), raw_RV.argmax(-1).tolist(), 0
+            for sequence, rows in group:
+                cut = slice(at, at + len(rows))
+                try:
+                    self._verify(sequence, raw_RV[cut], best[cut], finite[cut])
+                except UserError as error:
+                    self._fail(sequence, error)
+                at += len(rows)
+        for sequence, _ in members:
+            if sequence.tables:  # it still runs
+                self._publish(sequence)
+                self._leave_windows(sequence)
+                if sequence.output.finish_reason is not None:
+                    self._tell(sequence)
+
+    def _verify(self, sequence: Sequence, raw_RV: Tensor, best: list[int], finite: list[bool]) -> None:
+        """Row i decides draft i, if there is one; the row after the last accepted one gives one token more."""
+        drafts, tally = sequence.take_drafts(), sequence.tally
+        confidence = {} if sequence.test is None else sequence.test.confidence
+        sequence.test = None
+        if sequence.generated:
+            tally.rounds += 1
+        else:
+            tally.first = self._now()
+        taken, kept = 0, True
+        for i in range(len(best)):
+            self._check_finite(sequence, finite[i])
+            draft = drafts[i] if i < len(drafts) else None
+            token = best[i] if sequence.sampler.plain else sequence.choose(sequence.restricted(raw_RV[i]))
+            kept = draft is not None and token == draft.token
+            trace = TokenTrace(id=token, exit_layer=self.runner.bounds[-1], source="final", confidence=confidence)
+            if draft is not None:
+                trace.confidence = draft.confidence
+            if draft is not None and kept:
+                trace.exit_layer, trace.source, trace.drafted = draft.layer, draft.source, True
+            taken += kept
+            self._emit(sequence, trace, raw_RV[i])
+            if not kept or sequence.output.finish_reason is not None:
+                break
+        if drafts:
+            self._count(sequence, drafts, taken)
+        self._roll_back(sequence)
+        self._tell(sequence)
+
+    def _emit(self, sequence: Sequence, token: TokenTrace, raw_V: Tensor) -> None:
+        """A token is certain. ``raw_V`` are the logits, untouched, of the head that gave it."""
+        if sequence.config.logprobs:
+            token.logprob, token.top_logprobs = log_probabilities(raw_V, token.id, sequence.config.logprobs)
+        sequence.append(token.id)
+        sequence.output.push(token)
+
+    def _count(self, sequence: Sequence, drafts: list[Draft], taken: int) -> None:
+        """Note which drafts of a round were accepted."""
+        policy = sequence.policy
+        assert policy is not None
+        sequence.tally.drafted += len(drafts)
+        sequence.tally.accepted += taken
+        exits = [draft for draft in drafts if draft.source == "exit"]
+        for i, draft in enumerate(exits[: taken + 1]):
+            policy.observe_exit(draft.layer, i < taken)
+        found = [draft for draft in drafts if draft.source == "lookup"]
+        if found and taken >= len(exits):
+            policy.observe_lookup(found[0].ngram, len(found), taken - len(exits))
+
+    def _roll_back(self, sequence: Sequence) -> None:
+        """Forget what was computed for refused drafts; all positions but the newest token's have keys at every depth."""
+        length = len(sequence.ids) - 1
+        sequence.filled = [min(filled, length) for filled in sequence.filled]
+        sequence.deep_end = 0
+        kept = sequence.pending
+        self.hidden.give_back(sequence.slots[kept:])
+        del sequence.slots[kept:]
+
+    def _check_finite(self, sequence: Sequence, finite: bool) -> None:
+        """Refuse to take a token from final logits that are not ``finite``."""
+        if not finite:
+            dtype = self.fused.dtype
+            narrow = dtype in (torch.float16, torch.bfloat16)
+            token = sequence.generated + 1
+            raise UserError(
+                f"the final logits for new token {token} are not finite (NaN or infinity); the weights "
+                + (f"are damaged, or {str(dtype).removeprefix('torch.')} is too narrow for them: get them again, or "
+                   "load them with dtype 'float32'" if narrow else "are damaged: get them again")
+            )  # fmt: skip
+
+    def _score_prompt(self, sequence: Sequence, begin: int, arrived: Arrived, at: int, count: int) -> None:
+        """Log-probabilities of the prompt's tokens that follow the rows ``at`` to ``at + count``."""
+        most = sequence.config.prompt_logprobs or 0
+        stop = min(begin + count, sequence.prompt_length - 1)
+        for cut in range(begin, stop, _FINAL_ROWS):
+            positions = range(cut, min(cut + _FINAL_ROWS, stop))
+            raw_RV = self.runner.final_logits(arrived, [at + position - begin for position in positions])
+            for position, raw_V in zip(positions, raw_RV, strict=True):
+                sequence.output.prompt_logprobs.append(log_probabilities(raw_V, sequence.ids[position + 1], most))
+
+    # ---- the next token
+
+    def _prepare(self, sequence: Sequence) -> bool:
+        """Before the newest token enters: drafts that the text itself offers, or the exits that test it. False if the
+        sequence has to be computed anew first."""
+        original = self.fused.original_context
+        if original is not None and not sequence.stretched and len(sequence.ids) > original:
+            self._preempt(sequence)  # all its positions are rotated otherwise from here on
+            return False
+        sequence.prepared, sequence.test = True, None
+        rule, config, position = sequence.plan.rule, sequence.config, sequence.length - sequence.prompt_length
+        if config.mode != "lossless":
+            if rule is not None and position >= config.min_exit_tokens:
+                sequence.test = ExitTest(rule, position, sequence.output.max_new_tokens)
+            return True
+        policy, known = sequence.policy, len(sequence.drafts)
+        assert policy is not None
+        if not known:
+            sequence.skip = policy.skipped(sequence.generated)
+        room = sequence.output.max_new_tokens - sequence.generated - 1
+        if original is not None and not sequence.stretched:  # drafts don't cross into other rotations
+            room = min(room, original - len(sequence.ids))
+        room -= known
+        if room < 1:
+            return True
+        if sequence.index is not None:
+            found, n = sequence.index.draft([draft.token for draft in sequence.drafts], min(room, policy.limit))
+            length = policy.lookup_length(n, known + 1, room, sequence.generated) if found else 0
+            if length:
+                final = self.runner.bounds[-1]
+                sequence.extend_drafts([Draft(token, final, "lookup", ngram=n) for token in found[:length]])
+                sequence.prepared = True
+                return True
+        if rule is not None and known < policy.exit_limit and position >= config.min_exit_tokens:
+            skip = policy.skipped_behind([draft.layer for draft in sequence.drafts], sequence.skip)
+            if not skip.issuperset(rule.thresholds):
+                sequence.test = ExitTest(rule, position, sequence.output.max_new_tokens, skip)
+        return True
+
+    # ---- who runs
+
+    def add(self, prompt: Ids, config: GenerationConfig, *, choice: int = 0, sink: deque[Event] | None = None) -> int:
+        """Add a text; its key. Its events come from :meth:`step`, or go to ``sink``.
+
+        Raises :class:`UserError` for a prompt or settings that can't be met; nothing was added then.
+        """
+        with self._lock:
+            sequence = self._sequence(prompt, config, choice)
+            self._next_key += 1
+            self.waiting.append(sequence)
+            if sink is not None:
+                self._sinks[sequence.key] = sink
+            return sequence.key
+
+    def _sequence(self, prompt: Ids, config: GenerationConfig, choice: int) -> Sequence:
+        self.check_prompt(prompt, config)
+        if config.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        plan = self.plan(config)
+        sampler = config.sampler()
+        sampler.check_vocabulary(self.config.vocab_size)
+        room = self.config.max_position_embeddings - len(prompt)
+        stops = frozenset(config.stop_token_ids)
+        if not config.ignore_eos:
+            stops |= frozenset(self.config.eos_token_ids)
+        output = Output(TextStream(self.tokenizer, config.stop, prompt), stops, min(config.max_new_tokens, room))
+        policy = index = None
+        if config.mode == "lossless":
+            priors = {e: self.exits.expected_precision(e, plan.rule) for e in plan.exits if plan.rule is not None}
+            policy = DraftPolicy(self.costs if config.adaptive else None, priors, config.max_draft, config.max_pending)
+            if "lookup" in config.draft:
+                index = NgramIndex()
+                index.extend(prompt)
+        return Sequence(
+            self._next_key, prompt, config, plan, output, segments=self.runner.segments, sampler=sampler,
+            seed=secrets.randbits(63) if config.seed is None else config.seed, choice=choice, policy=policy,
+            index=index,
+        )  # fmt: skip
+
+    def abort(self, key: int) -> None:
+        """Drop a text that is not finished; nothing more comes of it. An unknown key is none that runs."""
+        with self._lock:
+            for sequence in [*self.running, *self.waiting]:
+                if sequence.key == key:
+                    self._remove(sequence)
+            self._sinks.pop(key, None)
+
+    def _admit(self) -> None:
+        """Let waiting texts in, in order, as long as there is room for what they have to compute."""
+        while self.waiting and len(self.running) < self.options.max_sequences:
+            sequence = self.waiting[0]
+            if self.running and not self._fits(sequence):
+                return
+            self.waiting.popleft()
+            original = self.fused.original_context
+            sequence.stretched = original is not None and len(sequence.ids) > original
+            expected = sequence.prompt_length + sequence.output.max_new_tokens
+            sequence.tables = [
+                BlockTable(allocator, self.options.block_size, expected_length=expected, window=self._held(window))
+                for allocator, window in zip(self.pool.allocators, self._windows, strict=True)
+            ]
+            if self.options.prefix_sharing and not sequence.wants_prompt_scores:
+                self._adopt(sequence)
+            if not sequence.tally.begun:
+                sequence.tally.begun = self._now()
+            self.running.append(sequence)
+
+    def _held(self, window: int | None) -> int | None:
+        """Positions that a sequence holds of a group at once: a window, the rows of a pass, and pending ones."""
+        return None if window is None else window + self.options.prefill_chunk + MAX_PENDING
+
+    def _fits(self, sequence: Sequence) -> bool:
+        needed = len(sequence.ids) + 1
+        for allocator, window in zip(self.pool.allocators, self._windows, strict=True):
+            held = self._held(window)
+            if -(-(needed if held is None else min(needed, held)) // self.options.block_size) > allocator.free:
+                return False
+        return True
+
+    def _reserve(self, sequence: Sequence, rows: int) -> bool:
+        """Blocks for the next ``rows`` positions; where none are left, the newest sequences give theirs. False if that
+        is this one."""
+        while not all(table.ensure(sequence.filled[0] + rows) for table in sequence.tables):
+            newest = max(self.running, key=lambda other: other.key)
+            self._preempt(newest)
+            if newest is sequence:
+                return False
+        return bool(sequence.tables)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's memory; it waits, and what it had computed is computed again."""
+        self._release(sequence)
+        sequence.restart(self.runner.segments)
+        sequence.tally.preemptions += 1
+        self.running.remove(sequence)
+        at = next((i for i, other in enumerate(self.waiting) if other.key > sequence.key), len(self.waiting))
+        self.waiting.insert(at, sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        for table in sequence.tables:
+            table.release()
+        self.hidden.give_back(sequence.slots)
+        sequence.tables, sequence.slots = [], []
+
+    def _remove(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End one text by an error. What it leaves may not be numbers: it is neither shared nor left to padded reads."""
+        for group, table in enumerate(sequence.tables):
+            for block in table.blocks:
+                self.pool.allocators[group].forget(block)
+            self.pool.clear(group, [b for b in table.blocks if self.pool.allocators[group].references(b) == 1])
+        self._remove(sequence)
+        if sequence.output.trace:
+            self._send(Event(sequence.key, piece=sequence.output.take()))
+        self._send(Event(sequence.key, error=error))
+
+    def _drop_all(self, error: BaseException) -> None:
+        """A pass broke off: what runs can't be trusted, so that all of it ends."""
+        reason = error if isinstance(error, Exception) else RuntimeError(f"decoding was interrupted: {error!r}")
+        for sequence in list(self.running):
+            self._fail(sequence, reason)
+
+    # ---- blocks
+
+    def _leave_windows(self, sequence: Sequence) -> None:
+        """Give back blocks that no row can see any more, by the deepest segment that reads them."""
+        for group, table in zip(self.pool.groups, sequence.tables, strict=True):
+            if group.window is not None:
+                deepest = min(sequence.filled[group.segment], len(sequence.ids) - 1)  # drafts may be rolled back
+                table.free_before(max(0, deepest - group.window + 1))
+
+    def _block_key(self, sequence: Sequence, index: int) -> bytes:
+        """The key of a sequence's full block: of all its ids so far, and of its rotations."""
+        keys, size = sequence.block_keys, self.options.block_size
+        while len(keys) <= index:
+            previous = keys[-1] if keys else (b"stretched" if sequence.stretched else b"")
+            keys.append(next_key(previous, sequence.ids[len(keys) * size : (len(keys) + 1) * size]))
+        return keys[index]
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Let others share the blocks whose positions are all verified, and filled in every entry."""
+        if not self.options.prefix_sharing:
+            return
+        full = min(sequence.filled[-1], len(sequence.ids)) // self.options.block_size
+        for index in range(sequence.published, full):
+            key = self._block_key(sequence, index)
+            for table in sequence.tables:
+                if index >= table.freed:
+                    table.publish(index, key)
+        sequence.published = max(sequence.published, full)
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Begin with the blocks of a text that began alike. A windowed group needs only those in its last window."""
+        size = self.options.block_size
+        last = sequence.prefill_end - (sequence.prefill_end == len(sequence.ids))  # the newest token always runs
+        keys = [self._block_key(sequence, index) for index in range(last // size)]
+        count = len(keys)
+        for allocator, window in zip(self.pool.allocators, self._windows, strict=True):
+            if window is None:
+                count = min(count, len(allocator.find(keys[:count])))
+        while count and not all(
+            all(allocator.find_one(key) is not None for key in keys[self._needed_from(window, count) : count])
+            for allocator, window in zip(self.pool.allocators, self._windows, strict=True)
+        ):
+            count -= 1
+        if not count:
+            return
+        for table, allocator, window in zip(sequence.tables, self.pool.allocators, self._windows, strict=True):
+            begin = self._needed_from(window, count)
+            found = [allocator.find_one(key) for key in keys[begin:count]]
+            blocks = [block for block in found if block is not None]
+            for block in blocks:
+                allocator.acquire(block)
+            table.adopt(blocks, begin)
+        sequence.filled = [count * size] * self.runner.segments
+        sequence.published = count
+        sequence.tally.shared += count * size
+
+    def _needed_from(self, window: int | None, count: int) -> int:
+        """The first of ``count`` blocks that the position behind them sees."""
+        if window is None:
+            return 0
+        return max(0, count * self.options.block_size - window + 1) // self.options.block_size
+
+    # ---- events
+
+    def _now(self) -> float:
+        """Seconds spent in steps."""
+        return self._busy + time.perf_counter() - self._begun
+
+    def _send(self, event: Event) -> None:
+        sink = self._sinks.get(event.key)
+        if event.last:
+            self._sinks.pop(event.key, None)
+        (self._outbox if sink is None else sink).append(event)
+
+    def _tell(self, sequence: Sequence) -> None:
+        """Hand out what is certain; the last time, the whole generation."""
+        output, generation = sequence.output, None
+        if output.finish_reason is not None:
+            generation = self._result(sequence)
+            self._remove(sequence)
+        self._send(Event(sequence.key, piece=output.take(), generation=generation))
+
+    def _result(self, sequence: Sequence) -> Generation:
+        output, tally, rule = sequence.output, sequence.tally, sequence.plan.rule
+        seconds = self._now() - tally.first
+        stats = {
+            "mode": sequence.config.mode,
+            "prompt_tokens": sequence.prompt_length,
+            **summarise(output.trace, seconds),
+            "prefill_seconds": tally.first - tally.begun,
+            "decode_seconds": seconds,
+            "rounds": tally.rounds,
+            "drafted": tally.drafted,
+            "accepted": tally.accepted,
+            "acceptance": tally.accepted / tally.drafted if tally.drafted else None,
+            "max_pending": tally.max_pending,
+            "layer_rows": tally.layer_rows,
+            "exits": sequence.plan.exits,
+            "rule": None if rule is None else rule.name,
+            "thresholds": {} if rule is None else dict(rule.thresholds),
+            "quant": self.quant,
+            "costs": None if self._costs is None else self._costs.origin,
+            "seed": sequence.seed,
+            "shared_tokens": tally.shared,
+            "preemptions": tally.preemptions,
+        }
+        return Generation(
+            text=None if self.tokenizer is None else "".join(token.text for token in output.trace),
+            token_ids=[token.id for token in output.trace],
+            exit_layers=[token.exit_layer for token in output.trace],
+            trace=output.trace,
+            stats=stats,
+            finish_reason=output.finish_reason or "length",
+            prompt_logprobs=output.prompt_logprobs,
+        )
+
+    # ---- requests from start to end
+
+    def events(self, requests: collections.abc.Sequence[tuple[Ids, GenerationConfig]]) -> Iterator[tuple[int, Event]]:
+        """Decode some texts together: (index, event) as they come, until all have ended. Whoever stops reading aborts
+        what is left."""
+        sink: deque[Event] = deque()
+        keys: dict[int, int] = {}
+        try:
+            for index, (prompt, config) in enumerate(requests):
+                keys[self.add(prompt, config, sink=sink)] = index
+            while keys:
+                while not sink:
+                    with self._lock:
+                        if not sink:
+                            self._step()
+                event = sink.popleft()
+                yield keys[event.key], event
+                if event.last:
+                    del keys[event.key]
+        finally:
+            for key in keys:
+                self.abort(key)
+
+    def stream(self, prompt: Ids, config: GenerationConfig) -> Iterator[Piece]:
+        """Decode ``prompt`` and yield pieces as they become certain (in lossless mode: after verification)."""
+        with self._lock:
+            self._sequence(prompt, config, 0)  # a bad request is refused here, not when the first piece is read
+        return self._pieces(prompt, config)
+
+    def _pieces(self, prompt: Ids, config: GenerationConfig) -> Iterator[Piece]:
+        for _, event in self.events([(prompt, config)]):
+            if event.error is not None:
+                raise event.error
+            assert event.piece is not None
+            yield event.piece
+
+    def generate(self, prompt: Ids, config: GenerationConfig) -> Generation:
+        """Decode ``prompt`` to the end."""
+        for _, event in self.events([(prompt, config)]):
+            if event.error is not None:
+                raise event.error
+            if event.generation is not None:
+                return event.generation
+        raise AssertionError("a text ends by a generation or an error")
+
+    # ---- what is asked for
+
+    def plan(self, config: GenerationConfig) -> Plan:
+        """Which exits a configuration tests, and by what rule."""
+        plan = make_plan(config, self.exits, lambda: self.costs)
+        if plan.why:
+            self._note_off(plan)
+        return plan
+
+    def _note_off(self, plan: Plan) -> None:
+        """Say which exits are left alone by default, and that naming them switches them on."""
+        self._notes.pop(plan.why, None)
+        if plan.off:
+            reason = "by what tuning measured" if plan.why == "leave" else "by measured cost and calibration"
+            none = " (none pays)" if plan.rule is None else ""
+            self._notes[plan.why] = (
+                f"no token will {plan.why} at exits {list(plan.off)}, {reason}{none}; name them to use them: "
+                f"--exits {','.join(map(str, plan.off))}"
+            )
 
     @property
     def costs(self) -> Costs:
         """Costs of passes on this machine: given, kept from an earlier run, or measured now; again after a while where
         the machine was too busy to be measured."""
         if self._costs is None or (not self._costs.steady and time.monotonic() >= self._next_measure):
-            costs = cached(self.fused, self._cache_dir or cache_directory())
-            self._costs, self._next_measure, self._chosen = costs, time.monotonic() + MEASURE_AGAIN, None
+            costs = cached(self.runner, self._cache_dir or cache_directory())
+            self._costs, self._next_measure = costs, time.monotonic() + MEASURE_AGAIN
             if not costs.steady:
                 longer = f"took up to {1 + costs.spread:.1f} times as long"
                 self._notes["costs"] = (
@@ -81,133 +773,13 @@ class Engine:
                 self._notes.pop("costs", None)
         return self._costs
 
-    # ---- what to run
-
-    def _default_rule(self, layers: Sequence[int]) -> str:
-        return "gate" if layers and all(self.fused.heads[e].has_gate for e in layers) else "probability"
-
-    def _default_threshold(self, layer: int, rule: str) -> float:
-        """What tuning stored for this rule, else a fair guess."""
-        if rule in _OWN_DEFAULTS:
-            return _OWN_DEFAULTS[rule]
-        record = self.records[layer]
-        stored = record.threshold if record.rule in (None, rule) else None
-        return DEFAULT_THRESHOLD if stored is None else stored
-
-    def _thresholds(self, config: GenerationConfig, layers: Sequence[int], rule: str) -> dict[int, float]:
-        """One threshold per active exit: the given ones, else the defaults."""
-        given, found = config.threshold, {layer: self._default_threshold(layer, rule) for layer in layers}
-        if given is None:
-            return found
-        if isinstance(given, Mapping):
-            for layer in given:
-                if layer not in found:
-                    raise UserError(
-                        f"a threshold is given for {layer!r}, which is no active exit; the active ones are {layers}"
-                    )
-            return {**found, **{int(layer): float(value) for layer, value in given.items()}}
-        if isinstance(given, Sequence):
-            order = list(layers if config.exits is None else config.exits)
-            if len(given) != len(order):
-                raise UserError(
-                    f"{len(given)} thresholds are given for {len(order)} active exits {order}; give one for each"
-                )
-            return {int(layer): float(value) for layer, value in zip(order, given, strict=True)}
-        return dict.fromkeys(layers, float(given))
-
-    def _active(self, config: GenerationConfig) -> list[int]:
-        if config.exits is None:
-            return list(self.early)
-        for layer in config.exits:
-            if layer not in self.early:
-                have = ", ".join(map(str, self.early)) or "none"
-                raise UserError(f"the model has no exit at layer {layer} (it has: {have}); tune one with: exitlm tune")
-        return sorted(map(int, config.exits))
-
-    def plan(self, config: GenerationConfig) -> tuple[list[int], ExitRule | None]:
-        """The active exits and the rule for a configuration (none in mode ``full``)."""
-        if config.mode == "full" or (config.mode == "lossless" and "exits" not in config.draft):
-            return [], None
-        layers = self._active(config)
-        if not layers:
-            if config.mode == "threshold":
-                if self.early:
-                    raise UserError(f"exits is empty; name some of {self.early}, or use mode 'full'")
-                raise UserError(
-                    "mode 'threshold' needs exits, but the model has none; make some with: exitlm tune BASE --out DIR"
-                )
-            return [], None
-        name = config.rule or self._default_rule(layers)
-        thresholds = self._thresholds(config, layers, name)
-        if name == "gate":
-            for layer in layers:
-                if not self.fused.heads[layer].has_gate:
-                    raise UserError(
-                        f"rule 'gate' needs a gate, but exit {layer} has none; tune with --set exits.gate=true or use "
-                        "rule 'probability'"
-                    )
-        if name == "fixed":
-            layer = config.exit_layer if config.exit_layer is not None else layers[-1]
-            if layer not in layers:
-                raise UserError(f"exit_layer {layer} is no active exit; use one of {layers}")
-            return [layer], ExitRule(name=name, thresholds={layer: thresholds[layer]})
-        if config.rule is None and config.threshold is None and config.exits is None:
-            return self._default_plan(config, name)
-        return layers, ExitRule(name=name, thresholds=thresholds, patience=config.patience)
-
-    def _default_plan(self, config: GenerationConfig, name: str) -> tuple[list[int], ExitRule | None]:
-        """All at default: drop exits that never fire or, by the costs, do not pay."""
-        thresholds = {e: self._default_threshold(e, name) for e in self.early}
-        known = all(self.records[e].rule == name and self.records[e].coverage is not None for e in self.early)
-        if config.mode == "lossless":
-            if config.adaptive:
-                records = {e: self.records[e] for e in self.early if self.records[e].rule == name}
-                curves = {e: record.calibration for e, record in records.items() if record.calibration is not None}
-                costs = self.costs
-                chosen = choose_drafting(costs, curves, self._tests(name)) if curves else {}
-                thresholds.update({e: chosen.get(e, 1.0) for e in curves})
-            layers = [e for e in self.early if thresholds[e] < 1.0]
-            if config.adaptive:
-                self._note_off(layers, "draft", "calibration" if layers else "calibration (none pays)")
-        elif known:
-            layers = list(self._paying_exits(thresholds, name))
-        else:
-            layers = list(self.early)
-        if not layers:
-            return [], None
-        return layers, ExitRule(name=name, thresholds={e: thresholds[e] for e in layers})
-
-    def _tests(self, name: str) -> dict[int, float]:
-        """Seconds of testing each exit by a rule."""
-        assert self._costs is not None  # read once for a plan, so that no two tables are mixed
-        return {e: self._costs.test[e] if name == "gate" else self._costs.draft[e] for e in self.early}
-
-    def _paying_exits(self, thresholds: Mapping[int, float], name: str) -> tuple[int, ...]:
-        costs = self.costs
-        if self._chosen is None:
-            coverage = {e: self.records[e].coverage or 0.0 for e in self.early if thresholds[e] < 1.0}
-            self._chosen, speed = choose_exits(costs, coverage, self._tests(name))
-            gain = f"expected speed with {list(self._chosen)}: {speed:.2f}x of full" if self._chosen else "none pays"
-            self._note_off(self._chosen, "leave", f"coverage ({gain})")
-        return self._chosen
-
-    def _note_off(self, layers: Sequence[int], what: str, measure: str) -> None:
-        """Say which exits the costs switch off, and that naming them switches them on."""
-        off = [e for e in self.early if e not in layers]
-        self._notes.pop(what, None)
-        if off:
-            note = f"no token will {what} at exits {off}, by measured cost and {measure}; name them to use them"
-            self._notes[what] = note
-
     @property
     def notes(self) -> list[str]:
         """What the user should know of the choices that were made, each in one sentence."""
         return list(self._notes.values())
 
-    # ---- running
-
-    def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Refuse an empty prompt, ids that the vocabulary lacks, and one that fills the context."""
+    def check_prompt(self, prompt: Ids, config: GenerationConfig) -> None:
+        """Refuse an empty prompt, ids that the vocabulary lacks, and a prompt that fills the context or the pool."""
         if len(prompt) == 0:
             raise UserError("the prompt is empty; give at least one token of text")
         if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
@@ -215,116 +787,43 @@ class Engine:
                 f"the prompt has token id {max(prompt) if min(prompt) >= 0 else min(prompt)}, but the vocabulary has "
                 f"ids 0 to {self.config.vocab_size - 1}; use the tokenizer of this model"
             )
-        if len(prompt) >= self.config.max_position_embeddings:
+        context = self.config.max_position_embeddings
+        if len(prompt) >= context + (config.max_new_tokens == 0):
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, but the model's context is "
-                f"{self.config.max_position_embeddings}; shorten the prompt"
+                f"the prompt has {len(prompt)} tokens, but the model's context is {context}; shorten the prompt"
+            )
+        length = min(len(prompt) + config.max_new_tokens, context)
+        if length > self.pool.capacity:
+            raise UserError(
+                f"prompt and answer have up to {length} tokens, but engine.kv_bytes holds {self.pool.capacity}; "
+                f"shorten them, or set it to {self.pool.bytes_for(length)} or more"
             )
 
-    def start(self, prompt: Sequence[int], config: GenerationConfig) -> Request:
-        """A request that is ready to be prefilled. Its cache comes back with :meth:`finish`."""
-        self.check_prompt(prompt)
-        layers, rule = self.plan(config)
-        max_new_tokens = min(config.max_new_tokens, self.config.max_position_embeddings - len(prompt))
-        cache = self._free.pop() if self._free else self.fused.new_cache()
-        state = SequenceState(self.fused, layers, cache, len(prompt) + max_new_tokens)
-        policy: DraftPolicy | None = None
-        if config.mode == "lossless":
-            priors = {}
-            for layer in layers:
-                assert rule is not None
-                priors[layer] = _expected_precision(self.records[layer], rule, layer)
-            costs = self.costs if config.adaptive else None
-            policy = DraftPolicy(costs, priors, config.max_draft, config.max_pending)
-        stops = frozenset(config.stop_token_ids)
-        if not config.ignore_eos:
-            stops |= frozenset(self.config.eos_token_ids)
-        return Request(state, prompt, config, rule=rule, policy=policy, stop_ids=stops, max_new_tokens=max_new_tokens)
 
-    def finish(self, request: Request) -> None:
-        """Take a request's cache back for the next one."""
-        if len(self._free) < 2:
-            self._free.append(request.state.cache)
-
-    def _pieces(self, request: Request) -> Iterator[Piece]:
-        text = TextStream(self.tokenizer, request.config.stop, request.prompt)
-        broken = False
-        try:
-            tokens = request.prefill()
-            while True:
-                out: list[TokenTrace] = []
-                for token in tokens:
-                    token.text = text.push(token.id)
-                    out.append(token)
-                    if text.finished:
-                        request.finish_reason = "stop"
-                        request.accepted -= sum(token.drafted for token in tokens[len(out) :])
-                        break
-                if request.finish_reason is not None:
-                    out[-1].text += text.flush()
-                    if text.finished:
-                        request.finish_reason = "stop"
-                yield Piece(text="".join(token.text for token in out), tokens=out)
-                if request.finish_reason is not None:
-                    return
-                tokens = request.round()
-        except UserError:  # what it leaves in the cache may not be numbers, and padded reads would meet them
-            broken = True
-            raise
-        finally:
-            if not broken:
-                self.finish(request)
-
-    def stream(self, prompt: Sequence[int], config: GenerationConfig) -> Iterator[Piece]:
-        """Decode ``prompt`` and yield pieces as they become certain (in lossless mode: after verification)."""
-        if config.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
-        return self._pieces(self.start(prompt, config))
-
-    def generate(self, prompt: Sequence[int], config: GenerationConfig) -> Generation:
-        """Decode ``prompt`` to the end."""
-        if config.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
-        request = self.start(prompt, config)
-        trace = [token for piece in self._pieces(request) for token in piece.tokens]
-        return self.result(request, trace)
-
-    def result(self, request: Request, trace: list[TokenTrace]) -> Generation:
-        """The finished generation of a request and its tokens."""
-        rule = request.rule
-        stats: dict[str, Any] = {
-            "mode": request.config.mode,
-            "prompt_tokens": len(request.prompt),
-            **summarise(trace, request.decode_seconds),
-            "prefill_seconds": request.prefill_seconds,
-            "decode_seconds": request.decode_seconds,
-            "rounds": request.rounds,
-            "drafted": request.drafted,
-            "accepted": request.accepted,
-            "acceptance": request.accepted / request.drafted if request.drafted else None,
-            "max_pending": request.state.depths.high_water,
-            "layer_rows": request.state.layer_rows,
-            "exits": [] if rule is None else sorted(rule.thresholds),
-            "rule": None if rule is None else rule.name,
-            "thresholds": {} if rule is None else dict(rule.thresholds),
-            "quant": self.quant,
-            "costs": None if self._costs is None else self._costs.origin,
-        }
-        return Generation(
-            text=None if self.tokenizer is None else "".join(token.text for token in trace),
-            token_ids=[token.id for token in trace],
-            exit_layers=[token.exit_layer for token in trace],
-            trace=trace,
-            stats=stats,
-            finish_reason=request.finish_reason or "length",
-        )
+def _in_groups(wanted: list[tuple[Sequence, list[int]]], most: int) -> Iterator[list[tuple[Sequence, list[int]]]]:
+    """Cut a list into groups of at most ``most`` rows; one sequence's rows stay together."""
+    group: list[tuple[Sequence, list[int]]] = []
+    for sequence, rows in wanted:
+        if group and sum(len(each) for _, each in group) + len(rows) > most:
+            yield group
+            group = []
+        group.append((sequence, rows))
+    if group:
+        yield group
 
 
-def _expected_precision(record: ExitRecord, rule: ExitRule, layer: int) -> float:
-    """The precision that tuning measured for this rule at the nearest score, else a fair guess."""
-    curve = record.calibration
-    if curve is None or record.rule not in (None, rule.name):
-        return _PRIOR_ACCEPTANCE
-    threshold = rule.thresholds[layer]
-    at = min(range(len(curve.scores)), key=lambda i: abs(curve.scores[i] - threshold))
-    return min(0.99, max(0.01, curve.precision[at]))
+def expand(logits_K: Tensor, candidates_K: Tensor | None, vocab_size: int) -> Tensor:
+    """Logits of a candidate head over the whole vocabulary ``[V]``: -inf outside of the candidates."""
+    if candidates_K is None:
+        return logits_K
+    return logits_K.new_full((vocab_size,), -torch.inf).index_copy_(0, candidates_K, logits_K)
+
+
+def log_probabilities(raw_V: Tensor, token: int, most: int) -> tuple[float, dict[int, float]]:
+    """The log-probability of ``token`` and of the ``most`` likely tokens, under logits ``[V]``."""
+    log_p = torch.log_softmax(raw_V.float() if raw_V.dtype != torch.float64 else raw_V, -1)
+    if not most:
+        return float(log_p[token]), {}
+    values, ids = log_p.topk(min(most, len(log_p)))
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return float(log_p[token]), {i: value for i, value in pairs if value > -math.inf}  # an exit's candidates alone

@@ -2,13 +2,14 @@
 
 Norm weights are folded into the matrices behind them, q/k/v and gate/up become one matrix each, the rows of q and k are
 reordered so that a rotation is one complex product, and every matrix is packed in a weight format. Rows are positions
-of one sequence; grouped heads share their keys without copies. Tests compare every family with ``exitlm.model``.
+of any sequences; grouped heads share their keys without copies. Tests compare every family with ``exitlm.model``.
 
-Shapes: M rows (consecutive positions), D hidden_size, H heads, Hkv key/value heads, G = H / Hkv, Dh head_dim, S keys.
+Shapes: M rows, D hidden_size, H heads, Hkv key/value heads, G = H / Hkv, Dh head_dim, S slots.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exitlm.decode.cache import KeyValueCache
+from exitlm.decode.batch import Batch, Part, Run
 from exitlm.decode.formats import GRID_FORMATS, Linear, exit_format, head_format, pack_linear
-from exitlm.decode.graphs import StaticRows, static_runner, through_layers
+from exitlm.decode.graphs import Rotations, StaticRows, static_runner, through_layers
+from exitlm.decode.kv_pool import Entry, KVPool
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead
@@ -33,47 +35,106 @@ def stream_dtype(model: EarlyExitModel) -> torch.dtype:
     return weight.dtype if weight.device.type != "cpu" or weight.dtype == torch.float64 else torch.float32
 
 
-Rotations = list[Tensor]
+_MOST_VIEWS, _COPIED_KEYS = 4, 512
 
 
 class Rows:
-    """What all layers of one pass share: positions ``start .. start + count - 1``, their rotations and masks."""
+    """What all layers of one pass share: rotations of its rows, where their keys go, and what each part may see."""
 
-    def __init__(self, fused: FusedModel, tables: Rotations, start: int, count: int) -> None:
-        self.start, self.count, self.end = start, count, start + count
-        self.tables, self.rotations = tables, [table[start : self.end] for table in tables]
-        self._fused = fused
-        self._masks: dict[int | None, tuple[int, Tensor | None]] = {}
+    def __init__(self, fused: FusedModel, batch: Batch, pool: KVPool) -> None:
+        self.batch, self.parts, self.count = batch, batch.parts, batch.count
+        self.rotations = fused.rotations(batch)
+        self.pool, self._fused = pool, fused
+        self._slots: dict[int, Tensor] = {}
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
-    def write(self, store_2KTd: Tensor, new_M2Kd: Tensor) -> None:
-        """Store keys and values of these rows."""
-        store_2KTd[:, :, self.start : self.end] = new_M2Kd.permute(1, 2, 0, 3)
+    def write(self, entry: int, new_M2Kd: Tensor) -> None:
+        """Store keys and values of these rows in a cache entry."""
+        store_2KSd, group = self.pool.stores[entry], self.pool.group_of[entry]
+        if len(self.parts) == 1 and len(self.parts[0].writes[group]) == 1:
+            first, count = self.parts[0].writes[group][0]
+            store_2KSd[:, :, first : first + count] = new_M2Kd.permute(1, 2, 0, 3)
+            return
+        slots = self._slots.get(group)
+        if slots is None:
+            numbers = [
+                n for part in self.parts for first, count in part.writes[group] for n in range(first, first + count)
+            ]
+            slots = self._slots[group] = torch.tensor(numbers, device=store_2KSd.device)
+        store_2KSd.index_copy_(2, slots, new_M2Kd.permute(1, 2, 0, 3))
 
-    def attend(self, query_1KQd: Tensor, store_2KTd: Tensor, window: int | None, scale: float) -> Tensor:
-        """Attention of Q = G * M queries per key head over the positions so far, ``[1, Hkv, Q, Dh]``."""
-        first, mask = self.keys(window)
-        seen = store_2KTd[:, None, :, first : self.end]
-        return F.scaled_dot_product_attention(query_1KQd, seen[0], seen[1], attn_mask=mask, scale=scale)
+    def attend(self, entry: int, query_MHd: Tensor, window: int | None, scale: float) -> Tensor:
+        """Attention of every row over the positions of its own sequence that it may see, ``[M, H * Dh]``."""
+        if len(self.parts) == 1:
+            return self._attend_part(0, entry, query_MHd, window, scale)
+        found, at = [], 0
+        for index, part in enumerate(self.parts):
+            found.append(self._attend_part(index, entry, query_MHd[at : at + part.count], window, scale))
+            at += part.count
+        return torch.cat(found)
 
-    def keys(self, window: int | None) -> tuple[int, Tensor | None]:
-        """First visible key and the additive mask ``[G * M, S - first]`` (None: everything is visible)."""
-        found = self._masks.get(window)
-        if found is None:
-            found = self._masks[window] = self._build(window)
-        return found
+    def _attend_part(self, index: int, entry: int, query_MHd: Tensor, window: int | None, scale: float) -> Tensor:
+        store_2KSd, runs = self.pool.stores[entry], self.parts[index].reads[self.pool.group_of[entry]]
+        (M, H, Dh), Hkv = query_MHd.shape, store_2KSd.shape[1]
+        G = H // Hkv
+        if M == 1:
+            query = query_MHd.view(1, Hkv, G, Dh)
+        else:
+            query = query_MHd.view(M, Hkv, G, Dh).permute(1, 2, 0, 3).reshape(1, Hkv, G * M, Dh)
+        mask = self._mask(index, window)
+        if len(runs) == 1:
+            first, count = runs[0]
+            seen = store_2KSd[:, None, :, first : first + count]
+            out = F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=mask, scale=scale)
+        else:
+            out = attend_in_runs(query, store_2KSd, runs, mask, scale)
+        return out.view(1, H * Dh) if M == 1 else out.view(H, M, Dh).transpose(0, 1).reshape(M, H * Dh)
 
-    def _build(self, window: int | None) -> tuple[int, Tensor | None]:
-        first = 0 if window is None else max(0, self.start + 1 - window)
-        if self.count == 1:
-            return first, None
+    def _mask(self, index: int, window: int | None) -> Tensor | None:
+        """The additive mask ``[G * M, keys]`` of a part (None: everything that is read is visible)."""
+        if self.parts[index].count == 1:
+            return None
+        if (index, window) not in self._masks:
+            self._masks[index, window] = self._build(self.parts[index], window)
+        return self._masks[index, window]
+
+    def _build(self, part: Part, window: int | None) -> Tensor:
         fused = self._fused
-        query = torch.arange(self.start, self.end, device=fused.device)[:, None]
-        key = torch.arange(first, self.end, device=fused.device)[None, :]
+        first = 0 if window is None else max(0, part.start + 1 - window)
+        query = torch.arange(part.start, part.end, device=fused.device)[:, None]
+        key = torch.arange(first, part.end, device=fused.device)[None, :]
         hidden = key > query
         if window is not None:
             hidden = hidden | (key <= query - window)
         mask = torch.zeros(hidden.shape, dtype=fused.dtype, device=fused.device).masked_fill_(hidden, -torch.inf)
-        return first, mask.repeat(fused.groups, 1)
+        return mask.repeat(fused.groups, 1)
+
+
+def _grown(length: int, least: int = 1024, most: int = 16384) -> int:
+    """The next power of two from ``least`` to ``most``; above that the next multiple of ``most``."""
+    if length > most:
+        return -(-length // most) * most
+    return int(max(least, 1 << (length - 1).bit_length()))
+
+
+def attend_in_runs(
+    query_1KQd: Tensor, store_2KSd: Tensor, runs: Sequence[Run], mask_QS: Tensor | None, scale: float
+) -> Tensor:
+    """Attention over keys that lie in several runs of slots, in order. Few keys, or many runs, are copied together;
+    else each run is read where it lies, by plain products."""
+    parts = [store_2KSd[:, :, first : first + count] for first, count in runs]
+    if len(parts) > _MOST_VIEWS or sum(count for _, count in runs) <= _COPIED_KEYS:
+        seen = torch.cat(parts, 2)[:, None]
+        return F.scaled_dot_product_attention(query_1KQd, seen[0], seen[1], attn_mask=mask_QS, scale=scale)
+    query = query_1KQd[0] * scale
+    scores = torch.cat([query @ part[0].transpose(-1, -2) for part in parts], -1)
+    if mask_QS is not None:
+        scores += mask_QS
+    shares = torch.split(torch.softmax(scores, -1), [count for _, count in runs], -1)
+    out: Tensor = shares[0] @ parts[0][1]
+    for share, part in zip(shares[1:], parts[1:], strict=True):
+        out += share @ part[1]
+    return out[None]
 
 
 def unit(x_MD: Tensor, eps: float) -> Tensor:
@@ -232,19 +293,12 @@ class FusedLayer:
             torch.view_as_complex(pairs).mul_(rotation)
         return heads.to(self.dtype)
 
-    def attend(self, x_MD: Tensor, rows: Rows | StaticRows, cache: KeyValueCache) -> Tensor:
+    def attend(self, x_MD: Tensor, rows: Rows | StaticRows) -> Tensor:
         """The residual stream after attention, ``[M, D]``; stores keys and values of these rows."""
-        H, Hkv, Dh, G, M = self.heads, self.kv_heads, self.head_dim, self.groups, rows.count
+        H, Hkv, Dh, M = self.heads, self.kv_heads, self.head_dim, rows.count
         heads = self.project(x_MD, None if self.rope is None else rows.rotations[self.rope])
-        store = cache.layers[self.entry]
-        rows.write(store, heads[:, H:].view(M, 2, Hkv, Dh))
-        if M == 1:
-            query = heads[0, :H].view(1, Hkv, G, Dh)
-        else:
-            query = heads[:, :H].view(M, Hkv, G, Dh).permute(1, 2, 0, 3).reshape(1, Hkv, G * M, Dh)
-        out = rows.attend(query, store, self.window, self.scale)
-        out = out.view(1, H * Dh) if M == 1 else out.view(H, M, Dh).transpose(0, 1).reshape(M, H * Dh)
-        return self.add_attention(x_MD, out)
+        rows.write(self.entry, heads[:, H:].view(M, 2, Hkv, Dh))
+        return self.add_attention(x_MD, rows.attend(self.entry, heads[:, :H], self.window, self.scale))
 
     def add_attention(self, x_MD: Tensor, out_MD: Tensor) -> Tensor:
         """Project the heads' output and add it to the stream."""
@@ -301,23 +355,23 @@ class FusedHead:
             rows = head.output_weight(model.lm_head.weight).detach().to(dtype)
             self.projections = [pack_linear(rows, None, quant)]
 
-    def gate(self, hidden_D: Tensor) -> float:
-        """The gate's probability for one row: two dot products, no projection. NaN where they are not finite."""
-        if hidden_D.device.type == "cpu":
+    def gates(self, hidden_TD: Tensor) -> list[float]:
+        """The gate's probability for each row: two dot products, no projection. NaN where they are not finite."""
+        if len(hidden_TD) == 1 and hidden_TD.device.type == "cpu":
+            hidden_D = hidden_TD[0]
             square = float(torch.dot(hidden_D, hidden_D)) / len(hidden_D)
-            logit = float(torch.dot(hidden_D, self.gate_weight)) / math.sqrt(square + self.eps) + self.gate_bias
+            logits = [float(torch.dot(hidden_D, self.gate_weight)) / math.sqrt(square + self.eps) + self.gate_bias]
         else:  # an accelerator is waited for once
-            wide = hidden_D.to(self.gate_weight.dtype)
-            logit = float(torch.dot(F.rms_norm(wide, (len(wide),), None, self.eps), self.gate_weight)) + self.gate_bias
-        if not math.isfinite(logit):
-            return math.nan  # min and max would make it 60
-        return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, logit))))
+            wide = hidden_TD.to(self.gate_weight.dtype)
+            product = F.rms_norm(wide, (wide.shape[-1],), None, self.eps) @ self.gate_weight
+            logits = (product + self.gate_bias).tolist()
+        return [_sigmoid(logit) for logit in logits]
 
     def logits(self, hidden_MD: Tensor, residual_MD: Tensor | None, block_MD: Tensor | None) -> Tensor:
         """Logits ``[M, K]`` over the candidates or the vocabulary. ``block_MD`` is what :attr:`block` put out."""
         input_MD = {"mlp": residual_MD, "block": block_MD}.get(self.kind, hidden_MD)
         assert input_MD is not None
-        if self.static is not None and len(input_MD) == 1 and self.static.takes(1):
+        if self.static is not None and len(input_MD) == 1 and not self.static.broken:
             return self.static.head(self, input_MD)
         return self.compute(input_MD)
 
@@ -349,15 +403,20 @@ class FusedHead:
         return index if self.candidate_list is None else int(self.candidate_list[index])
 
 
+def _sigmoid(x: float) -> float:
+    """NaN stays NaN, which ``min`` and ``max`` would make 60."""
+    return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, x)))) if math.isfinite(x) else math.nan
+
+
 class FusedModel:
-    """All layers and heads of a model, packed for decoding one sequence."""
+    """All layers and heads of a model, packed for decoding."""
 
     def __init__(self, model: EarlyExitModel, quant: str, compile: str = "none") -> None:
         """``quant`` and ``compile`` are resolved ones (see ``formats.py`` and ``graphs.py``)."""
         self.config, self.quant, self.compile = model.config, quant, compile
         self.dtype, self.device = stream_dtype(model), model.lm_head.weight.device
         self.groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        self.static = static_runner(compile, self.groups, self.config.hidden_size, self.dtype, self.device)
+        self.static = static_runner(compile, self.config.hidden_size, self.dtype, self.device)
         self.embedding = model.model.embed_tokens.weight.detach()
         self.embedding_scale = float(
             torch.tensor(self.config.embedding_scale, dtype=self.embedding.dtype, device="cpu")
@@ -377,25 +436,42 @@ class FusedModel:
                 entry = entries if head.config.kind == "block" else None
                 entries += entry is not None
                 self.heads[int(name)] = FusedHead(self, head, model, entry)
-        self.entries = entries
         self._rotations: dict[bool, Rotations] = {}
 
-    def rotations(self, length: int, total: int = 0) -> tuple[Rotations, int]:
-        """Rotations of at least ``length`` positions, ``[T, 1, R / 2]`` complex, for the model's RoPE and for its local
-        one where it has two; and up to which length of the text they hold.
+    @property
+    def original_context(self) -> int | None:
+        """The length beyond which a text has other rotations at all its positions (longrope); None: there is none."""
+        rope = self.config.rope
+        return rope.original_max_position_embeddings if rope.kind == "longrope" else None
 
-        Longrope rotates every position of a text by whether the text (``total`` tokens by now) is longer than the
-        original context; other scalings hold at any length.
+    def rotations(self, batch: Batch) -> Rotations:
+        """Rotations of the rows of a batch, ``[M, 1, R / 2]`` complex, for the model's RoPE and for its local one where
+        it has two."""
+        parts = batch.parts
+        if len(parts) == 1:
+            tables = self.rotation_tables(parts[0].end, parts[0].stretched)
+            return [table[parts[0].start : parts[0].end] for table in tables]
+        length, stretched = max(part.end for part in parts), [part.stretched for part in parts]
+        if not any(stretched) or all(stretched):
+            positions = torch.tensor([p for part in parts for p in range(part.start, part.end)], device=self.device)
+            return [table[positions] for table in self.rotation_tables(length, stretched[0])]
+        both = [self.rotation_tables(length, which) for which in (False, True)]
+        return [
+            torch.cat([both[part.stretched][i][part.start : part.end] for part in parts]) for i in range(len(both[0]))
+        ]
+
+    def rotation_tables(self, length: int, stretched: bool) -> Rotations:
+        """Rotations of at least the first ``length`` positions, ``[T, 1, R / 2]`` complex, one table for each RoPE.
+
+        Longrope rotates every position of a text by whether the text is longer than the original context
+        (``stretched``); other scalings hold at any length.
         """
-        original = self.config.rope.original_max_position_embeddings
-        dynamic = self.config.rope.kind == "longrope"
-        stretched = dynamic and total > original
-        reach = min(length, original) if dynamic and not stretched else length
         found = self._rotations.get(stretched)
         if found is None or len(found[0]) < length:
-            capacity = -(-length // 256) * 256
+            capacity = _grown(length)
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
             positions = torch.arange(capacity, device=self.device)
+            total = self.config.rope.original_max_position_embeddings + 1 if stretched else 0
             found = []
             for rope in (self.config.rope, self.config.rope_local):
                 if rope is not None:
@@ -403,13 +479,17 @@ class FusedModel:
                     half = rope.dim // 2
                     found.append(torch.complex(cos[:, :half], sin[:, :half])[:, None, :].contiguous())
             self._rotations[stretched] = found
-        return found, reach
+        return found
 
-    def new_cache(self) -> KeyValueCache:
-        """An empty cache with an entry for every layer and block exit."""
-        return KeyValueCache(
-            self.entries, self.config.num_key_value_heads, self.config.head_dim, self.dtype, self.device
-        )
+    def entries(self) -> list[Entry]:
+        """The cache entries: one for every layer, then one for every block exit."""
+        bounds = [e for e in sorted(self.heads) if e < self.config.num_hidden_layers]
+        found = [Entry(layer.window, bisect.bisect_right(bounds, i)) for i, layer in enumerate(self.layers)]
+        blocks = sorted((head for head in self.heads.values() if head.block is not None), key=lambda head: head.layer)
+        for head in blocks:
+            assert head.block is not None
+            found.append(Entry(head.block.window, bisect.bisect_left(bounds, head.layer)))
+        return found
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Hidden states ``[M, D]`` of token ids."""
@@ -419,11 +499,13 @@ class FusedModel:
             hidden = self.embedding[torch.tensor(tokens, device=self.device)].to(self.dtype)
         return hidden * self.embedding_scale if self.embedding_scale != 1.0 else hidden
 
-    def run(self, hidden_MD: Tensor, first: int, last: int, rows: Rows, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
+    def run(self, hidden_MD: Tensor, first: int, last: int, rows: Rows) -> tuple[Tensor, Tensor]:
         """Layers ``first`` to ``last - 1``; also returns the residual before the last layer's MLP."""
-        if self.static is not None and self.static.takes(rows.count):
-            return self.static.run(self.layers[first:last], hidden_MD, rows, cache)
-        return through_layers(self.layers[first:last], hidden_MD, rows, cache)
+        if self.static is not None and self.static.takes(rows.batch):
+            parts = rows.batch.parts
+            tables = self.rotation_tables(max(part.end for part in parts), parts[0].stretched)
+            return self.static.run(self.layers[first:last], hidden_MD, rows.batch, rows.pool, tables)
+        return through_layers(self.layers[first:last], hidden_MD, rows)
 
     def final_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits ``[M, V]`` of the final head, in the stream's dtype."""

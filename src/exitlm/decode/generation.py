@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from exitlm.decode.rules import RULES, check_threshold
-from exitlm.decode.sample import Sampler
+from exitlm.decode.sampling.sampler import Sampler
 from exitlm.errors import UserError, nearest
 from exitlm.values import flag, seed_of, unboxed, whole, wholes, words, wrong
 
@@ -32,7 +32,9 @@ class GenerationConfig:
     ``max_pending``: positions that may wait for the deeper layers (None: no cap). ``min_exit_tokens``: tokens before
     the first exit may fire. ``draft``: the sources of drafts in lossless mode; ``max_draft`` caps one round;
     ``adaptive`` lets measured acceptance and cost set the length of drafts.
-    ``logprobs``: 0 is off, n gives each token's log-probability and the n most likely alternatives.
+    ``logprobs``: 0 is off, n gives each token's log-probability and the n most likely alternatives;
+    ``prompt_logprobs`` likewise for the prompt's own tokens (None is off, 0 without alternatives). ``n``: how many
+    texts to write, each with noise of its own.
     """
 
     max_new_tokens: int = 128
@@ -54,6 +56,8 @@ class GenerationConfig:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int = 0
+    prompt_logprobs: int | None = None
+    n: int = 1
     draft: Sequence[str] = DRAFTS
     max_draft: int | None = None
     adaptive: bool = True
@@ -61,9 +65,9 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         found: dict[str, Any] = {name: words(getattr(self, name), name) for name in ("stop", "draft")}
         found |= {name: flag(getattr(self, name), name) for name in ("ignore_eos", "adaptive")}
-        for name, least in (("max_new_tokens", 1), ("patience", 1), ("min_exit_tokens", 0), ("logprobs", 0)):
+        for name, least in (("max_new_tokens", 0), ("patience", 1), ("min_exit_tokens", 0), ("logprobs", 0), ("n", 1)):
             found[name] = whole(getattr(self, name), name, least=least)
-        for name, least in (("exit_layer", 1), ("max_pending", 0), ("max_draft", 0)):
+        for name, least in (("exit_layer", 1), ("max_pending", 0), ("max_draft", 0), ("prompt_logprobs", 0)):
             if getattr(self, name) is not None:
                 found[name] = whole(getattr(self, name), name, least=least)
         found["stop_token_ids"] = tuple(wholes(self.stop_token_ids, "stop_token_ids"))
@@ -73,7 +77,10 @@ class GenerationConfig:
             found["threshold"] = self._thresholds(self.threshold)
         if self.seed is not None:
             found["seed"] = seed_of(self.seed)
-        found |= dataclasses.asdict(self.sampler())
+        sampler = self.sampler()
+        found |= {
+            name: getattr(sampler, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        }
         for name, value in found.items():
             object.__setattr__(self, name, value)
         self._one_of("mode", self.mode, MODES)
@@ -195,6 +202,7 @@ class Generation:
     trace: list[TokenTrace]
     stats: dict[str, Any]
     finish_reason: str
+    prompt_logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
 
 def summarise(trace: Sequence[TokenTrace], seconds: float) -> dict[str, float]:

@@ -12,8 +12,8 @@ number of rows and number of keys, and then replayed with one launch. Prefills a
 * ``graphs``: recorded passes (CUDA only). When recording fails, a warning says why and decoding goes on eagerly.
 * ``static``: the same code with static shapes but nothing recorded, on any device: for tests and for finding faults.
 
-Padding repeats the last row: the same values go to the same place, so nothing else of the cache is touched. A recording
-holds the addresses of one cache and lives in :attr:`KeyValueCache.graphs`, which is emptied when the cache grows.
+Rows are of any sequences: each brings the slot it writes and the blocks it reads, as data. Padding repeats the last
+row: the same values go to the same place, so nothing else of the pool is touched. Recordings hold the addresses of one pool.
 Block exits run eagerly. Memory on a GPU: the joined q/k/v and gate/up matrices of the engine are copies beside the
 model's own (about two thirds of the layers' bytes); the other matrices are shared with the model.
 
@@ -29,18 +29,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from exitlm.decode.batch import Batch
+from exitlm.decode.kv_pool import KVPool
 from exitlm.errors import UserError, nearest
 
-if TYPE_CHECKING:
-    from exitlm.decode.cache import KeyValueCache
-    from exitlm.decode.fused import FusedHead, FusedLayer, Rotations, Rows
+Rotations = list[Tensor]
+"""Rotations of positions, ``[T, 1, R / 2]`` complex, for each RoPE of a model."""
 
 COMPILE = ("auto", "none", "graphs", "static")
 ROWS = (1, 2, 4, 8, 16, 32)
@@ -85,43 +86,85 @@ def attention_backends(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(_BACKENDS) if device.type == "cuda" else nullcontext()
 
 
-def through_layers(
-    layers: Sequence[FusedLayer], hidden_MD: Tensor, rows: Rows | StaticRows, cache: KeyValueCache
-) -> tuple[Tensor, Tensor]:
+class LayerLike(Protocol):
+    """What a pass needs of a layer; see ``fused.py``."""
+
+    entry: int
+
+    def attend(self, x_MD: Tensor, rows: Any) -> Tensor:
+        """The residual stream after attention."""
+
+    def feed_forward(self, residual_MD: Tensor) -> Tensor:
+        """The layer's output from the stream after attention."""
+
+
+class HeadLike(Protocol):
+    """What is recorded of an exit head."""
+
+    layer: int
+
+    def compute(self, input_MD: Tensor) -> Tensor:
+        """Logits of what the head reads."""
+
+
+def through_layers(layers: Sequence[LayerLike], hidden_MD: Tensor, rows: Any) -> tuple[Tensor, Tensor]:
     """Run ``layers``: their output and the residual before the last one's MLP, both ``[M, D]``."""
     residual = hidden_MD
     with attention_backends(hidden_MD.device):
         for layer in layers:
-            residual = layer.attend(hidden_MD, rows, cache)
+            residual = layer.attend(hidden_MD, rows)
             hidden_MD = layer.feed_forward(residual)
     return hidden_MD, residual
 
 
 class StaticRows:
-    """What all layers of a pass share, as a function of ``positions [M]`` on the device; ``keys`` is S."""
+    """What all layers of a pass share, as a function of ``numbers`` on the device alone; ``keys`` is S.
 
-    def __init__(self, tables: Rotations, positions_M: Tensor, keys: int, groups: int, dtype: torch.dtype) -> None:
-        self.positions, self.count = positions_M, len(positions_M)
+    Each row of ``numbers`` holds the row's position and, for each group of cache entries, the slot that it writes and
+    the blocks of the positions that it may see.
+    """
+
+    def __init__(self, pool: KVPool, tables: Rotations, numbers_MN: Tensor, keys: int, dtype: torch.dtype) -> None:
+        self.pool, self.count, self._dtype, self._keys = pool, len(numbers_MN), dtype, keys
+        self.positions = numbers_MN[:, 0]
         self.rotations = [
-            torch.view_as_complex(torch.view_as_real(table).index_select(0, positions_M)) for table in tables
+            torch.view_as_complex(torch.view_as_real(table).index_select(0, self.positions)) for table in tables
         ]
-        self._keys, self._groups, self._dtype = keys, groups, dtype
+        each = (numbers_MN.shape[1] - 1) // len(pool.groups)
+        self._columns = [numbers_MN[:, 1 + g * each : 1 + (g + 1) * each] for g in range(len(pool.groups))]
+        self._reads: dict[int, Tensor] = {}
         self._masks: dict[int | None, Tensor] = {}
 
-    def write(self, store_2KTd: Tensor, new_M2Kd: Tensor) -> None:
-        """Store keys and values at the rows' positions."""
-        store_2KTd.index_copy_(2, self.positions, new_M2Kd.permute(1, 2, 0, 3))
+    def write(self, entry: int, new_M2Kd: Tensor) -> None:
+        """Store keys and values at the rows' slots."""
+        slots_M = self._columns[self.pool.group_of[entry]][:, 0]
+        self.pool.stores[entry].index_copy_(2, slots_M, new_M2Kd.permute(1, 2, 0, 3))
 
-    def attend(self, query_1KQd: Tensor, store_2KTd: Tensor, window: int | None, scale: float) -> Tensor:
-        """Attention of Q = G * M queries per key head over the first S positions, ``[1, Hkv, Q, Dh]``."""
-        mask, seen = self._mask(window), store_2KTd[:, :, : self._keys]
-        count = chunks(self._keys)
+    def attend(self, entry: int, query_MHd: Tensor, window: int | None, scale: float) -> Tensor:
+        """Attention of every row over the first S positions of its own sequence, ``[M, H * Dh]``."""
+        store_2KSd = self.pool.stores[entry]
+        (M, H, Dh), Hkv = query_MHd.shape, store_2KSd.shape[1]
+        read_MS, mask_MGS = self._read(self.pool.group_of[entry]), self._mask(window, H // Hkv)
+        seen = store_2KSd.index_select(2, read_MS.flatten()).view(2, Hkv, M, self._keys, Dh).transpose(1, 2)
+        query, count = query_MHd.view(M, Hkv, H // Hkv, Dh), chunks(self._keys)
         if count == 1:
-            return F.scaled_dot_product_attention(query_1KQd, seen[0][None], seen[1][None], attn_mask=mask, scale=scale)
-        return attend_in_chunks(query_1KQd, seen, mask, scale, count)
+            out = F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=mask_MGS[:, None], scale=scale)
+        else:
+            out = attend_in_chunks(query, seen, mask_MGS, scale, count)
+        return out.reshape(M, H * Dh)
 
-    def _mask(self, window: int | None) -> Tensor:
-        """Additive ``[G * M, S]``. Hidden keys get a large finite number: a chunk may have no visible key at all."""
+    def _read(self, group: int) -> Tensor:
+        """Slots ``[M, S]`` of the first S positions of each row's sequence."""
+        found = self._reads.get(group)
+        if found is None:
+            size = self.pool.block_size
+            blocks_MB = self._columns[group][:, 1 : 1 + -(-self._keys // size)]
+            offset = torch.arange(size, device=blocks_MB.device)
+            found = self._reads[group] = (blocks_MB[:, :, None] * size + offset).flatten(1)[:, : self._keys]
+        return found
+
+    def _mask(self, window: int | None, groups: int) -> Tensor:
+        """Additive ``[M, G, S]``. Hidden keys get a large finite number: a chunk may have no visible key at all."""
         found = self._masks.get(window)
         if found is None:
             key, query = torch.arange(self._keys, device=self.positions.device)[None, :], self.positions[:, None]
@@ -130,27 +173,30 @@ class StaticRows:
                 hidden = hidden | (key <= query - window)
             low = max(-1e30, torch.finfo(self._dtype).min / 2)
             mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill_(hidden, low)
-            found = self._masks[window] = mask.repeat(self._groups, 1)
+            found = self._masks[window] = mask[:, None].expand(-1, groups, -1)
         return found
 
 
-def attend_in_chunks(query_1KQd: Tensor, seen_2KSd: Tensor, mask_QS: Tensor, scale: float, count: int) -> Tensor:
-    """Attention with the keys cut into ``count`` chunks that run side by side, joined by their log-sum-exps
-    (flash-decoding): a kernel that walks all keys for each head would leave most of a GPU idle with few rows."""
-    _, heads, queries, size = query_1KQd.shape
-    key_CKsd, value_CKsd = seen_2KSd.view(2, heads, count, -1, size).transpose(1, 2)
-    mask_CKQs = mask_QS.view(queries, count, -1).transpose(0, 1)[:, None].expand(-1, heads, -1, -1)
-    query_CKQd = query_1KQd.expand(count, -1, -1, -1)
-    if query_1KQd.is_cuda and query_1KQd.dtype != torch.float64 and size % 8 == 0:
+def attend_in_chunks(query_MKGd: Tensor, seen_2MKSd: Tensor, mask_MGS: Tensor, scale: float, count: int) -> Tensor:
+    """Attention ``[M, Hkv, G, Dh]`` with the keys cut into ``count`` chunks that run side by side, joined by their
+    log-sum-exps (flash-decoding): a kernel that walks all keys for each head would leave most of a GPU idle with few
+    rows."""
+    M, heads, groups, size = query_MKGd.shape
+    keys = mask_MGS.shape[-1] // count
+    chunked = seen_2MKSd.reshape(2, M, heads, count, keys, size).transpose(2, 3).flatten(1, 2)
+    mask_NKGs = mask_MGS.reshape(M, groups, count, keys).transpose(1, 2).flatten(0, 1)[:, None]
+    mask_NKGs = mask_NKGs.expand(-1, heads, -1, -1)
+    query_NKGd = query_MKGd.repeat_interleave(count, 0)
+    if query_MKGd.is_cuda and query_MKGd.dtype != torch.float64 and size % 8 == 0:
         out, sums, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query_CKQd, key_CKsd, value_CKsd, mask_CKQs, True, 0.0, False, scale=scale
+            query_NKGd, chunked[0], chunked[1], mask_NKGs, True, 0.0, False, scale=scale
         )
-        sums = sums[..., :queries]
+        sums = sums[..., :groups]
     else:
-        scores = query_CKQd @ key_CKsd.transpose(-1, -2) * scale + mask_CKQs
-        out, sums = torch.softmax(scores, -1) @ value_CKsd, scores.logsumexp(-1)
-    share = torch.softmax(sums, 0)[..., None]
-    joined: Tensor = (out * share).sum(0, keepdim=True).to(query_1KQd.dtype)
+        scores = query_NKGd @ chunked[0].transpose(-1, -2) * scale + mask_NKGs
+        out, sums = torch.softmax(scores, -1) @ chunked[1], scores.logsumexp(-1)
+    share = torch.softmax(sums.reshape(M, count, heads, groups), 1)[..., None]
+    joined: Tensor = (out.reshape(M, count, heads, groups, size) * share).sum(1).to(query_MKGd.dtype)
     return joined
 
 
@@ -193,57 +239,65 @@ class _Buffers:
     """The inputs of all passes with one number of rows."""
 
     hidden_MD: Tensor
-    positions_M: Tensor
+    numbers_MN: Tensor
 
 
 @dataclass
 class StaticRunner:
     """Runs passes of few rows with static shapes; ``record`` None runs them as they are."""
 
-    groups: int
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
     record: Callable[[Callable[[], Tensor]], Recorded] | None
     broken: bool = False
+    _pool: KVPool | None = None
+    _input_1D: Tensor | None = None
     _buffers: dict[int, _Buffers] = field(default_factory=dict)
     _heads: dict[int, Recorded] = field(default_factory=dict)
-    _count_up: Tensor | None = None
+    _passes: dict[tuple[int, ...], Recorded] = field(default_factory=dict)
 
-    def takes(self, rows: int) -> bool:
-        """Whether a pass of this many rows runs here."""
-        return rows <= ROWS[-1] and not self.broken
+    def takes(self, batch: Batch) -> bool:
+        """Whether a pass of these rows runs here: few, and with the same rotations."""
+        same = len({part.stretched for part in batch.parts}) == 1
+        return batch.count <= ROWS[-1] and same and not self.broken
 
     def run(
-        self, layers: Sequence[FusedLayer], hidden_RD: Tensor, rows: Rows, cache: KeyValueCache
+        self, layers: Sequence[LayerLike], hidden_RD: Tensor, batch: Batch, pool: KVPool, tables: Rotations
     ) -> tuple[Tensor, Tensor]:
-        """As :func:`through_layers`."""
-        bucket, keys = row_bucket(rows.count), key_bucket(rows.end, cache.capacity)
-        buffers = self._fill(bucket, hidden_RD, rows, cache.capacity)
+        """As :func:`through_layers`; ``tables`` hold the rotations of all positions."""
+        if pool is not self._pool:  # recordings and buffers are of one pool
+            self._pool, self._buffers, self._passes = pool, {}, {}
+        bucket, keys = row_bucket(batch.count), key_bucket(max(part.end for part in batch.parts), pool.longest)
+        buffers = self._fill(bucket, hidden_RD, batch, pool)
 
         def body() -> Tensor:
-            static = StaticRows(rows.tables, buffers.positions_M, keys, self.groups, self.dtype)
-            return torch.stack(through_layers(layers, buffers.hidden_MD, static, cache))
+            rows = StaticRows(pool, tables, buffers.numbers_MN, keys, self.dtype)
+            return torch.stack(through_layers(layers, buffers.hidden_MD, rows))
 
         if self.record is None:
-            hidden, residual = body()[:, : rows.count]
+            hidden, residual = body()[:, : batch.count]
             return hidden, residual
         key = (layers[0].entry, layers[-1].entry, bucket, keys)
-        found = cache.graphs.get(key)
-        if found is None or found.tables is not rows.tables:
+        found = self._passes.get(key)
+        if found is None or found.tables is not tables:
             try:
                 found = self.record(body)
             except RuntimeError as error:
                 self._give_up(error)
-                return through_layers(layers, hidden_RD, rows, cache)
-            found = cache.graphs[key] = Recorded(found.replay, found.output, rows.tables)
+                hidden, residual = body()[:, : batch.count]
+                return hidden, residual
+            found = self._passes[key] = Recorded(found.replay, found.output, tables)
         found.replay()
-        hidden, residual = found.output[:, : rows.count].clone()
+        hidden, residual = found.output[:, : batch.count].clone()
         return hidden, residual
 
-    def head(self, head: FusedHead, input_1D: Tensor) -> Tensor:
+    def head(self, head: HeadLike, input_1D: Tensor) -> Tensor:
         """Logits ``[1, K]`` of an exit for one row of what its head reads."""
-        buffer = self._of(1).hidden_MD
+        if self._input_1D is None:
+            with torch.inference_mode(False):  # written in and out of inference mode
+                self._input_1D = torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self.device)
+        buffer = self._input_1D
         buffer.copy_(input_1D)
         if self.record is None:
             return head.compute(buffer)
@@ -257,25 +311,32 @@ class StaticRunner:
         found.replay()
         return found.output.clone()
 
-    def _fill(self, bucket: int, hidden_RD: Tensor, rows: Rows, capacity: int) -> _Buffers:
-        """Put rows and positions into the inputs for ``bucket`` rows; the last row is repeated."""
-        buffers = self._of(bucket)
-        buffers.hidden_MD[: rows.count].copy_(hidden_RD)
-        if rows.count < bucket:
-            buffers.hidden_MD[rows.count :].copy_(hidden_RD[-1:])
-        if self._count_up is None or len(self._count_up) < capacity + bucket:
-            with torch.inference_mode(False):
-                self._count_up = torch.arange(capacity + ROWS[-1], device=self.device)
-        positions = self._count_up[rows.start : rows.start + bucket]
-        torch.clamp(positions, max=rows.end - 1, out=buffers.positions_M)
+    def _fill(self, bucket: int, hidden_RD: Tensor, batch: Batch, pool: KVPool) -> _Buffers:
+        """Put rows, positions, slots and blocks into the inputs for ``bucket`` rows; the last row is repeated."""
+        buffers = self._of(bucket, pool)
+        buffers.hidden_MD[: batch.count].copy_(hidden_RD)
+        if batch.count < bucket:
+            buffers.hidden_MD[batch.count :].copy_(hidden_RD[-1:])
+        width = (buffers.numbers_MN.shape[1] - 1) // len(pool.groups) - 1
+        lines: list[list[int]] = []
+        for part in batch.parts:
+            groups = range(len(pool.groups))
+            slots = [[n for first, count in part.writes[g] for n in range(first, first + count)] for g in groups]
+            blocks = [part.blocks(g, pool.block_size) for g in groups]
+            blocks = [known + [0] * (width - len(known)) for known in blocks]
+            for i in range(part.count):
+                lines.append([part.start + i, *(n for g in groups for n in (slots[g][i], *blocks[g]))])
+        lines += [lines[-1]] * (bucket - batch.count)
+        buffers.numbers_MN.copy_(torch.tensor(lines))
         return buffers
 
-    def _of(self, bucket: int) -> _Buffers:
+    def _of(self, bucket: int, pool: KVPool) -> _Buffers:
         found = self._buffers.get(bucket)
         if found is None:
+            width = 1 + len(pool.groups) * (1 + -(-pool.longest // pool.block_size))
             with torch.inference_mode(False):  # written in and out of inference mode
                 hidden = torch.zeros(bucket, self.hidden_size, dtype=self.dtype, device=self.device)
-                found = _Buffers(hidden, torch.zeros(bucket, dtype=torch.long, device=self.device))
+                found = _Buffers(hidden, torch.zeros(bucket, width, dtype=torch.long, device=self.device))
             self._buffers[bucket] = found
         return found
 
@@ -284,10 +345,8 @@ class StaticRunner:
         warnings.warn(f"CUDA graphs could not be recorded, decoding goes on without them: {error}", stacklevel=4)
 
 
-def static_runner(
-    compile: str, groups: int, hidden_size: int, dtype: torch.dtype, device: torch.device
-) -> StaticRunner | None:
+def static_runner(compile: str, hidden_size: int, dtype: torch.dtype, device: torch.device) -> StaticRunner | None:
     """The runner for a resolved ``compile``, None for ``none``."""
     if compile == "none":
         return None
-    return StaticRunner(groups, hidden_size, dtype, device, CudaRecorder(device) if compile == "graphs" else None)
+    return StaticRunner(hidden_size, dtype, device, CudaRecorder(device) if compile == "graphs" else None)

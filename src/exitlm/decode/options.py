@@ -1,0 +1,57 @@
+"""Settings of an engine: what it may hold and how it shares its time. Plain data, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from exitlm.errors import UserError, nearest
+from exitlm.values import flag, number, whole
+
+MAX_ROWS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine may hold and how it shares its time.
+
+    ``kv_bytes``: memory for keys and values, touched as it is used (None: room for one whole context, and beyond that
+    for 64 texts of 2,048 tokens if they fit in a quarter of the memory). ``block_size``: positions of a block, the unit
+    in which that memory is given out and shared. ``max_rows``: rows of one pass. ``max_sequences``: texts decoded
+    together; others wait. ``prefill_chunk``: rows of prompts in one pass. ``prefix_sharing``: texts that begin alike
+    share the keys and values of their beginning. ``max_wait``: how long a row that must go deep waits for shallow
+    passes of others, as a share of a full pass.
+    """
+
+    kv_bytes: int | None = None
+    block_size: int = 32
+    max_rows: int = MAX_ROWS
+    max_sequences: int = 64
+    prefill_chunk: int = MAX_ROWS
+    prefix_sharing: bool = True
+    max_wait: float = 0.25
+
+    def __post_init__(self) -> None:
+        found: dict[str, Any] = {"prefix_sharing": flag(self.prefix_sharing, "engine.prefix_sharing")}
+        for name, least in (("block_size", 1), ("max_rows", 1), ("max_sequences", 1), ("prefill_chunk", 1)):
+            found[name] = whole(getattr(self, name), f"engine.{name}", least=least)
+        if self.kv_bytes is not None:
+            found["kv_bytes"] = whole(self.kv_bytes, "engine.kv_bytes", least=1)
+        expected = "a number from 0, a share of a full pass"
+        found["max_wait"] = number(self.max_wait, "engine.max_wait", expected)
+        if not 0.0 <= found["max_wait"] < math.inf:
+            raise UserError(f"engine.max_wait is {found['max_wait']}, but must be {expected}")
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """From a mapping; an unknown key is refused with the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise UserError(f"the engine has no setting '{name}'{nearest(name, known)}")
+        return cls(**options)

@@ -1,0 +1,100 @@
+"""Runs passes: a range of segments with the exit heads at their ends, on the rows of a batch.
+
+A runner knows models and the pool of keys and values, and nothing of sequences or policy. Segment s lies between
+boundaries s and s + 1; boundary 0 is the embedding and the last one the end of the model. In every pass and mode each
+row leaves its key at the block exits that it passes, tested or not, so that a block's entry is filled as a layer's is.
+
+Shapes: M rows, T tested rows, D hidden_size, K rows of an exit's output matrix, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exitlm.decode.batch import Batch
+from exitlm.decode.fused import FusedHead, FusedModel, Rows
+from exitlm.decode.graphs import attention_backends
+from exitlm.decode.kv_pool import KVPool
+from exitlm.decode.options import EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """What a pass brought to its last boundary: the hidden states ``[M, D]``, the stream before the last layer's MLP,
+    and the block's stream where the exit there is one."""
+
+    hidden_MD: Tensor
+    residual_MD: Tensor
+    block_MD: Tensor | None = None
+
+
+class Runner:
+    """The runner of this process: eager torch, or static shapes and CUDA graphs (see ``graphs.py``)."""
+
+    def __init__(self, fused: FusedModel, options: EngineConfig) -> None:
+        self.fused, config = fused, fused.config
+        self.early = tuple(e for e in sorted(fused.heads) if e < config.num_hidden_layers)
+        self.bounds = (0, *self.early, config.num_hidden_layers)
+        self.pool = KVPool(
+            fused.entries(), heads=config.num_key_value_heads, head_dim=config.head_dim, dtype=fused.dtype,
+            device=fused.device, context=config.max_position_embeddings, options=options,
+            zeroed=fused.static is not None,
+        )  # fmt: skip
+
+    @property
+    def segments(self) -> int:
+        """How many segments the boundaries cut the layers into."""
+        return len(self.bounds) - 1
+
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """Hidden states ``[M, D]`` of token ids."""
+        return self.fused.embed(tokens)
+
+    def run(self, first: int, last: int, batch: Batch, hidden_MD: Tensor) -> Arrived:
+        """Take rows from boundary ``first`` to boundary ``last``; segments without a block exit between them are one
+        call."""
+        rows, at = Rows(self.fused, batch, self.pool), self.bounds[first]
+        residual, block_MD = hidden_MD, None
+        for boundary in range(first + 1, last + 1):
+            layer = self.bounds[boundary]
+            block = self.fused.heads[layer].block if layer in self.fused.heads and boundary < self.segments else None
+            if block is None and boundary < last:
+                continue
+            hidden_MD, residual = self.fused.run(hidden_MD, at, layer, rows)
+            at = layer
+            if block is not None:
+                with attention_backends(self.fused.device):
+                    block_MD = block.attend(hidden_MD, rows)
+        return Arrived(hidden_MD, residual, block_MD)
+
+    def head(self, boundary: int) -> FusedHead:
+        """The exit head at a boundary."""
+        return self.fused.heads[self.bounds[boundary]]
+
+    def exit_logits(self, boundary: int, arrived: Arrived, rows: Sequence[int]) -> Tensor:
+        """Logits ``[T, K]`` of the exit at a boundary for some of the rows that arrived there."""
+        head = self.head(boundary)
+        block_TD: Tensor | None = None
+        if head.block is not None:
+            assert arrived.block_MD is not None
+            block_TD = head.block.feed_forward(select(arrived.block_MD, rows))
+        return head.logits(select(arrived.hidden_MD, rows), select(arrived.residual_MD, rows), block_TD)
+
+    def gates(self, boundary: int, arrived: Arrived, rows: Sequence[int]) -> list[float]:
+        """The gate's score for some of the rows that arrived at a boundary."""
+        return self.head(boundary).gates(select(arrived.hidden_MD, rows))
+
+    def final_logits(self, arrived: Arrived, rows: Sequence[int]) -> Tensor:
+        """Logits ``[T, V]`` of the final head for some of the rows that arrived at the end."""
+        return self.fused.final_logits(select(arrived.hidden_MD, rows))
+
+
+def select(rows_MX: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows, in ascending order; a view where they are neighbours."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return rows_MX if len(rows) == len(rows_MX) else rows_MX[rows[0] : rows[-1] + 1]
+    return rows_MX[torch.tensor(rows, device=rows_MX.device)]

@@ -1,0 +1,203 @@
+"""One text while it is decoded: its tokens, how deep each position has gone, and what it holds of the pools.
+
+```
+positions      0 ....................... len(ids) ....... len(ids) + len(drafts)
+               verified tokens           drafts
+filled[0]      positions that have passed the first segment
+filled[s]      ... segment s; it never grows with s
+```
+The rows between ``filled[b]`` and ``filled[b - 1]`` are *pending* at boundary b: their hidden states wait in slots
+until a deeper pass takes them along (EE-LLM section 4 computes them again; here nothing is computed twice). A sequence
+knows nothing of batches or layers.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from exitlm.decode.acceptance import DraftPolicy
+from exitlm.decode.batch import Part
+from exitlm.decode.block_table import BlockTable
+from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.lookup import NgramIndex
+from exitlm.decode.output import Output
+from exitlm.decode.planning import Plan
+from exitlm.decode.rules import ExitTest
+from exitlm.decode.sampling.sampler import Draw, Sampler, TokenCounts
+
+
+@dataclass
+class Draft:
+    """A token that is not verified yet, where it came from, and the scores of the exits tried for it."""
+
+    token: int
+    layer: int
+    source: str
+    ngram: int = 0
+    confidence: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class Tally:
+    """What decoding a sequence took. ``begun`` and ``first`` are the engine's busy seconds at admission and at the
+    first token."""
+
+    begun: float = 0.0
+    first: float = 0.0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    max_pending: int = 0
+    layer_rows: int = 0
+    preemptions: int = 0
+    shared: int = 0
+
+
+class Sequence:
+    """State of one text. Everything that decides its tokens is its own: settings, seed, and the tokens before."""
+
+    def __init__(
+        self,
+        key: int,
+        prompt: collections.abc.Sequence[int],
+        config: GenerationConfig,
+        plan: Plan,
+        output: Output,
+        *,
+        segments: int,
+        sampler: Sampler,
+        seed: int,
+        choice: int = 0,
+        policy: DraftPolicy | None = None,
+        index: NgramIndex | None = None,
+    ) -> None:
+        self.key, self.config, self.plan, self.output = key, config, plan, output
+        self.sampler, self.seed, self.choice = sampler, seed, choice
+        self.policy, self.index = policy, index
+        self.ids, self.prompt_length = list(prompt), len(prompt)
+        self.drafts: list[Draft] = []
+        watched = sampler.restricts or sampler.penalises or sampler.processor is not None
+        self.counts = TokenCounts(self.ids) if watched else None
+        self.tally = Tally()
+        self.skip: frozenset[int] = frozenset()
+        self.stretched = False
+        self.restart(segments)
+
+    def restart(self, segments: int) -> None:
+        """Forget all that was computed; the tokens stay. All but the newest token then go through all layers again, of
+        a text that has no token of its own yet the whole prompt."""
+        self.filled = [0] * segments
+        self.tables: list[BlockTable] = []
+        self.slots: list[int] = []  # of the positions from filled[-1] to filled[0]
+        self.block_keys: list[bytes] = []
+        self.published = 0
+        self.take_drafts()
+        self.test: ExitTest | None = None
+        self.prepared = False
+        self.deep_end = 0
+        self.prefill_end = max(self.prompt_length, len(self.ids) - 1)
+
+    # ---- where its rows are
+
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """Whether log-probabilities of the prompt's own tokens are wanted and not all there."""
+        known = len(self.output.prompt_logprobs)
+        return self.config.prompt_logprobs is not None and known < self.prompt_length - 1 and not self.generated
+
+    @property
+    def generated(self) -> int:
+        """How many tokens it has of its own."""
+        return len(self.ids) - self.prompt_length
+
+    @property
+    def length(self) -> int:
+        """Verified tokens and drafts."""
+        return len(self.ids) + len(self.drafts)
+
+    @property
+    def pending(self) -> int:
+        """Positions that have entered and not reached the end."""
+        return self.filled[0] - self.filled[-1]
+
+    @property
+    def moving(self) -> bool:
+        """Whether rows wait that have to go deeper: those below ``deep_end``."""
+        return self.filled[-1] < self.deep_end
+
+    @property
+    def front(self) -> int:
+        """The boundary where rows wait that have to go deeper."""
+        return next(b for b in range(1, len(self.filled)) if self.filled[b] < self.deep_end)
+
+    def rows_at(self, boundary: int) -> int:
+        """How many rows a pass takes from a boundary: of those that wait there, the ones that have to go deeper, or at
+        boundary 0 the tokens that have not entered, of a prompt those that are still part of it."""
+        if boundary:
+            return min(self.filled[boundary - 1], self.deep_end) - self.filled[boundary]
+        entered = self.filled[0]
+        return (self.prefill_end if entered < self.prefill_end else self.length) - entered
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Ids of the tokens at these positions."""
+        known = self.ids[start : start + count]
+        if len(known) < count:
+            first = max(0, start - len(self.ids))
+            known += [draft.token for draft in self.drafts[first : first + count - len(known)]]
+        return known
+
+    def part(self, start: int, count: int, windows: collections.abc.Sequence[int | None]) -> Part:
+        """Rows from ``start`` on as part of a batch; ``windows`` are those of the groups of cache entries."""
+        end = start + count
+        firsts = tuple(0 if window is None else max(0, start + 1 - window) for window in windows)
+        reads = tuple(tuple(t.slots(at, end - at)) for t, at in zip(self.tables, firsts, strict=True))
+        writes = tuple(tuple(table.slots(start, count)) for table in self.tables)
+        return Part(start, count, firsts, reads, writes, self.stretched)
+
+    def slots_of(self, start: int, count: int) -> list[int]:
+        """Hidden slots of pending positions."""
+        first = start - self.filled[-1]
+        return self.slots[first : first + count]
+
+    # ---- its tokens
+
+    def append(self, token: int) -> None:
+        """A verified token. The drafts, which were for its place and those behind, are the caller's to drop."""
+        self.ids.append(token)
+        if self.counts is not None:
+            self.counts.push(token)
+        if self.index is not None:
+            self.index.extend([token])
+        self.prepared = False
+
+    def extend_drafts(self, drafts: collections.abc.Sequence[Draft]) -> None:
+        """More drafts behind those it has."""
+        self.drafts.extend(drafts)
+        if self.counts is not None:
+            for draft in drafts:
+                self.counts.push(draft.token)
+        self.prepared = False
+
+    def take_drafts(self) -> list[Draft]:
+        """All drafts, which it has no longer."""
+        drafts, self.drafts = self.drafts, []
+        if self.counts is not None:
+            self.counts.pop(len(drafts))
+        return drafts
+
+    def restricted(self, logits_V: Tensor) -> Tensor:
+        """Raw logits ``[V]`` for the next token with what may not come, before any rule or sampling."""
+        if self.counts is None or not self.sampler.restricts:
+            return logits_V
+        return self.sampler.restrict(logits_V, self.counts.ids)
+
+    def choose(self, logits_V: Tensor) -> int:
+        """The next token, from restricted logits ``[V]``."""
+        if self.counts is not None:
+            logits_V = self.sampler.shape(logits_V, self.counts)
+        return self.sampler.choose(
+            logits_V, Draw(seed=self.seed, choice=self.choice, position=self.length - self.prompt_length)
+        )
