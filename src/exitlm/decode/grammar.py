@@ -288,15 +288,15 @@ def choice_ebnf(choices: Sequence[str]) -> str:
     return "root ::= " + " | ".join(f'"{choice}"' for choice in escaped)
 
 
-def _subschemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The keywords of ``schema`` that hold schemas, with each of those."""
+def _subschemas(schema: Mapping[str, Any]) -> Iterator[Any]:
+    """The schemas directly inside of ``schema``."""
     for key, value in schema.items():
         if key in NAMED and isinstance(value, Mapping):
-            yield from ((key, one) for one in value.values())
+            yield from value.values()
         elif key in LISTED and isinstance(value, list):
-            yield from ((key, one) for one in value)
+            yield from value
         elif key in ALONE:
-            yield key, value
+            yield value
 
 
 def plain_schema(schema: Any, *, closed: bool) -> Any:
@@ -340,7 +340,7 @@ def _unenforced(schema: Any) -> set[str]:
     found = {key for key in UNENFORCED if key in schema}
     if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
         found.add("allOf")
-    for _, inner in _subschemas(schema):
+    for inner in _subschemas(schema):
         found |= _unenforced(inner)
     return found
 
@@ -471,7 +471,7 @@ class GrammarState:
         """Tokens of the text that the grammar forces next, each allowed after those before it; often none.
 
         The tokens are those of the tokenizer, in the light of the tokens before. The model may still cut the text
-        otherwise, so they are drafts, not output.
+        otherwise, above all at the last token, which a longer one may replace; so they are drafts, not output.
         """
         if self._ended:
             return []
@@ -536,9 +536,9 @@ def pick_mask(words_MW: Tensor, candidate_ids_C: Tensor) -> Tensor:
 def mask_logits(logits_MV: Tensor, words_MW: Tensor, candidate_ids_C: Tensor | None = None) -> Tensor:
     """A copy of logits ``[..., V]`` (or ``[..., C]`` of the candidates) with -inf where the packed masks ``[..., W]``
     forbid the token. Any device and floating dtype; the masks are moved to the logits' device."""
-    words_MW = words_MW.to(logits_MV.device, non_blocking=True)
+    forbidden_MW = ~words_MW.to(logits_MV.device, non_blocking=True)
     if candidate_ids_C is None:
-        allowed = unpack_mask(words_MW, logits_MV.shape[-1])
+        forbidden = unpack_mask(forbidden_MW, logits_MV.shape[-1])
     else:
-        allowed = pick_mask(words_MW, candidate_ids_C)
-    return logits_MV.masked_fill(~allowed, -torch.inf)
+        forbidden = pick_mask(forbidden_MW, candidate_ids_C)
+    return logits_MV.masked_fill(forbidden, -torch.inf)
