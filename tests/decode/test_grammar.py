@@ -432,6 +432,16 @@ def test_masks_along_drafts_are_those_of_the_walk(compiler: GrammarCompiler, cou
     assert cut > 0
 
 
+def test_a_draft_into_a_dead_end_is_cut(byte_compiler: GrammarCompiler) -> None:
+    """The text need not go there, so it is no error of the request."""
+    a, b = (byte_compiler.token_bytes.index(letter) for letter in (b"a", b"b"))
+    state = byte_compiler.state(wanted({"type": "grammar", "grammar": 'root ::= "a" | "b" rest\nrest ::= rest "c"'}))
+    assert len(state.packed_along([a, END])) == 3
+    assert len(state.packed_along([b, END])) == 1
+    assert state.ids == []
+    assert state.mask().nonzero().flatten().tolist() == sorted([a, b])
+
+
 def test_a_copy_goes_its_own_way(byte_compiler: GrammarCompiler) -> None:
     state = byte_compiler.state(wanted({"type": "regex", "regex": "a*b"}))
     a, b = (byte_compiler.token_bytes.index(letter) for letter in (b"a", b"b"))

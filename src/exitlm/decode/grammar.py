@@ -386,8 +386,9 @@ class GrammarState:
     def fill(self, words_W: Tensor) -> None:
         """Write the packed mask of the next token into ``words_W`` (int32 on the CPU, [W]).
 
-        A ``UserError`` where the grammar allows no token at all: it can't be completed in this vocabulary. After a
-        stop token only stop tokens are allowed, so that a row behind one has a token to choose.
+        A ``UserError`` where the grammar allows no token at all: it can't be completed in this vocabulary. (After a
+        draft that only means that the draft is a bad one.) After a stop token only stop tokens are allowed, so that a
+        row behind one has a token to choose.
         """
         if self._ended:
             words_W.copy_(self._stops_W)
@@ -413,13 +414,16 @@ class GrammarState:
 
     def packed_along(self, drafts: Sequence[int]) -> Tensor:
         """Packed masks int32 ``[M, W]``: of the next token, and after each of the ``drafts`` up to the first one that
-        is not allowed. The state stays where it is."""
-        rows = [self.packed()]
+        is not allowed or that nothing can follow. The state stays where it is."""
+        rows, begin = [self.packed()], len(self.ids)
         for token in drafts:
             if not self._accept(token):
                 break
-            rows.append(self.packed())
-        self.rollback(len(rows) - 1)
+            try:
+                rows.append(self.packed())
+            except UserError:  # of a draft, which the text need not follow
+                break
+        self.rollback(len(self.ids) - begin)
         return torch.stack(rows)
 
     def allowed(self, token: int) -> bool:
@@ -478,9 +482,15 @@ class GrammarState:
         text = self._matcher.find_jump_forward_string()
         if not text:
             return []
-        found = self._encoded(text)
-        kept = len(self.packed_along(found)) - 1 if found else 0
-        return found[:kept] or list(self._matcher.find_jump_forward_tokens())
+        return self._allowed_part(self._encoded(text)) or self._allowed_part(self._matcher.find_jump_forward_tokens())
+
+    def _allowed_part(self, tokens: Sequence[int]) -> list[int]:
+        """The first of ``tokens``, up to one that is not allowed after those before it."""
+        begin = len(self.ids)
+        all(self._accept(token) for token in tokens)
+        found = self.ids[begin:]
+        self.rollback(len(found))
+        return found
 
     def _encoded(self, text: str) -> list[int]:
         """``text`` in the tokens that follow the last ones, or nothing if the tokenizer would cut those otherwise."""
