@@ -13,7 +13,7 @@ from torch import Tensor
 from exitlm.decode import request
 from exitlm.decode.accept import accept, residual
 from exitlm.decode.generation import GenerationConfig
-from exitlm.decode.sample import draw
+from exitlm.decode.sample import draw, sampler_of
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig
 from tests.decode.models import attach, generate, make_engine
@@ -118,7 +118,7 @@ def small_model(layers: int = 2, candidates: int = 0) -> EarlyExitModel:
 
 def exact(model: EarlyExitModel, config: GenerationConfig, count: int) -> dict[tuple[int, ...], float]:
     """The joint distribution of the first ``count`` tokens, from full passes over every prefix."""
-    sampler, found = config.sampler(), {(): 1.0}
+    sampler, found = sampler_of(config), {(): 1.0}
     for _ in range(count):
         longer = {}
         texts = [[*PROMPT, *prefix] for prefix in found]

@@ -22,7 +22,7 @@ from exitlm.decode.drafting import DraftPolicy
 from exitlm.decode.generation import GenerationConfig, TokenTrace
 from exitlm.decode.lookup import NgramIndex
 from exitlm.decode.rules import ExitRule
-from exitlm.decode.sample import Sampler, draw, finite_rows
+from exitlm.decode.sample import draw, finite_rows, sampler_of
 from exitlm.decode.step import Fired, RuleTest, SequenceState, expand_logits
 from exitlm.errors import UserError
 
@@ -56,7 +56,7 @@ class Request:
         self.state, self.prompt, self.config, self.rule, self.policy = state, list(prompt), config, rule, policy
         self.stop_ids, self.max_new_tokens = stop_ids, max_new_tokens
         self.final_layer = state.fused.config.num_hidden_layers
-        self.sampler: Sampler = config.sampler()
+        self.sampler = sampler_of(config)
         self.generator = torch.Generator()
         if config.seed is None:
             self.generator.seed()

@@ -6,9 +6,11 @@ Temperature 0 is greedy. Shapes: logits and probabilities are one row ``[V]``.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +89,11 @@ class Sampler:
         if self.min_p > 0.0:
             probabilities = probabilities.masked_fill(probabilities < self.min_p * probabilities.max(), 0.0)
         return probabilities / probabilities.sum()
+
+
+def sampler_of(settings: Any) -> Sampler:
+    """The sampler of settings that have its fields among others."""
+    return Sampler(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Sampler)})
 
 
 def draw(probabilities_V: Tensor, generator: torch.Generator) -> int:
