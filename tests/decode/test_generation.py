@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
+from exitlm.decode.sampling.sampler import Sampler
 from exitlm.errors import UserError
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -52,6 +54,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"top_k": -2}, "top_k"),
     ({"min_p": 1.5}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"presence_penalty": 2.5}, "presence_penalty is 2.5, but must be a number from -2 to 2"),
+    ({"frequency_penalty": "1"}, "frequency_penalty"),
+    ({"logit_bias": None}, "logit_bias is None"),
+    ({"logit_bias": {5: 200}}, "logit_bias of token 5 is 200"),
+    ({"logit_bias": {"the": 1}}, "token id in logit_bias is 'the'"),
+    ({"bad_words": 5}, "bad_words is 5"),
+    ({"bad_words": [5]}, "sequence in bad_words is 5"),
+    ({"bad_words": [[]]}, "sequence in bad_words is empty"),
+    ({"bad_words": ["a", ""]}, "text in bad_words is empty"),
+    ({"bad_words": [np.array([1.5])]}, "sequence in bad_words"),
+    ({"logits_processor": "upper"}, "logits_processor is 'upper'"),
 ]
 
 
@@ -74,9 +87,23 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 def test_one_word_stands_for_a_list_of_one() -> None:
-    config = GenerationConfig(stop="END", draft="lookup")
+    config = GenerationConfig(stop="END", draft="lookup", bad_words="damn")
     assert config.stop == ("END",)
     assert config.draft == ("lookup",)
+    assert config.bad_words == ("damn",)
+
+
+def test_the_sampler_has_all_that_is_set_for_it() -> None:
+    def same(ids: list[int], logits: Tensor) -> Tensor:
+        return logits
+
+    given = {"temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}
+    given |= {"presence_penalty": 0.3, "frequency_penalty": -0.3, "logit_bias": {3: -1.0}}
+    config = GenerationConfig(**given, bad_words=["damn", np.array([1, 2])], logits_processor=same)  # type: ignore[arg-type, list-item]
+    assert config.bad_words == ("damn", (1, 2))  # a tokenizer says what a text is
+    assert config.sampler([[7, 8], [1, 2]]) == Sampler(**given, bad_words=[[7, 8], [1, 2]], processor=same)  # type: ignore[arg-type]
+    assert GenerationConfig(logit_bias={"7": 2}).logit_bias == {7: 2.0}  # type: ignore[dict-item]
+    assert GenerationConfig().sampler() == Sampler()
 
 
 def test_a_setting_without_effect_is_a_warning() -> None:

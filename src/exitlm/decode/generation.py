@@ -10,12 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from exitlm.decode.rules import RULES, check_threshold
-from exitlm.decode.sampling.sampler import Sampler
+from exitlm.decode.sampling.sampler import LogitsProcessor, Sampler, bad_word
 from exitlm.errors import UserError, nearest
-from exitlm.values import flag, seed_of, unboxed, whole, wholes, words, wrong
+from exitlm.values import elements, flag, seed_of, unboxed, whole, wholes, words, wrong
 
 MODES = ("full", "threshold", "lossless")
 DRAFTS = ("exits", "lookup")
+
+_SAMPLING = (  # settings that a Sampler has under the same name, and in the same form
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "logit_bias",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,9 @@ class GenerationConfig:
     successive exits that must agree. ``exit_layer``: the layer of rule ``fixed`` (None: the deepest active exit).
     ``max_pending``: positions that may wait for the deeper layers (None: no cap). ``min_exit_tokens``: tokens before
     the first exit may fire. ``draft``: the sources of drafts in lossless mode; ``max_draft`` caps one round;
-    ``adaptive`` lets measured acceptance and cost set the length of drafts.
+    ``adaptive`` lets measured acceptance and cost set the length of drafts. ``temperature`` (0: greedy) to
+    ``logits_processor`` are those of :class:`exitlm.decode.sampling.sampler.Sampler`; ``bad_words`` are texts or token
+    ids each, and ``seed`` decides all that is random (None: a fresh one).
     ``logprobs``: 0 is off, n gives each token's log-probability and the n most likely alternatives;
     ``prompt_logprobs`` likewise for the prompt's own tokens (None is off, 0 without alternatives). ``n``: how many
     texts to write, each with noise of its own.
@@ -51,6 +58,11 @@ class GenerationConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: Sequence[str | Sequence[int]] = ()
+    logits_processor: LogitsProcessor | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -77,10 +89,9 @@ class GenerationConfig:
             found["threshold"] = self._thresholds(self.threshold)
         if self.seed is not None:
             found["seed"] = seed_of(self.seed)
+        found["bad_words"] = self._bad_words(self.bad_words)
         sampler = self.sampler()
-        found |= {
-            name: getattr(sampler, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        }
+        found |= {name: getattr(sampler, name) for name in _SAMPLING}
         for name, value in found.items():
             object.__setattr__(self, name, value)
         self._one_of("mode", self.mode, MODES)
@@ -104,6 +115,15 @@ class GenerationConfig:
         if isinstance(found, Sequence) and not isinstance(found, str | bytes):
             return tuple(check_threshold(value) for value in found)
         return check_threshold(given)
+
+    @staticmethod
+    def _bad_words(given: Any) -> tuple[str | tuple[int, ...], ...]:
+        """Texts and tuples of token ids; one text stands for a list of one."""
+        expected = "a text or a sequence of texts and of sequences of token ids"
+        found = [given] if isinstance(given, str) else elements(given, "bad_words", expected)
+        if any(isinstance(word, str) and not word for word in found):
+            raise UserError("a text in bad_words is empty; leave it out or give what must not be written")
+        return tuple(word if isinstance(word, str) else bad_word(word) for word in found)
 
     def _warn_of_idle(self) -> None:
         """A setting that was changed but that the others keep from having an effect is a warning."""
@@ -138,15 +158,10 @@ class GenerationConfig:
                 raise UserError(f"generation has no setting '{name}'{nearest(name, known)}")
         return cls(**options)
 
-    def sampler(self) -> Sampler:
-        """The sampling part of these settings."""
-        return Sampler(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-        )
+    def sampler(self, bad_words: Sequence[Sequence[int]] = ()) -> Sampler:
+        """The sampling part of these settings, with :attr:`bad_words` as a tokenizer writes them: token ids alone."""
+        shared = {name: getattr(self, name) for name in _SAMPLING}
+        return Sampler(**shared, bad_words=bad_words, processor=self.logits_processor)
 
 
 @dataclass(kw_only=True)

@@ -108,7 +108,8 @@ def philox_torch(counter_4N: Tensor, key: int) -> Tensor:
 
 def _round_keys(key: int) -> NDArray[np.int64]:
     """The two words of the key in each round, ``[rounds, 2, 1]``."""
-    return (np.array([key & _WORD, key >> 32]) + _STEPS)[..., None] & _WORD
+    words: NDArray[np.int64] = (np.array([key & _WORD, key >> 32]) + _STEPS) & _WORD
+    return words[..., None]
 
 
 _STEPS = np.arange(ROUNDS)[:, None] * np.array(WEYL)
