@@ -90,20 +90,20 @@ import exitlm.decode.engine, exitlm.llm, exitlm.train, exitlm.evaluate.plots
 
 
 def test_generate_prints_text(run: Run, checkpoint: Path, adapter: Path) -> None:
-    settings = ("generate", checkpoint, "--exits", adapter, "--prompt", "hello", "--max-new-tokens", 12)
+    settings = ("generate", checkpoint, "--adapter", adapter, "--prompt", "hello", "--max-new-tokens", 12)
     code, out, err = run(*settings, "--mode", "full")
     assert (code, err) == (0, "")
-    model = exitlm.load(checkpoint, exits=adapter)
+    model = exitlm.load(checkpoint, adapter=adapter)
     assert out == f"{model.generate('hello', mode='full', max_new_tokens=12).text}\n"
 
 
 def test_generate_prints_one_json_object(run: Run, checkpoint: Path, adapter: Path) -> None:
     code, out, _ = run(
-        "generate", checkpoint, "--exits", adapter, "--prompt", "hi", "--mode", "threshold", "--threshold", "0",
+        "generate", checkpoint, "--adapter", adapter, "--prompt", "hi", "--mode", "threshold", "--threshold", "0",
         "--rule", "probability", "--max-new-tokens", 8, "--dtype", "float64", "--chat", "--json",
     )  # fmt: skip
     found = json.loads(out)
-    model = exitlm.load(checkpoint, exits=adapter, dtype="float64")
+    model = exitlm.load(checkpoint, adapter=adapter, dtype="float64")
     expected = model.generate("hi", chat=True, mode="threshold", threshold=0.0, rule="probability", max_new_tokens=8)
     assert code == 0
     assert set(found) == {"text", "token_ids", "exit_layers", "mode", "stats"}
@@ -139,7 +139,7 @@ def test_a_terminal_gets_colours_and_a_legend(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLORTERM", "truecolor")
-    settings = ("generate", checkpoint, "--exits", adapter, "--prompt", "hi", "--max-new-tokens", 9)
+    settings = ("generate", checkpoint, "--adapter", adapter, "--prompt", "hi", "--max-new-tokens", 9)
     code, out, _ = run(*settings, "--mode", "threshold", "--threshold", "0")
     assert code == 0
     assert "\x1b[1;38;2;0;168;120m" in out  # the colour of the shallowest exit
@@ -164,10 +164,10 @@ def test_tune_then_generate_then_export(run: Run, checkpoint: Path, tmp_path: Pa
     assert run(*command)[0] == 0  # a finished run says so and changes nothing
     assert {name: (out / name).stat().st_mtime_ns for name in saved} == saved
 
-    code, found, _ = run("generate", checkpoint, "--exits", out, "--prompt", "the", "--max-new-tokens", 4, "--json")
+    code, found, _ = run("generate", checkpoint, "--adapter", out, "--prompt", "the", "--max-new-tokens", 4, "--json")
     assert (code, json.loads(found)["mode"]) == (0, "lossless")
 
-    assert run("export", checkpoint, tmp_path / "exported", "--exits", out)[0] == 0
+    assert run("export", checkpoint, tmp_path / "exported", "--adapter", out)[0] == 0
     step = next((out / "checkpoints").iterdir())
     for source, place in ((out, "of the run"), (step, "of the step")):
         assert run("export", source, tmp_path / place) == (0, f"{tmp_path / place}\n", "")
@@ -195,7 +195,7 @@ def test_a_run_file_is_changed_by_flags(run: Run, checkpoint: Path, tmp_path: Pa
         "validation_sequences = 4\n[train]\nsteps = 1\nglobal_batch = 2\nmicrobatch = 2\n"
     )
     assert run("tune", settings, "--out", tmp_path / "run", "--exits", "1")[0] == 0
-    assert exitlm.load(checkpoint, exits=tmp_path / "run").exit_layers == [1]
+    assert exitlm.load(checkpoint, adapter=tmp_path / "run").exit_layers == [1]
 
 
 MISTAKES: list[tuple[list[str], str]] = [
@@ -211,7 +211,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "MODEL", "--prompt", "x", "--mode", "threshold"], "exitlm tune"),
     (["generate", "MODEL", "--prompt", ""], "empty"),
     (["generate", "MODEL", "--prompt", "x" * 99], "99 tokens"),
-    (["generate", "MODEL", "--prompt", "x", "--exits", "TMP/none"], "none"),
+    (["generate", "MODEL", "--prompt", "x", "--adapter", "TMP/none"], "none"),
     (["generate", "TMP/none", "--prompt", "x"], "none"),
     (["generate", "TMP/" + "n" * 300, "--prompt", "x"], "File name too long"),
     (["generate", "", "--prompt", "x"], "name is empty"),
@@ -271,12 +271,12 @@ def test_a_warning_is_said_once(run: Run, checkpoint: Path) -> None:
 
 def test_exits_of_another_base_need_the_flag(run: Run, adapter: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1)
-    command = ("generate", other, "--exits", adapter, "--prompt", "x", "--max-new-tokens", 2)
+    command = ("generate", other, "--adapter", adapter, "--prompt", "x", "--max-new-tokens", 2)
     code, _, err = run(*command)
     assert code == 2
     assert "--allow-other-base" in err
     assert run(*command, "--allow-other-base")[0] == 0
-    assert run("export", other, tmp_path / "out", "--exits", adapter, "--allow-other-base")[0] == 0
+    assert run("export", other, tmp_path / "out", "--adapter", adapter, "--allow-other-base")[0] == 0
 
 
 def test_an_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_lossless_is_full_and_chat_uses_the_template(model_with_exits: exitlm.LL
 def test_an_adapter_round_trip(model_with_exits: exitlm.LLM, checkpoint: Path, tmp_path: Path) -> None:
     expected = model_with_exits.exit_logits(IDS)
     model_with_exits.save_exits(tmp_path / "adapter")
-    again = exitlm.load(checkpoint, exits=tmp_path / "adapter", dtype="float64")
+    again = exitlm.load(checkpoint, adapter=tmp_path / "adapter", dtype="float64")
     for layer, logits in again.exit_logits(IDS).items():
         torch.testing.assert_close(logits, expected[layer], rtol=0, atol=0)
 
@@ -168,15 +168,15 @@ def test_two_adapters_of_one_base(checkpoint: Path, tmp_path: Path) -> None:
         one = exitlm.load(checkpoint)
         one.add_exits([layer], kind="norm")
         one.save_exits(tmp_path / str(layer))
-    assert exitlm.load(checkpoint, exits=[tmp_path / "3", tmp_path / "1"]).exit_layers == [1, 3]
+    assert exitlm.load(checkpoint, adapter=[tmp_path / "3", tmp_path / "1"]).exit_layers == [1, 3]
 
 
 def test_an_adapter_of_another_base_is_refused(model_with_exits: exitlm.LLM, checkpoint: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1)
     model_with_exits.save_exits(tmp_path / "adapter")
     with pytest.raises(UserError):
-        exitlm.load(other, exits=tmp_path / "adapter")
-    assert exitlm.load(other, exits=tmp_path / "adapter", allow_other_base=True).exit_layers == [1, 3]
+        exitlm.load(other, adapter=tmp_path / "adapter")
+    assert exitlm.load(other, adapter=tmp_path / "adapter", allow_other_base=True).exit_layers == [1, 3]
 
 
 def test_an_exported_directory_brings_its_exits(model_with_exits: exitlm.LLM, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_mistakes_in_load(checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError):
             exitlm.load(wrong)
     with pytest.raises(UserError):
-        exitlm.load(checkpoint, exits=empty)
+        exitlm.load(checkpoint, adapter=empty)
     with pytest.raises(UserError, match="float31"):
         exitlm.load(checkpoint, dtype="float31")
     with pytest.raises(UserError, match="int3"):
