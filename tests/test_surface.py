@@ -138,6 +138,7 @@ def test_prompts_and_token_ids(model: exitlm.LLM) -> None:
         lambda value: list(model.stream(value, max_new_tokens=2)),
         lambda value: model.generate("hi", chat=value, max_new_tokens=2),
         lambda value: model.stream("hi", chat=value, max_new_tokens=2),
+        lambda value: model.generate([{"role": "user", "content": value}], max_new_tokens=2),
         model.encode, model.logits, model.exit_logits,
     ):  # fmt: skip
         said = refusals(call)
@@ -231,6 +232,8 @@ def test_what_is_loaded_saved_and_removed(model: exitlm.LLM, checkpoint: Path) -
         "quant": lambda value: exitlm.load(checkpoint, quant=value),
         "allow_other_base": lambda value: exitlm.load(checkpoint, allow_other_base=value),
         "model is": exitlm.LLM,
+        "device is": exitlm.load(checkpoint).to,
+        "config is": lambda value: model.generate("hi", config=value, max_new_tokens=2),
         "quant is": lambda value: exitlm.LLM(model.model, quant=value),
         "layers": exitlm.load(checkpoint).remove_exits,
         "the directory": model.save_exits,

@@ -27,12 +27,14 @@ _PLACES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Load the module of a public name when it is first asked for (PEP 562)."""
-    if name not in _PLACES:
-        raise AttributeError(f"module 'exitlm' has no attribute '{name}'")
-    module = import_module(_PLACES[name])
-    return module if module.__name__ == f"exitlm.{name}" else getattr(module, name)
+if not TYPE_CHECKING:  # a type checker would take any name for one of the package's
+
+    def __getattr__(name: str) -> Any:
+        """Load the module of a public name when it is first asked for (PEP 562)."""
+        if name not in _PLACES:
+            raise AttributeError(f"module 'exitlm' has no attribute '{name}'")
+        module = import_module(_PLACES[name])
+        return module if module.__name__ == f"exitlm.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from exitlm.errors import UserError
 
-_NUMBER = re.compile(r"[+-]?(\d{1,300}\.?\d{0,300}|\.\d{1,300})([eE][+-]?\d{1,3})?")
-_WHOLE = re.compile(r"[+-]?\d{1,300}")
+_NUMBER = re.compile(r"[+-]?(\d{1,300}\.?\d{0,300}|\.\d{1,300})([eE][+-]?\d{1,3})?", re.ASCII)
+_WHOLE = re.compile(r"[+-]?\d{1,300}", re.ASCII)
 _PYTHON = {"True": True, "False": False, "None": None}
 
 
@@ -54,8 +54,8 @@ def value_of(text: str) -> Any:
 
 
 def numbered(value: Any) -> Any:
-    """A mapping whose keys are all whole numbers as texts (JSON has no others) with numbers for keys; else ``value``."""
-    if isinstance(value, Mapping) and value and all(re.fullmatch(r"\d{1,18}", str(key)) for key in value):
+    """A mapping whose keys are all whole numbers as texts, as in JSON, with numbers as keys; anything else as it is."""
+    if isinstance(value, Mapping) and value and all(re.fullmatch(r"[0-9]{1,18}", str(key)) for key in value):
         return {int(key): item for key, item in value.items()}
     return value
 
