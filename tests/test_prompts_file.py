@@ -124,7 +124,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"messages": [{"role": "user"}]}, "message 1 has no content"),
     ({"prompt": "x", "id": [1]}, "id is [1] (list), but must be a text or a whole number"),
     ({"prompt": "x", "id": True}, "id is True (bool)"),
-    ("{", "this is not valid JSON"),
+    ("{", "this is not valid JSON (Expecting property name enclosed in double quotes, at character 2)"),
     ("[" * 99999, "this is not valid JSON"),
     ("9" * 5000, "this is not valid JSON"),
     ("[1]", "this is [1] (list), but must be an object"),

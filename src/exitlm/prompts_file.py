@@ -122,8 +122,10 @@ def _object(row: bytes) -> dict[str, Any]:
         found = json.loads(row.decode())
     except UnicodeDecodeError:
         raise UserError("this is not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"this is not valid JSON ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"this is not valid JSON ({error.msg}, at character {error.pos + 1})") from None
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, brackets in brackets
+        raise UserError(f"this is not valid JSON that can be read ({error})") from None
     if not isinstance(found, dict):
         raise wrong("this", found, 'an object such as {"prompt": "Hello"}')
     return found
