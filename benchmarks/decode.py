@@ -1,11 +1,11 @@
 """Speed of decoding on a CPU: full against transformers, cost of rows, efficiency of exits, and the three modes.
 
-    python benchmarks/decode.py [--exits runs/demo] [--section full rows forced test modes] [--rounds 5]
+    python benchmarks/decode.py [--adapter runs/demo] [--section full rows forced test modes] [--rounds 5]
 
 ``full``: greedy decoding, every weight format against transformers' float32 ``generate`` (and llama.cpp where
 ``--llama-python`` names an interpreter that has llama_cpp). ``rows``: a pass over M rows against one row. ``forced``:
 random exit patterns forced on the engine against the bound of measured pass times. ``test``: what a test that does not
-fire costs. ``modes``: lossless and threshold against full, prompt set by prompt set (needs ``--exits``).
+fire costs. ``modes``: lossless and threshold against full, prompt set by prompt set (needs ``--adapter``).
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def main() -> None:
     """Run the sections that were asked for and write ``results/decode-SECTION.json`` for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--exits", default=None, help="a tuned adapter, for the modes")
+    parser.add_argument("--adapter", default=None, help="a tuned adapter, for the modes")
     parser.add_argument("--section", nargs="+", default=["full", "rows", "forced", "test", "modes"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
@@ -311,11 +311,11 @@ def main() -> None:
         "modes": lambda llm: modes(llm, given.rounds, given.tokens),
     }
     for section in given.section:
-        if section == "modes" and given.exits is None:
-            print("modes: skipped, since it needs --exits")
+        if section == "modes" and given.adapter is None:
+            print("modes: skipped, since it needs --adapter")
             continue
         print(f"\n## {section}")
-        llm = exitlm.load(given.model, exits=given.exits if section == "modes" else None)
+        llm = exitlm.load(given.model, adapter=given.adapter if section == "modes" else None)
         print(save(f"decode-{section}", runs[section](llm)))
 
 

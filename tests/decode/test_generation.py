@@ -13,6 +13,7 @@ from torch import Tensor
 from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
 from exitlm.decode.sampling.sampler import Sampler
 from exitlm.errors import UserError
+from exitlm.palette import palette
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"threshold": math.nan}, "threshold is nan"),
@@ -148,5 +149,43 @@ def test_a_piece_and_a_generation_are_plain_data() -> None:
     trace = [TokenTrace(id=7, exit_layer=2, source="exit", confidence={2: 0.5}, text="a")]
     piece = Piece(text="a", tokens=trace)
     assert (piece.token_ids, piece.exit_layers) == ([7], [2])
-    out = Generation(text="a", token_ids=[7], exit_layers=[2], trace=trace, stats={"tokens": 1}, finish_reason="length")
+    stats = {"mode": "threshold", "exits": [1, 2]}
+    out = Generation(text="a", token_ids=[7], exit_layers=[2], trace=trace, stats=stats, finish_reason="length")
     assert json.loads(json.dumps(dataclasses.asdict(out)))["trace"][0]["id"] == 7
+
+
+def generation(words: list[str], layers: list[int], text: bool = True) -> Generation:
+    """A finished generation of these words."""
+    pairs = enumerate(zip(words, layers, strict=True))
+    trace = [TokenTrace(id=i, exit_layer=layer, source="exit", text=word) for i, (word, layer) in pairs]
+    return Generation(
+        text="".join(words) if text else None,
+        token_ids=[token.id for token in trace],
+        exit_layers=layers,
+        trace=trace,
+        stats={"mode": "threshold", "exits": [2, 3]},
+        finish_reason="length",
+    )
+
+
+def test_a_generation_is_shown_in_one_line() -> None:
+    assert repr(generation(["a", "b"], [4, 2])) == "<Generation 'ab': 2 tokens, 3.0 layers on average, mode threshold>"
+    assert repr(generation(["a"], [4], text=False)) == (
+        "<Generation [0]: 1 token, 4.0 layers on average, mode threshold>"
+    )
+    assert repr(generation([], [])) == "<Generation '': 0 tokens, mode threshold>"
+    long = repr(generation(["line\n"] * 1000, [4] * 1000))
+    assert len(long) < 150
+    assert "1000 tokens" in long
+    assert "\n" not in long
+
+
+def test_a_notebook_shows_depth_in_the_colours_of_the_palette() -> None:
+    found = generation(["<b>", " & ", "c"], [4, 2, 3])._repr_html_()
+    colours = palette([2, 3], 4)
+    for layer, text in ((2, " &amp; "), (3, "c")):
+        assert f'<span style="color: {colours[layer]}; font-weight: bold" title="layer {layer}">{text}</span>' in found
+    assert "&lt;b&gt;<span" in found
+    assert "layer 4 (final head)" in found
+    assert ">1 </span>" in generation(["a", "b"], [4, 2], text=False)._repr_html_()
+    assert "final head" in generation([], [])._repr_html_()

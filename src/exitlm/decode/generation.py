@@ -11,7 +11,8 @@ from typing import Any
 
 from exitlm.decode.rules import RULES, check_threshold
 from exitlm.decode.sampling.sampler import LogitsProcessor, Sampler, bad_word
-from exitlm.errors import UserError, nearest
+from exitlm.errors import UserError, nearest, short
+from exitlm.palette import html, palette
 from exitlm.values import elements, flag, seed_of, unboxed, whole, wholes, words, wrong
 
 MODES = ("full", "threshold", "lossless")
@@ -218,6 +219,19 @@ class Generation:
     stats: dict[str, Any]
     finish_reason: str
     prompt_logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """How it begins, its length, its mean exit layer and its mode."""
+        tokens = len(self.token_ids)
+        depth = f", {sum(self.exit_layers) / tokens:.1f} layers on average" if tokens else ""
+        begin = short(self.token_ids if self.text is None else self.text)
+        return f"<Generation {begin}: {tokens} token{'s' * (tokens != 1)}{depth}, mode {self.stats.get('mode')}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the text (token ids where there is none) with every token in its layer's colour."""
+        words = [token.text if self.text is not None else f"{token.id} " for token in self.trace]
+        colours = palette([*self.exit_layers, *self.stats.get("exits", ())], max(self.exit_layers, default=0))
+        return html(zip(words, self.exit_layers, strict=True), colours)
 
 
 def summarise(trace: Sequence[TokenTrace], seconds: float) -> dict[str, float]:
