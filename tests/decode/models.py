@@ -2,16 +2,14 @@
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from exitlm.decode.costs import Costs
 from exitlm.decode.engine import Engine
-from exitlm.decode.fused import FusedHead, FusedModel
 from exitlm.decode.generation import Generation, GenerationConfig
-from exitlm.decode.step import Fired, SequenceState
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig, RidgeStatistics
 from tests.model.families import tiny_model
@@ -102,20 +100,6 @@ def make_engine(model: EarlyExitModel, **options: object) -> Engine:
 def generate(engine: Engine, prompt: Sequence[int], **settings: object) -> Generation:
     """``engine.generate`` with the settings as keywords."""
     return engine.generate(prompt, GenerationConfig.of(settings))
-
-
-def new_state(fused: FusedModel, active: Sequence[int], capacity: int = 160) -> SequenceState:
-    """An empty sequence with an empty cache."""
-    return SequenceState(fused, active, fused.new_cache(), capacity)
-
-
-def leave_at(layer: int | None) -> Callable[..., Fired | None]:
-    """A test that fires at ``layer`` alone, or never."""
-
-    def test(head: FusedHead, hidden: Tensor, residual: Tensor, block: Tensor | None) -> Fired | None:
-        return Fired(layer, head, head.logits(hidden, residual, block)[0]) if head.layer == layer else None
-
-    return test
 
 
 def greedy_reference(model: EarlyExitModel, prompt: Sequence[int], count: int) -> list[int]:
