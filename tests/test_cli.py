@@ -275,7 +275,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "MODEL", "--prompt", "x", "--set", 'threshold={"8": 2}'], "threshold of exit 8 is 2"),
     (["generate", "MODEL", "--prompt", "x", "--seed", "1", "--set", "seed=2"], "seed is given twice, by --seed and"),
     (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "1", "--set", "max_new_tokens=2"], "--max-new-tokens"),
-    (["generate", "MODEL", "--prompt", "x", "--set", "engine.max_rows=8"], "no setting 'engine.max_rows'"),
+    (
+        ["generate", "MODEL", "--prompt", "x", "--set", "engine.max_row=8"],
+        "the engine has no setting 'max_row'; did you mean 'max_rows'",
+    ),
     (["export", "MODEL", "TMP/out", "--exits", "x"], "unknown argument '--exits'"),
     (["generate", "TMP/none", "--prompt", "x"], "none"),
     (["generate", "TMP/" + "n" * 300, "--prompt", "x"], "File name too long"),

@@ -386,7 +386,7 @@ def test_a_setting_that_acts_with_those_of_a_line_is_not_idle(run: Run, checkpoi
         (["--prompts", "FILE", "--out", "FILE"], "is the file of the prompts; choose another file"),
         (["--prompts", "OUT", "--out", "OUT"], "cannot be read"),
         (["--prompts", "FILE", "--out", "OUT", "--set", "tempreature=1"], "did you mean 'temperature'"),
-        (["--prompts", "FILE", "--out", "OUT", "--set", "engine.max_rows=1"], "no setting 'engine.max_rows'"),
+        (["--prompts", "FILE", "--out", "OUT", "--set", "engine.max_row=1"], "the engine has no setting 'max_row'"),
         (["--prompts", "FILE", "--out", "TMP"], "is not a file"),
         (["--prompts", "FILE", "--out", "OUT", "--adapter", "OUT"], "adapter"),
     ],

@@ -84,10 +84,12 @@ def generate(
         raise UserError("--prompts FILE and --out FILE go together: prompts in, answers out")
     if prompts is not None and json:
         raise UserError("the answers to --prompts are JSON lines already; leave --json out")
-    settings = _settings(flags, set)
+    from exitlm.decode.options import EngineConfig
+
+    settings, engine = _settings(flags, set)
     source = {
         "source": model, "adapter": adapter, "dtype": dtype, "device": device, "quant": quant,
-        "allow_other_base": allow_other_base,
+        "allow_other_base": allow_other_base, "engine": EngineConfig.of(engine),
     }  # fmt: skip
     if prompts is not None and out is not None:
         return _answer_file(Path(prompts), Path(out), source, settings, chat)
@@ -95,8 +97,8 @@ def generate(
     return _answer_prompt(_standard_input() if prompt == "-" else prompt, source, settings, chat, json)
 
 
-def _settings(flags: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """The settings of a generation from its flags and from ``--set``."""
+def _settings(flags: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a generation from its flags and from ``--set``, and those of the engine."""
     from exitlm.assignments import assignments, value_of
 
     given = {name: value for name, value in flags.items() if value is not None}
@@ -105,11 +107,11 @@ def _settings(flags: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
         given["exits"] = [layers] if isinstance(layers, int) else layers
         if not isinstance(given["exits"], list):
             raise UserError(f"--exits is '{layers}', but must be layers such as 8,15 (an adapter goes to --adapter)")
-    settings, _ = assignments(words)
+    settings, sections = assignments(words, ("engine",))
     for name in given:
         if name in settings:
             raise UserError(f"{name} is given twice, by --{name.replace('_', '-')} and by --set; leave one of them out")
-    return {**given, **settings}
+    return {**given, **settings}, sections.get("engine", {})
 
 
 def _standard_input() -> str:
@@ -134,6 +136,9 @@ def _answer_prompt(prompt: str, source: Mapping[str, Any], settings: Mapping[str
 
         found = llm.generate(prompt, chat=chat, config=config)
         print(json_format.dumps({**as_json(found), "stats": without_nan(found.stats)}))
+    elif config.n > 1:
+        for number, choice in enumerate(llm.generate(prompt, chat=chat, config=config).choices, 1):
+            print(f"[{number}] {choice.text}")
     elif sys.stdout.isatty():
         _print_depth(llm, prompt, chat, config)
     else:

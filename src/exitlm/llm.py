@@ -8,12 +8,12 @@ Shapes: B sequences, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from torch import Tensor
 from exitlm.decode.engine import Engine
 from exitlm.decode.formats import check_quant
 from exitlm.decode.generation import Generation, GenerationConfig, Piece
+from exitlm.decode.options import EngineConfig
 from exitlm.decode.prompts import Prompt, encode
+from exitlm.decode.requests import configs_of, is_many
 from exitlm.decode.settings import GenerationSettings
 from exitlm.decode.text import Tokenizer
 from exitlm.errors import UserError, nearest
@@ -47,15 +49,18 @@ def load(
     device: str | torch.device = "cpu",
     quant: str = "auto",
     allow_other_base: bool = False,
+    engine: EngineConfig | Mapping[str, Any] | None = None,
 ) -> LLM:
     """Load a model: a directory with safetensors, a ``.gguf`` file, a hub id, or ``smollm2`` for the packaged one.
 
     ``adapter`` is one adapter directory or several of one base; without it, a directory that holds exits beside its
     weights brings its own. ``dtype`` ``auto`` is the checkpoint's. ``quant`` is how weights are packed for ``generate``
-    and ``stream`` on a CPU. Raises :class:`UserError` for anything that can't be loaded, and for an adapter that was
+    and ``stream`` on a CPU. ``engine`` says what the engine may hold (:class:`EngineConfig`, or its fields in a
+    mapping). Raises :class:`UserError` for anything that can't be loaded, and for an adapter that was
     tuned on other weights unless ``allow_other_base``.
     """
     check_quant(quant)
+    options = _engine_config(engine)
     any_base = flag(allow_other_base, "allow_other_base")
     adapters = None if adapter is None else paths_of(adapter, "adapter")
     model = load_model(source, dtype=dtype, device=device)
@@ -64,32 +69,33 @@ def load(
         adapters = [str(own)] if is_adapter(own) else []
     if adapters:
         attach(model, adapters, allow_other_base=any_base)
-    return LLM(model, quant=quant)
+    return LLM(model, quant=quant, engine=options)
 
 
-def _config(config: GenerationConfig | None, settings: GenerationSettings) -> GenerationConfig:
-    """The configuration of one call, given whole or by its fields."""
-    if config is None:
-        return GenerationConfig.of(settings)
-    if not isinstance(config, GenerationConfig):
-        raise wrong("config", config, "a GenerationConfig")
-    if settings:
-        raise UserError(
-            f"settings are given twice, by config and by name ({', '.join(settings)}); change the config with "
-            "dataclasses.replace, or leave it out"
-        )
-    return config
+def _engine_config(value: Any) -> EngineConfig:
+    if value is None or isinstance(value, EngineConfig):
+        return value or EngineConfig()
+    if not isinstance(value, Mapping):
+        raise wrong("engine", value, "an EngineConfig or a mapping of its fields")
+    return EngineConfig.of(value)
 
 
 class LLM:
     """A decoder-only language model with exits. ``model`` is the plain ``nn.Module`` behind it."""
 
-    def __init__(self, model: EarlyExitModel, *, quant: str = "auto") -> None:
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        *,
+        quant: str = "auto",
+        engine: EngineConfig | Mapping[str, Any] | None = None,
+    ) -> None:
         if not isinstance(model, EarlyExitModel):
             raise wrong("model", model, "an EarlyExitModel; exitlm.load gives an LLM from a directory")
         check_quant(quant)
         self.model = model
         self.quant = quant
+        self.engine_config = _engine_config(engine)
         self._engine: Engine | None = None
         self._why_no_text = "this model came without a tokenizer"
 
@@ -125,7 +131,8 @@ class LLM:
     def engine(self) -> Engine:
         """The decoding engine; built when first needed, and again after the exits have changed."""
         if self._engine is None:
-            self._engine = Engine(self.model, quant=self.quant, tokenizer=cast(Tokenizer | None, self.tokenizer))
+            tokenizer = cast(Tokenizer | None, self.tokenizer)
+            self._engine = Engine(self.model, quant=self.quant, tokenizer=tokenizer, options=self.engine_config)
         return self._engine
 
     def logits(self, ids: Ids) -> Tensor:
@@ -136,34 +143,77 @@ class LLM:
         """Logits of every early exit, ``{layer: [B, T, V]}``; ``-inf`` outside an exit's candidate vocabulary."""
         return {layer: logits for layer, logits in self.model.exit_logits(ids).items() if layer < self.num_layers}
 
-    def generate(
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts to a type checker
         self,
         prompt: Prompt,
         *,
         chat: bool = False,
         config: GenerationConfig | None = None,
         **settings: Unpack[GenerationSettings],
-    ) -> Generation:
-        """Continue ``prompt`` and return the text with the story of every token.
+    ) -> Generation: ...
 
-        ``prompt`` is a text, a list of token ids or a list of chat messages (``{"role": "user", "content": "Hi"}``);
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        chat: bool = False,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        **settings: Unpack[GenerationSettings],
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        chat: bool = False,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        **settings: Unpack[GenerationSettings],
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or each of a list of prompts, and return the text with the story of every token.
+
+        A prompt is a text, a list of token ids or a list of chat messages (``{"role": "user", "content": "Hi"}``);
         ``chat`` puts a text into the model's chat template. ``settings`` are the fields of :class:`GenerationConfig`
-        (``mode``, ``threshold``, ``max_new_tokens`` and so on); ``config`` gives them all at once instead.
+        (``mode``, ``threshold``, ``max_new_tokens`` and so on); ``config`` gives them all at once instead. Prompts in a
+        list are decoded together, and each gets the text that it would get alone; a setting that is one value may then
+        be a list of one for each, and ``config`` a list, too. One that can't be answered has an ``error``, and the
+        others are answered.
         """
-        chosen = _config(config, settings)
-        return self.engine.generate(self.encode(prompt, chat=chat), chosen)
+        if not is_many(prompt):
+            (chosen,) = configs_of(config, settings, None)
+            found = self.engine.generate(self.encode(cast(Prompt, prompt), chat=chat), chosen)
+            return found
+        requests = self._requests(cast(Sequence[Prompt], prompt), chat, config, settings)
+        return self.engine.generate_all(requests)
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Sequence[Prompt],
         *,
         chat: bool = False,
-        config: GenerationConfig | None = None,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         **settings: Unpack[GenerationSettings],
     ) -> Iterator[Piece]:
-        """As :meth:`generate`, in pieces as they become certain; in ``lossless`` mode that is after verification."""
-        chosen = _config(config, settings)
-        return self.engine.stream(self.encode(prompt, chat=chat), chosen)
+        """As :meth:`generate`, in pieces as they become certain; in ``lossless`` mode that is after verification.
+        Pieces of a list carry the ``index`` of their prompt."""
+        if not is_many(prompt):
+            (chosen,) = configs_of(config, settings, None)
+            return self.engine.stream(self.encode(cast(Prompt, prompt), chat=chat), chosen)
+        return self.engine.stream_all(self._requests(cast(Sequence[Prompt], prompt), chat, config, settings))
+
+    def _requests(
+        self, prompts: Sequence[Prompt], chat: bool, config: Any, settings: GenerationSettings
+    ) -> list[tuple[list[int] | UserError, GenerationConfig]]:
+        """Token ids, or what is wrong, and settings for each prompt."""
+        configs = configs_of(config, settings, len(prompts))
+        ids: list[list[int] | UserError] = []
+        for prompt in prompts:
+            try:
+                ids.append(self.encode(prompt, chat=chat))
+            except UserError as error:
+                ids.append(error)
+        return list(zip(ids, configs, strict=True))
 
     def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
         """The token ids of a prompt; messages go into the model's chat template, and with ``chat`` so does a text."""

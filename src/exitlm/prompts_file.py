@@ -223,11 +223,15 @@ def in_order(llm: LLM, lines: Sequence[Line]) -> Iterator[tuple[Line, Outcome]]:
 
 def decode_many(llm: LLM, prompts: Sequence[PromptLine]) -> Generator[tuple[int, Outcome], None, None]:
     """The index of each prompt with its generation, or with the error that ended it, in the order they finish in."""
+    requests: list[tuple[list[int] | UserError, GenerationConfig]] = []
     for line in prompts:
         try:
-            yield line.index, llm.generate(line.prompt, chat=line.chat, config=line.config)
+            requests.append((llm.encode(line.prompt, chat=line.chat), line.config))
         except UserError as error:
-            yield line.index, error
+            requests.append((error, line.config))
+    with contextlib.closing(llm.engine.finished(requests)) as outcomes:
+        for index, found in outcomes:
+            yield prompts[index].index, found if found.error is None else found.error
 
 
 def _answer(line: Line, outcome: Outcome) -> dict[str, Any]:
@@ -238,13 +242,18 @@ def _answer(line: Line, outcome: Outcome) -> dict[str, Any]:
 
 
 def as_json(found: Generation) -> dict[str, Any]:
-    """A generation's text, token ids, exit layers and mode, and its log-probabilities where they were asked for."""
+    """A generation's text, token ids, exit layers and mode, and the further ``choices`` and log-probabilities that were
+    asked for."""
     answer: dict[str, Any] = {
         "text": found.text,
         "token_ids": found.token_ids,
         "exit_layers": found.exit_layers,
         "mode": found.stats["mode"],
     }
+    if found.choices:
+        answer["choices"] = [{**as_json(one), "finish_reason": one.finish_reason} for one in found.choices[1:]]
+    if found.prompt_logprobs:
+        answer["prompt_logprobs"] = [{"logprob": one, "top": top} for one, top in found.prompt_logprobs]
     if any(token.logprob is not None for token in found.trace):
         answer["logprobs"] = [{"logprob": token.logprob, "top": token.top_logprobs} for token in found.trace]
     return answer

@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from exitlm.decode.grammar import read_response_format
 from exitlm.decode.rules import RULES, check_threshold
 from exitlm.decode.sampling.sampler import LogitsProcessor, Sampler, bad_word
 from exitlm.errors import UserError, nearest, short
 from exitlm.palette import html, palette
-from exitlm.values import elements, flag, seed_of, unboxed, whole, wholes, words, wrong
+from exitlm.values import elements, flag, seed_of, whole, wholes, words, wrong
 
 MODES = ("full", "threshold", "lossless")
-DRAFTS = ("exits", "lookup")
+DRAFTS = ("exits", "lookup", "grammar")
 
 _SAMPLING = (  # settings that a Sampler has under the same name, and in the same form
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -31,24 +32,26 @@ class GenerationConfig:
     ``mode``: ``full`` runs all layers for every token; ``threshold`` emits at the first exit whose rule fires;
     ``lossless`` drafts at exits (and from the text before) and verifies, so that the output is exactly the full
     model's. ``rule``: probability, margin, entropy, gate, patience, fixed or decay; None is the gate where exits were
-    tuned with one, else probability. ``threshold``: a number in [0, 1], or one per exit layer (a mapping, or a sequence
-    in the order of ``exits``); None takes what tuning stored for the rule, else 0.9. ``exits``: the active exit layers;
-    None is all of them, or those that pay on this machine when rule and threshold are left at None too. ``patience``:
-    successive exits that must agree. ``exit_layer``: the layer of rule ``fixed`` (None: the deepest active exit).
-    ``max_pending``: positions that may wait for the deeper layers (None: no cap). ``min_exit_tokens``: tokens before
-    the first exit may fire. ``draft``: the sources of drafts in lossless mode; ``max_draft`` caps one round;
+    tuned with one, else probability. ``threshold``: a number in [0, 1], or one per exit layer (a mapping); None takes
+    what tuning stored for the rule, else 0.9. ``exits``: the active exit layers; None is all of them, or those that
+    tuning found worth testing when rule and threshold are left at None too. ``patience``: successive exits that must
+    agree. ``exit_layer``: the layer of rule ``fixed`` (None: the deepest active exit). ``max_pending``: positions that
+    may wait for the deeper layers (None: 64; it changes no token). ``min_exit_tokens``: tokens before the first exit
+    may fire. ``draft``: the sources of drafts in lossless mode: exits, lookup (what followed the same words before) and
+    grammar (what ``response_format`` forces); ``max_draft`` caps one round;
     ``adaptive`` lets measured acceptance and cost set the length of drafts. ``temperature`` (0: greedy) to
     ``logits_processor`` are those of :class:`exitlm.decode.sampling.sampler.Sampler`; ``bad_words`` are texts or token
     ids each, and ``seed`` decides all that is random (None: a fresh one).
     ``logprobs``: 0 is off, n gives each token's log-probability and the n most likely alternatives;
     ``prompt_logprobs`` likewise for the prompt's own tokens (None is off, 0 without alternatives). ``n``: how many
-    texts to write, each with noise of its own.
+    texts to write, each with noise of its own. ``response_format``: what the text must look like, a JSON schema, a
+    regular expression or one of some choices (see :func:`exitlm.decode.grammar.read_response_format`).
     """
 
     max_new_tokens: int = 128
     mode: str = "lossless"
     rule: str | None = None
-    threshold: float | Mapping[int, float] | Sequence[float] | None = None
+    threshold: float | Mapping[int, float] | None = None
     exits: Sequence[int] | None = None
     patience: int = 2
     exit_layer: int | None = None
@@ -64,6 +67,7 @@ class GenerationConfig:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: Sequence[str | Sequence[int]] = ()
     logits_processor: LogitsProcessor | None = None
+    response_format: Any = None
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -88,6 +92,7 @@ class GenerationConfig:
             found["exits"] = tuple(wholes(self.exits, "exits"))
         if self.threshold is not None:
             found["threshold"] = self._thresholds(self.threshold)
+        found["response_format"] = read_response_format(self.response_format)
         if self.seed is not None:
             found["seed"] = seed_of(self.seed)
         found["bad_words"] = self._bad_words(self.bad_words)
@@ -107,14 +112,11 @@ class GenerationConfig:
         self._warn_of_idle()
 
     @staticmethod
-    def _thresholds(given: Any) -> float | dict[int, float] | tuple[float, ...]:
-        """One threshold for all exits, one for each layer named, or one for each exit in order."""
+    def _thresholds(given: Any) -> float | dict[int, float]:
+        """One threshold for all exits, or one for each layer named."""
         if isinstance(given, Mapping):
             pairs = [(whole(layer, "a layer in threshold"), value) for layer, value in given.items()]
             return {layer: check_threshold(value, f"threshold of exit {layer}") for layer, value in pairs}
-        found = unboxed(given)
-        if isinstance(found, Sequence) and not isinstance(found, str | bytes):
-            return tuple(check_threshold(value) for value in found)
         return check_threshold(given)
 
     @staticmethod
@@ -136,6 +138,7 @@ class GenerationConfig:
             "top_k": (self.temperature > 0, "a temperature above 0"),
             "top_p": (self.temperature > 0, "a temperature above 0"),
             "min_p": (self.temperature > 0, "a temperature above 0"),
+            "n": (self.temperature > 0, "a temperature above 0, since all texts are the same"),
             **dict.fromkeys(("rule", "threshold", "exits", "min_exit_tokens"), (exits, "a mode that uses exits")),
         }
         for f in dataclasses.fields(self):
@@ -186,10 +189,17 @@ class TokenTrace:
 
 @dataclass(kw_only=True)
 class Piece:
-    """What a stream yields: text that is certain now and the tokens that came with it (text may lag behind tokens)."""
+    """What a stream yields: text that is certain now and the tokens that came with it (text may lag behind tokens).
+
+    ``index`` is the prompt's place in a list of prompts, ``choice`` which of its ``n`` texts this is; ``error`` ends
+    the text of this prompt alone.
+    """
 
     text: str
     tokens: list[TokenTrace]
+    index: int = 0
+    choice: int = 0
+    error: UserError | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -204,7 +214,9 @@ class Piece:
 
 @dataclass(kw_only=True)
 class Generation:
-    """A finished generation. ``text`` is None without a tokenizer; ``finish_reason`` is ``stop`` or ``length``.
+    """A finished generation. ``text`` is None without a tokenizer; ``finish_reason`` is ``stop``, ``length`` or, of one
+    prompt among several, ``error``, which ``error`` explains. ``prompt_logprobs`` are those of the prompt's second to
+    last token, each with the most likely alternatives. With ``n`` above 1 this is choice 0, and ``choices`` lists all.
 
     ``stats``: mode, prompt_tokens, tokens, tokens_per_second (decoding alone), prefill_seconds, decode_seconds,
     mean_layers (mean exit layer), drafted, accepted, acceptance (None without drafts), max_pending, exits (the active
@@ -219,6 +231,8 @@ class Generation:
     stats: dict[str, Any]
     finish_reason: str
     prompt_logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    choices: list[Generation] = field(default_factory=list, repr=False)
+    error: UserError | None = None
 
     def __repr__(self) -> str:
         """How it begins, its length, its mean exit layer and its mode."""
@@ -232,6 +246,13 @@ class Generation:
         words = [token.text if self.text is not None else f"{token.id} " for token in self.trace]
         colours = palette([*self.exit_layers, *self.stats.get("exits", ())], max(self.exit_layers, default=0))
         return html(zip(words, self.exit_layers, strict=True), colours)
+
+
+def failed(error: UserError) -> Generation:
+    """What stands for the answer to one prompt of several that could not be answered."""
+    return Generation(
+        text=None, token_ids=[], exit_layers=[], trace=[], stats={}, finish_reason="error", error=error
+    )  # fmt: skip
 
 
 def summarise(trace: Sequence[TokenTrace], seconds: float) -> dict[str, float]:

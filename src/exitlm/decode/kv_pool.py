@@ -82,7 +82,7 @@ class KVPool:
         same texts need."""
         budget = self.options.kv_bytes
         if budget is None:
-            budget = max(self.bytes_for(context), min(self.bytes_for(64 * 2048), _memory(self.device) // 4))
+            budget = max(self.bytes_for(context), min(self.bytes_for(16 * 2048), _memory(self.device) // 4))
         low, high = 0, max(1, budget // (self.block_size * self._position_bytes))
         while low < high:  # the most blocks whose bytes fit
             middle = (low + high + 1) // 2
