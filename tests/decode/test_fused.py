@@ -4,17 +4,19 @@ import dataclasses
 import itertools
 import random
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from exitlm.decode.fused import FusedHead, FusedModel
-from exitlm.decode.step import Fired, expand_logits
+from exitlm.decode.engine import expand
+from exitlm.decode.fused import FusedModel
 from exitlm.model import EarlyExitModel, ModelConfig
 from exitlm.model.exits import ExitConfig
-from tests.decode.models import attach, generate, greedy_reference, make_engine, new_state, random_ids, worst
+from tests.decode.driver import Driver, advance_many, logits_of, make_runner
+from tests.decode.models import attach, generate, greedy_reference, make_engine, random_ids, worst
 from tests.model.families import FAMILIES, convert, tiny_hf_model, tiny_model
 from tests.model.test_parity import random_config
 
@@ -24,15 +26,11 @@ OUTPUTS = ("shared", "own", "exits", "low_rank")
 
 def passes(model: EarlyExitModel, ids: list[int]) -> list[Tensor]:
     """Final logits ``[T, V]`` of the fused model: row by row, and in passes of several rows."""
-    fused, found = FusedModel(model, "none"), []
+    runner, found = make_runner(FusedModel(model, "none"), 4 * len(ids) + 64), []
     for cuts in ([1] * len(ids), [len(ids)], [3, 1, 2, len(ids) - 6]):
-        state, rows, at = new_state(fused, ()), [], 0
-        state.prefill(ids)  # longrope: the rotations of a text of this length
-        state.truncate(0)
+        driver, rows, at = Driver(runner, total=len(ids)), [], 0
         for size in cuts:
-            hidden = state.advance(ids[at : at + size]).final_RD
-            assert hidden is not None
-            rows.append(fused.final_logits(hidden))
+            rows.append(logits_of(runner, driver.advance(ids[at : at + size])))
             at += size
         found.append(torch.cat(rows))
     return found
@@ -134,29 +132,31 @@ def every_head() -> list[list[ExitConfig]]:
 
 
 def compare_heads(model: EarlyExitModel, ids: list[int]) -> None:
-    """At every exit, reached in passes of one and of several rows, after a prefill."""
+    """At every exit, reached in passes of one and of several rows, after a prefill: the logits of all rows."""
     heads = model.exit_heads()
     expected, taps = model.exit_logits(ids), model.taps(torch.tensor([ids]), heads)
-    fused = FusedModel(model, "none")
-    state = new_state(fused, list(heads))
-    state.prefill(ids[:3])
-    seen = []
-
-    def look(head: FusedHead, hidden: Tensor, residual: Tensor, block: Tensor | None) -> Fired | None:
-        at = state.length - 1
-        logits = expand_logits(head, head.logits(hidden, residual, block)[0], model.config.vocab_size)
-        assert worst(logits, expected[head.layer][0, at]) <= TOLERANCE, heads[head.layer].config
-        best = head.token(int(head.logits(hidden, residual, block)[0].argmax()))
-        assert best == int(expected[head.layer][0, at].argmax())
-        if head.has_gate:
-            gate = torch.sigmoid(heads[head.layer].gate_logit(taps[head.layer].hidden[0, at]))
-            assert abs(head.gate(hidden[0]) - float(gate)) <= TOLERANCE
-        seen.append(head.layer)
-        return None
-
+    runner = make_runner(FusedModel(model, "none"), 64)
+    driver = Driver(runner)
+    driver.prefill(ids[:3])
     for size in (1, 1, 4, 1):
-        state.advance(ids[state.length : state.length + size], look)
-    assert seen == list(heads) * 4
+        at = driver.length
+        driver.enter(ids[at : at + size])
+        for boundary, layer in enumerate(heads, 1):
+            arrived, head = driver.advance([], boundary), runner.head(boundary)
+            assert head.layer == layer
+            logits_TK = runner.exit_logits(boundary, arrived, range(size))
+            wanted_TV = expected[layer][0, at : at + size]
+            for logits_K, wanted_V in zip(logits_TK, wanted_TV, strict=True):
+                logits_V = expand(logits_K, head.candidate_ids, model.config.vocab_size)
+                assert worst(logits_V, wanted_V) <= TOLERANCE, heads[layer].config
+                assert head.token(int(logits_K.argmax())) == int(wanted_V.argmax())
+            newest = runner.exit_logits(boundary, arrived, [size - 1])
+            assert worst(newest[0], logits_TK[-1]) <= TOLERANCE
+            if head.has_gate:
+                gates = torch.sigmoid(heads[layer].gate_logit(taps[layer].hidden[0, at : at + size])).tolist()
+                assert runner.gates(boundary, arrived, range(size)) == pytest.approx(gates, abs=TOLERANCE)
+                assert runner.gates(boundary, arrived, [size - 1]) == pytest.approx(gates[-1:], abs=TOLERANCE)
+        driver.advance([])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -180,7 +180,7 @@ def test_heads_that_share_a_matrix_are_packed_once() -> None:
 def test_an_exit_at_the_last_layer_is_no_exit_while_decoding() -> None:
     model = attach(tiny_model("llama"), [ExitConfig(layer=2), ExitConfig(layer=4, kind="block")])
     engine = make_engine(model)
-    assert engine.early == [2]
+    assert engine.runner.early == (2,)
     found = generate(engine, [5, 6, 7], mode="threshold", threshold=0.0, max_new_tokens=6, ignore_eos=True)
     assert found.exit_layers == [4, 2, 2, 2, 2, 2]
     assert set(found.trace[1].confidence) == {2}
@@ -193,3 +193,63 @@ def test_the_families_cover_what_the_fused_layers_branch_on() -> None:
     assert {config.fused_projections for config in configs} == {True, False}
     assert any(not all(config.use_rope) for config in configs)
     assert any(config.rope_local for config in configs)
+
+
+# ---- rows of several sequences
+
+
+def company(
+    model: EarlyExitModel, scatter: int, leave_windows: bool, seed: int, starts: Sequence[int] = (1, 9, 30, 17)
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Final and exit logits of sequences that share passes, and those of each alone in blocks that lie together."""
+    runner = make_runner(FusedModel(model, "none"), 4 * sum(starts) + 1024)
+    rng, together, alone = random.Random(seed), [], []
+    texts = [random_ids(start + 40, seed * 10 + i) for i, start in enumerate(starts)]
+    drivers = [Driver(runner, scatter=scatter, leave_windows=leave_windows) for _ in starts]
+    singles = [Driver(runner) for _ in starts]
+    for driver, single, text, start in zip(drivers, singles, texts, starts, strict=True):
+        driver.prefill(text[:start])
+        single.prefill(text[:start])
+    for _ in range(8):
+        members = rng.sample(range(len(starts)), rng.randint(2, len(starts)))
+        sizes = {i: rng.choice((1, 1, 2, 5)) for i in members}
+        boundary = rng.randint(1, runner.segments)
+        moves = [(i, texts[i][drivers[i].length : drivers[i].length + sizes[i]]) for i in members]
+        for each, arrived in zip(moves, advance_many([(drivers[i], t) for i, t in moves], boundary), strict=True):
+            own = singles[each[0]].advance(each[1], boundary)
+            for result, (held, run) in zip((together, alone), ((arrived, runner), (own, runner)), strict=True):
+                rows = range(len(held.hidden_MD))
+                last = boundary == runner.segments
+                result.append(run.final_logits(held, rows) if last else run.exit_logits(boundary, held, rows))
+    for driver, single in zip(drivers, singles, strict=True):
+        for each in (driver, single):
+            if each.pending:
+                each.advance([])
+        for entry in range(len(runner.pool.stores)):
+            stored = driver.stored(entry)
+            together.append(stored)
+            alone.append(single.stored(entry)[:, :, -stored.shape[2] :])
+    return together, alone
+
+
+@pytest.mark.parametrize("leave_windows", [False, True], ids=["all blocks", "windows"])
+@pytest.mark.parametrize("scatter", [0, 1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_rows_of_several_sequences_are_those_of_each_alone(family: str, scatter: int, leave_windows: bool) -> None:
+    """Logits of every exit and of the end, and keys and values, whoever shares the passes and wherever blocks lie."""
+    kinds = ("block", "lens", "mlp")
+    model = attach(tiny_model(family), [ExitConfig(layer=e, kind=kind) for e, kind in enumerate(kinds, 1)])
+    for seed in range(2):
+        together, alone = company(model, scatter, leave_windows, seed)
+        assert max(map(worst, together, alone)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("scatter", [1, 30, 60])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@torch.no_grad()
+def test_many_keys_in_scattered_blocks(family: str, scatter: int) -> None:
+    """More keys than are copied together: in few runs, which are read where they lie, and in many."""
+    model = attach(tiny_model(family, max_position_embeddings=1024), [ExitConfig(layer=2, kind="block")])
+    together, alone = company(model, scatter, False, 0, starts=(540, 700))
+    assert max(map(worst, together, alone)) <= TOLERANCE
