@@ -41,7 +41,9 @@ class Driver:
         self.tables = [BlockTable(allocator, pool.block_size) for allocator in pool.allocators]
         self.length = 0
         self.filled = [0] * runner.segments
-        hidden_0D = torch.zeros(0, runner.fused.config.hidden_size, dtype=runner.fused.dtype, device=runner.fused.device)
+        hidden_0D = torch.zeros(
+            0, runner.fused.config.hidden_size, dtype=runner.fused.dtype, device=runner.fused.device
+        )
         self.held = [hidden_0D] * runner.segments
         self.obstacles: list[list[int]] = [[] for _ in self.tables]
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from exitlm.decode.drafting import LOOKUP_PRIOR, MAX_DRAFT, Acceptance, DraftPolicy
+from exitlm.decode.acceptance import LOOKUP_PRIOR, MAX_DRAFT, Acceptance, DraftPolicy
 from exitlm.model.exits import ExitConfig
 from tests.decode.models import attach, drafting_model, generate, make_engine, random_ids, some_costs
 from tests.decode.test_costs import table
