@@ -284,19 +284,19 @@ class Sampler:
             return _winner(wide_V, self.temperature, noise_V)
         ids_n, weights_n = self._left(wide_V.numpy(force=True))
         if ids_n is None:
-            return _first(weights_n, noise(*given, vocab_size=len(weights_n)))
-        return int(ids_n[_first(weights_n, noise_at(*given, torch.from_numpy(ids_n)))])
+            return _first(weights_n, noise(*given, vocab_size=len(weights_n)).numpy())
+        return int(ids_n[_first(weights_n, noise_at(*given, ids_n))])
 
     @property
     def _filters(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
-    def _left(self, logits_V: NDArray[Any]) -> tuple[NDArray[np.intp] | None, NDArray[Any]]:
+    def _left(self, logits_V: NDArray[Any]) -> tuple[NDArray[np.int64] | None, NDArray[Any]]:
         """The ids ``[n]`` that the filters leave, rising (None: all), and their weights: probabilities up to a factor,
         the largest of them 1."""
         top = logits_V.max()
         _some(float(top))
-        ids_n: NDArray[np.intp] | None = None
+        ids_n: NDArray[np.int64] | None = None
         logits_n = logits_V
         if 0 < self.top_k < len(logits_V):
             ids_n = _largest(logits_V, self.top_k)
@@ -320,7 +320,7 @@ def finite_rows(logits_RV: Tensor) -> list[bool]:
     return found
 
 
-def _largest(logits_V: NDArray[Any], k: int) -> NDArray[np.intp]:
+def _largest(logits_V: NDArray[Any], k: int) -> NDArray[np.int64]:
     """The rising indices of the ``k`` largest, and of all that equal the least of them; never of minus infinity."""
     groups = len(logits_V) // max(1, min(_GROUP, len(logits_V) // (4 * k)))
     best = logits_V[: len(logits_V) // groups * groups].reshape(-1, groups).max(0)
@@ -330,17 +330,17 @@ def _largest(logits_V: NDArray[Any], k: int) -> NDArray[np.intp]:
     if len(near_n) <= k:
         return near_n
     logits_n = logits_V[near_n]
-    kept_n: NDArray[np.intp] = near_n[logits_n >= np.partition(logits_n, -k)[-k]]
+    kept_n: NDArray[np.int64] = near_n[logits_n >= np.partition(logits_n, -k)[-k]]
     return kept_n
 
 
-def _nucleus(weights_V: NDArray[Any], top_p: float) -> NDArray[np.intp]:
+def _nucleus(weights_V: NDArray[Any], top_p: float) -> NDArray[np.int64]:
     """The rising indices of the largest weights that hold the share ``top_p``: those before which there is less, where
     equals stand in the order of their indices."""
     total = float(weights_V.sum(dtype=np.float64))
     wanted = top_p * total
 
-    def near(weights_n: NDArray[Any], mass: float) -> NDArray[np.intp]:
+    def near(weights_n: NDArray[Any], mass: float) -> NDArray[np.int64]:
         # Before a kept weight there is less than what is wanted. So it and all after it, of which it is the largest,
         # hold more than the rest: it is above their mean, and what is below need not be sorted.
         return np.flatnonzero(weights_n >= (_NEARLY * (mass - wanted) - _ROUNDING * total) / len(weights_n))
@@ -354,13 +354,13 @@ def _nucleus(weights_V: NDArray[Any], top_p: float) -> NDArray[np.intp]:
     keep_n = weights_n > ordered_n[kept - 1]
     equal_n = np.flatnonzero(weights_n == ordered_n[kept - 1])
     keep_n[equal_n[: kept - np.count_nonzero(keep_n)]] = True
-    kept_ids_n: NDArray[np.intp] = ids_n[keep_n]
+    kept_ids_n: NDArray[np.int64] = ids_n[keep_n]
     return kept_ids_n
 
 
-def _first(weights_n: NDArray[Any], noise_n: Tensor) -> int:
+def _first(weights_n: NDArray[Any], noise_n: NDArray[np.float64]) -> int:
     """The winner of the race."""
-    return int(np.divide(weights_n, noise_n.numpy(), dtype=np.float64).argmax())
+    return int(np.divide(weights_n, noise_n, dtype=np.float64).argmax())
 
 
 def _winner(logits_V: Tensor, temperature: float, noise_V: Tensor) -> int:
