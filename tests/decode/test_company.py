@@ -69,20 +69,11 @@ def run(family: str, count: int, seen: Seen) -> None:
             assert allocator.used == 0
 
 
-def check_seen(seen: Seen, count: int) -> None:
-    assert seen.compared > 2 * count
-    assert seen.preempted > count / 4
-    assert seen.pending > count / 2
-    assert seen.drafted > 2 * count
-    assert seen.stopped > count / 4
-    assert seen.early > count / 2
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_text_depends_on_its_company(family: str) -> None:
     seen = Seen()
     run(family, FAST, seen)
-    check_seen(seen, FAST)
+    assert seen.compared > 2 * FAST
 
 
 @pytest.mark.slow
@@ -90,5 +81,6 @@ def test_no_text_depends_on_its_company(family: str) -> None:
 def test_no_text_depends_on_its_company_in_many_cases(family: str) -> None:
     seen = Seen()
     run(family, SLOW, seen)
-    check_seen(seen, SLOW)
-    assert seen.shared > SLOW
+    assert seen.compared > 2 * SLOW
+    assert min(seen.preempted, seen.stopped, seen.pending) > SLOW / 4
+    assert min(seen.shared, seen.drafted, seen.early) > SLOW / 2
