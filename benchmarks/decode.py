@@ -94,7 +94,7 @@ def full_speed(llm: exitlm.LLM, rounds: int, count: int, llama_python: str | Non
     for quant in ("none", "fp16", "bf16", "int8", "int4"):
         engine = Engine(llm.model, quant=quant)
         name = f"exitlm {quant}{' (default)' if quant == auto else ''}"
-        actions[name] = lambda engine=engine: 1.0 / engine.generate(prompt, config).stats["tokens_per_second"]
+        actions[name] = lambda engine=engine: 1.0 / engine.generate(prompt, config).stats.tokens_per_second
     found = interleave(actions, rounds)
     base = found["transformers float32"]
     rows = [
@@ -268,7 +268,7 @@ def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
             out = [engine.generate(prompt, config) for prompt in prompts]
             texts[mode] = [g.token_ids for g in out]
             stats[mode] = {key: sum(g.stats[key] for g in out) for key in ("drafted", "accepted", "tokens")}
-            return sum(g.stats["decode_seconds"] for g in out) / sum(g.stats["tokens"] - 1 for g in out)
+            return sum(g.stats.decode_seconds for g in out) / sum(g.stats.tokens - 1 for g in out)
 
         found = interleave({mode: lambda mode=mode: run(mode) for mode in settings}, rounds)
         for mode, values in found.items():

@@ -96,7 +96,7 @@ def test_each_line_is_what_generate_returns(llm: exitlm.LLM, tmp_path: Path) -> 
             assert answered_line[name] == getattr(expected, name)
         assert answered_line["mode"] == own.get("mode", "full")
         assert answered_line["stats"]["tokens"] == len(expected.token_ids)
-        assert answered_line["stats"]["prompt_tokens"] == expected.stats["prompt_tokens"]
+        assert answered_line["stats"]["prompt_tokens"] == expected.stats.prompt_tokens
         assert ("logprobs" in answered_line) == ("logprobs" in own)
     assert found[2]["exit_layers"] == [4, 1, 1]
     assert [len(entry["top"]) for entry in found[3]["logprobs"]] == [2, 2, 2]

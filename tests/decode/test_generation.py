@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
+from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, mean_depth, speed_of
 from exitlm.decode.sampling.sampler import Sampler
 from exitlm.errors import UserError
 from exitlm.palette import palette
@@ -140,9 +140,10 @@ def test_a_configuration_does_not_change() -> None:
 
 def test_a_summary() -> None:
     trace = [TokenTrace(id=1, exit_layer=layer, source="exit") for layer in (4, 2, 3)]
-    assert summarise(trace, 0.5) == {"tokens": 3, "tokens_per_second": 4.0, "mean_layers": 3.0}
-    assert math.isnan(summarise(trace[:1], 0.0)["tokens_per_second"])
-    assert summarise([], 0.0)["tokens"] == 0
+    assert (speed_of(3, 0.5), mean_depth(trace)) == (4.0, 3.0)
+    assert math.isnan(speed_of(1, 0.5))
+    assert math.isnan(speed_of(3, 0.0))
+    assert math.isnan(mean_depth([]))
 
 
 def test_a_piece_and_a_generation_are_plain_data() -> None:

@@ -36,7 +36,16 @@ from exitlm.decode.block_table import BlockTable
 from exitlm.decode.costs import Costs, cached
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
-from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, failed, summarise
+from exitlm.decode.generation import (
+    Generation,
+    GenerationConfig,
+    Piece,
+    Stats,
+    TokenTrace,
+    failed,
+    mean_depth,
+    speed_of,
+)
 from exitlm.decode.grammar import GrammarCompiler, GrammarState
 from exitlm.decode.graphs import resolve_compile
 from exitlm.decode.hidden_pool import HiddenPool
@@ -695,27 +704,29 @@ class Engine:
     def _result(self, sequence: Sequence) -> Generation:
         output, tally, rule = sequence.output, sequence.tally, sequence.plan.rule
         seconds = self._now() - tally.first
-        stats = {
-            "mode": sequence.config.mode,
-            "prompt_tokens": sequence.prompt_length,
-            **summarise(output.trace, seconds),
-            "prefill_seconds": tally.first - tally.begun,
-            "decode_seconds": seconds,
-            "rounds": tally.rounds,
-            "drafted": tally.drafted,
-            "accepted": tally.accepted,
-            "acceptance": tally.accepted / tally.drafted if tally.drafted else None,
-            "max_pending": tally.max_pending,
-            "layer_rows": tally.layer_rows,
-            "exits": sequence.plan.exits,
-            "rule": None if rule is None else rule.name,
-            "thresholds": {} if rule is None else dict(rule.thresholds),
-            "quant": self.quant,
-            "costs": None if self._costs is None else self._costs.origin,
-            "seed": sequence.seed,
-            "shared_tokens": tally.shared,
-            "preemptions": tally.preemptions,
-        }
+        stats = Stats(
+            mode=sequence.config.mode,
+            prompt_tokens=sequence.prompt_length,
+            tokens=len(output.trace),
+            tokens_per_second=speed_of(len(output.trace), seconds),
+            prefill_seconds=tally.first - tally.begun,
+            decode_seconds=seconds,
+            mean_layers=mean_depth(output.trace),
+            rounds=tally.rounds,
+            drafted=tally.drafted,
+            accepted=tally.accepted,
+            max_pending=tally.max_pending,
+            layer_rows=tally.layer_rows,
+            exits=sequence.plan.exits,
+            rule=None if rule is None else rule.name,
+            thresholds={} if rule is None else dict(rule.thresholds),
+            quant=self.quant,
+            costs=None if self._costs is None else self._costs.origin,
+            seed=sequence.seed,
+            shared_tokens=tally.shared,
+            preemptions=tally.preemptions,
+            exact=self.fused.dtype == torch.float64,
+        )
         return Generation(
             text=None if self.tokenizer is None else "".join(token.text for token in output.trace),
             token_ids=[token.id for token in output.trace],
@@ -802,7 +813,7 @@ class Engine:
                         raise event.error
                     if index not in broken:  # one of its choices is enough
                         broken.add(index)
-                        yield index, failed(event.error)
+                        yield index, failed(event.error, requests[index][1].mode)
                 elif event.generation is not None:
                     choices = texts.setdefault(index, {})
                     choices[choice] = event.generation
