@@ -13,8 +13,8 @@ number of rows and number of keys, and then replayed with one launch. Prefills a
 * ``static``: the same code with static shapes but nothing recorded, on any device: for tests and for finding faults.
 
 Rows are of any sequences: each brings the slot it writes and the blocks it reads, as data. Padding repeats the last
-row: the same values go to the same place, so nothing else of the pool is touched. Recordings hold the addresses of one pool.
-Block exits run eagerly. Memory on a GPU: the joined q/k/v and gate/up matrices of the engine are copies beside the
+row: the same values go to the same place, so nothing else of the pool is touched. Recordings hold the addresses of one
+pool. Block exits run eagerly. Memory on a GPU: the joined q/k/v and gate/up matrices of the engine are copies beside the
 model's own (about two thirds of the layers' bytes); the other matrices are shared with the model.
 
 ``benchmarks/gpu.sh`` checks and measures all of this on a GPU in under eight minutes.
