@@ -26,6 +26,7 @@ Dh head_dim; C chunks of keys.
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -120,24 +121,23 @@ def through_layers(layers: Sequence[LayerLike], hidden_MD: Tensor, rows: Any) ->
 class StaticRows:
     """What all layers of a pass share, as a function of ``numbers`` on the device alone; ``keys`` is S.
 
-    Each row of ``numbers`` holds the row's position and, for each group of cache entries, the slot that it writes and
-    the blocks of the positions that it may see.
+    For each row and group of cache entries, ``numbers`` holds the row's position, the slot that it writes and the
+    blocks of the positions that it may see.
     """
 
-    def __init__(self, pool: KVPool, tables: Rotations, numbers_MN: Tensor, keys: int, dtype: torch.dtype) -> None:
-        self.pool, self.count, self._dtype, self._keys = pool, len(numbers_MN), dtype, keys
-        self.positions = numbers_MN[:, 0]
+    def __init__(self, pool: KVPool, tables: Rotations, numbers_MGN: Tensor, keys: int, dtype: torch.dtype) -> None:
+        self.pool, self.count, self._dtype, self._keys = pool, len(numbers_MGN), dtype, keys
+        self._numbers_MGN = numbers_MGN
+        self.positions = numbers_MGN[:, 0, 0]
         self.rotations = [
             torch.view_as_complex(torch.view_as_real(table).index_select(0, self.positions)) for table in tables
         ]
-        each = (numbers_MN.shape[1] - 1) // len(pool.groups)
-        self._columns = [numbers_MN[:, 1 + g * each : 1 + (g + 1) * each] for g in range(len(pool.groups))]
         self._reads: dict[int, Tensor] = {}
         self._masks: dict[int | None, Tensor] = {}
 
     def write(self, entry: int, new_M2Kd: Tensor) -> None:
         """Store keys and values at the rows' slots."""
-        slots_M = self._columns[self.pool.group_of[entry]][:, 0]
+        slots_M = self._numbers_MGN[:, self.pool.group_of[entry], 1]
         self.pool.stores[entry].index_copy_(2, slots_M, new_M2Kd.permute(1, 2, 0, 3))
 
     def attend(self, entry: int, query_MHd: Tensor, window: int | None, scale: float) -> Tensor:
@@ -158,7 +158,7 @@ class StaticRows:
         found = self._reads.get(group)
         if found is None:
             size = self.pool.block_size
-            blocks_MB = self._columns[group][:, 1 : 1 + -(-self._keys // size)]
+            blocks_MB = self._numbers_MGN[:, group, 2 : 2 + -(-self._keys // size)]
             offset = torch.arange(size, device=blocks_MB.device)
             found = self._reads[group] = (blocks_MB[:, :, None] * size + offset).flatten(1)[:, : self._keys]
         return found
@@ -239,7 +239,7 @@ class _Buffers:
     """The inputs of all passes with one number of rows."""
 
     hidden_MD: Tensor
-    numbers_MN: Tensor
+    numbers_MGN: Tensor
 
 
 @dataclass
@@ -269,16 +269,16 @@ class StaticRunner:
         if pool is not self._pool:  # recordings and buffers are of one pool
             self._pool, self._buffers, self._passes = pool, {}, {}
         bucket, keys = row_bucket(batch.count), key_bucket(max(part.end for part in batch.parts), pool.longest)
-        buffers = self._fill(bucket, hidden_RD, batch, pool)
+        buffers = self._fill(bucket, keys, hidden_RD, batch, pool)
 
         def body() -> Tensor:
-            rows = StaticRows(pool, tables, buffers.numbers_MN, keys, self.dtype)
+            rows = StaticRows(pool, tables, buffers.numbers_MGN, keys, self.dtype)
             return torch.stack(through_layers(layers, buffers.hidden_MD, rows))
 
         if self.record is None:
             hidden, residual = body()[:, : batch.count]
             return hidden, residual
-        key = (layers[0].entry, layers[-1].entry, bucket, keys)
+        key = (layers[0].entry, layers[-1].entry, bucket, keys, batch.parts[0].stretched)
         found = self._passes.get(key)
         if found is None or found.tables is not tables:
             try:
@@ -311,33 +311,40 @@ class StaticRunner:
         found.replay()
         return found.output.clone()
 
-    def _fill(self, bucket: int, hidden_RD: Tensor, batch: Batch, pool: KVPool) -> _Buffers:
-        """Put rows, positions, slots and blocks into the inputs for ``bucket`` rows; the last row is repeated."""
+    def _fill(self, bucket: int, keys: int, hidden_RD: Tensor, batch: Batch, pool: KVPool) -> _Buffers:
+        """Put rows, positions, slots and the blocks of ``keys`` positions into the inputs for ``bucket`` rows; the last
+        row is repeated."""
         buffers = self._of(bucket, pool)
         buffers.hidden_MD[: batch.count].copy_(hidden_RD)
         if batch.count < bucket:
             buffers.hidden_MD[batch.count :].copy_(hidden_RD[-1:])
-        width = (buffers.numbers_MN.shape[1] - 1) // len(pool.groups) - 1
-        lines: list[list[int]] = []
+        size, groups = pool.block_size, range(len(pool.groups))
+        width = 2 + -(-keys // size)
+        numbers, line = array("q"), array("q")
         for part in batch.parts:
-            groups = range(len(pool.groups))
             slots = [[n for first, count in part.writes[g] for n in range(first, first + count)] for g in groups]
-            blocks = [part.blocks(g, pool.block_size) for g in groups]
-            blocks = [known + [0] * (width - len(known)) for known in blocks]
+            blocks = [array("q", part.blocks(g, size)) for g in groups]
+            for known in blocks:
+                known.extend([0] * (width - 2 - len(known)))
             for i in range(part.count):
-                lines.append([part.start + i, *(n for g in groups for n in (slots[g][i], *blocks[g]))])
-        lines += [lines[-1]] * (bucket - batch.count)
-        buffers.numbers_MN.copy_(torch.tensor(lines))
+                line = array("q")
+                for g in groups:
+                    line.extend((part.start + i, slots[g][i]))
+                    line.extend(blocks[g])
+                numbers.extend(line)
+        numbers.extend(line * (bucket - batch.count))
+        filled = torch.frombuffer(numbers, dtype=torch.long).view(bucket, len(groups), width)
+        buffers.numbers_MGN[:, :, :width].copy_(filled)
         return buffers
 
     def _of(self, bucket: int, pool: KVPool) -> _Buffers:
         found = self._buffers.get(bucket)
         if found is None:
-            width = 1 + len(pool.groups) * (1 + -(-pool.longest // pool.block_size))
+            width = 2 + -(-pool.longest // pool.block_size)
             with torch.inference_mode(False):  # written in and out of inference mode
                 hidden = torch.zeros(bucket, self.hidden_size, dtype=self.dtype, device=self.device)
-                found = _Buffers(hidden, torch.zeros(bucket, width, dtype=torch.long, device=self.device))
-            self._buffers[bucket] = found
+                numbers = torch.zeros(bucket, len(pool.groups), width, dtype=torch.long, device=self.device)
+                found = self._buffers[bucket] = _Buffers(hidden, numbers)
         return found
 
     def _give_up(self, error: RuntimeError) -> None:

@@ -98,16 +98,16 @@ class KVPool:
         return self._per_group(low)
 
     def _per_group(self, blocks: int) -> list[int]:
-        """Blocks of each group beside ``blocks`` of full attention. A text in a window of w positions holds those, the
-        rows of a pass and its pending rows."""
-        found = []
-        for group in self.groups:
-            if group.window is None:
-                found.append(blocks)
-                continue
-            rows = group.window + max(self.options.max_rows, self.options.prefill_chunk) + _MAX_PENDING_ROWS
-            found.append(min(blocks, self.options.max_sequences * (rows // self.block_size + 2)))
-        return found
+        """Blocks of each group beside ``blocks`` of full attention."""
+        return [
+            blocks if group.window is None else min(blocks, self.options.max_sequences * self._held(group.window))
+            for group in self.groups
+        ]
+
+    def _held(self, window: int) -> int:
+        """Blocks that one text holds at most of a windowed group: a window, the rows of a pass and its pending rows."""
+        rows = window + max(self.options.max_rows, self.options.prefill_chunk) + _MAX_PENDING_ROWS
+        return rows // self.block_size + 2
 
     def _bytes(self, blocks: int) -> int:
         counts = self._per_group(blocks)
@@ -121,8 +121,11 @@ class KVPool:
     @property
     def capacity(self) -> int:
         """Positions that one text can have when it is alone."""
-        full = [count for group, count in zip(self.groups, self.blocks, strict=True) if group.window is None]
-        return min(full or self.blocks) * self.block_size if full else _UNBOUNDED
+        found = _UNBOUNDED
+        for group, count in zip(self.groups, self.blocks, strict=True):
+            if group.window is None or count < self._held(group.window):
+                found = min(found, count * self.block_size)
+        return found
 
     def nbytes(self) -> int:
         """Bytes of all entries, touched or not."""
