@@ -29,7 +29,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rule": "margn"}, "did you mean 'margin'"),
     ({"draft": ("exits", "look-up")}, "did you mean 'lookup'"),
     ({"draft": "exit"}, "did you mean 'exits'"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"max_new_tokens": -1}, "max_new_tokens is -1"),
     ({"max_new_tokens": 1.5}, "whole number"),
     ({"max_new_tokens": "5"}, "whole number"),
     ({"patience": 0}, "patience"),

@@ -18,6 +18,7 @@ from exitlm.values import elements, flag, seed_of, whole, wholes, words, wrong
 
 MODES = ("full", "threshold", "lossless")
 DRAFTS = ("exits", "lookup", "grammar")
+MAX_CHOICES = 1024
 
 _SAMPLING = (  # settings that a Sampler has under the same name, and in the same form
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -109,6 +110,8 @@ class GenerationConfig:
             raise UserError("a stop string is empty; leave it out or give the text at which to stop")
         if self.exits is not None and len(set(self.exits)) < len(self.exits):
             raise UserError(f"exits {list(self.exits)} name a layer more than once; name each once")
+        if self.n > MAX_CHOICES:
+            raise UserError(f"n is {short(self.n)}, but at most {MAX_CHOICES} texts are written for one prompt")
         self._warn_of_idle()
 
     @staticmethod
