@@ -4,8 +4,9 @@
 
 ``full``: greedy decoding, every weight format against transformers' float32 ``generate`` (and llama.cpp where
 ``--llama-python`` names an interpreter that has llama_cpp). ``rows``: a pass over M rows, of one sequence and of M,
-against one row. ``forced``: random exit patterns forced on the engine against the bound of measured pass times. ``test``: what a test that does not
-fire costs. ``modes``: lossless and threshold against full, prompt set by prompt set (needs ``--exits``).
+against one row. ``forced``: random exit patterns forced on the engine against the bound of measured pass times.
+``test``: what a test that does not fire costs. ``modes``: lossless and threshold against full, prompt set by prompt set
+(needs ``--exits``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import random
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -127,9 +129,7 @@ def row_costs(llm: exitlm.LLM, rounds: int) -> dict[str, Any]:
     for quant in ("fp16", "bf16", "int8", "int4"):
         passes = Passes(Engine(llm.model, quant=quant).runner, 128, sizes[-1], sizes[-1])
         for whose, shape in (("one", lambda m: [m]), ("M", lambda m: [1] * m)):
-            found = interleave(
-                {str(m): lambda m=m, shape=shape: seconds(lambda: passes.run(shape(m))) for m in sizes}, rounds * 4
-            )
+            found = interleave({str(m): partial(seconds, partial(passes.run, shape(m))) for m in sizes}, rounds * 4)
             row: dict[str, Any] = {
                 "format": quant, "sequences": whose, "1 row, ms": spread([v * 1e3 for v in found["1"]])
             }  # fmt: skip

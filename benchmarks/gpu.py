@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,9 +311,7 @@ def cost_of_rows(section: Section, llm: Any, found: dict[str, Any], contexts: tu
         runner = Engine(llm.model, compile=way, options=room(llm, 17 * (contexts[-1] + 32))).runner
         for context, (whose, shape) in itertools.product(contexts, ours.items()):
             passes = Passes(runner, context, max(len(shape(m)) for m in sizes[whose]))
-            timed = interleave(
-                {str(m): lambda m=m: seconds(lambda: passes.run(shape(m))) for m in sizes[whose]}, rounds
-            )
+            timed = interleave({str(m): partial(seconds, partial(passes.run, shape(m))) for m in sizes[whose]}, rounds)
             passes.release()
             figures = {
                 m: {"ms": spread([v * 1e3 for v in values]), "ratio": ratios(values, timed["1"])}
@@ -520,12 +519,12 @@ def attention(section: Section) -> None:
         heads, groups, size = shapes[name]
         options: dict[str, Any] = {"dtype": section.dtype, "device": section.device}
         for keys, rows in itertools.product(lengths, rows_of):
-            query = torch.randn(1, heads, groups * rows, size, **options)
-            seen = torch.randn(2, heads, keys, size, **options)
-            mask = torch.zeros(groups * rows, keys, **options)
-            mask[:, keys - 10 :] = -1e30
+            query = torch.randn(rows, heads, groups, size, **options)
+            store = torch.randn(2, heads, rows * keys, size, **options)
+            mask = torch.zeros(rows, groups, keys, **options)
+            mask[:, :, keys - 10 :] = -1e30
             times: dict[str, Any] = {}
-            for way, body in ways(query, seen, mask, attend_in_chunks).items():
+            for way, body in ways(query, store, mask, attend_in_chunks).items():
                 try:
                     times[way] = round(microseconds(body), 2)
                 except RuntimeError as error:  # a kernel that does not take the shape
@@ -542,27 +541,33 @@ def attention(section: Section) -> None:
 
 
 def ways(
-    query: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor, in_chunks: Callable[..., torch.Tensor]
+    query_MKGd: torch.Tensor, store_2KSd: torch.Tensor, mask_MGS: torch.Tensor, in_chunks: Callable[..., torch.Tensor]
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """What is compared, by name."""
+    """What is compared, by name: rows of M sequences with S keys each. ``gather`` is what brings these together."""
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    scale = query.shape[-1] ** -0.5
+    (M, heads, _, size), keys = query_MKGd.shape, mask_MGS.shape[-1]
+    scale, slots = size**-0.5, torch.arange(M * keys, device=query_MKGd.device)
+
+    def gather() -> torch.Tensor:
+        return store_2KSd.index_select(2, slots).view(2, heads, M, keys, size).transpose(1, 2)
+
+    seen = gather()
 
     def with_backend(backend: SDPBackend, attn_mask: torch.Tensor | None) -> torch.Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, seen[0][None], seen[1][None], attn_mask=attn_mask, scale=scale)
+            return F.scaled_dot_product_attention(query_MKGd, seen[0], seen[1], attn_mask=attn_mask, scale=scale)
 
-    found: dict[str, Callable[[], torch.Tensor]] = {}
-    if query.is_cuda:
-        found["efficient"] = lambda: with_backend(SDPBackend.EFFICIENT_ATTENTION, mask)
-        found["cudnn"] = lambda: with_backend(SDPBackend.CUDNN_ATTENTION, mask)
+    found: dict[str, Callable[[], torch.Tensor]] = {"gather": gather}
+    if query_MKGd.is_cuda:
+        found["efficient"] = lambda: with_backend(SDPBackend.EFFICIENT_ATTENTION, mask_MGS[:, None])
+        found["cudnn"] = lambda: with_backend(SDPBackend.CUDNN_ATTENTION, mask_MGS[:, None])
         found["flash, no mask"] = lambda: with_backend(SDPBackend.FLASH_ATTENTION, None)
-    found["math"] = lambda: with_backend(SDPBackend.MATH, mask)
+    found["math"] = lambda: with_backend(SDPBackend.MATH, mask_MGS[:, None])
     for count in (4, 16, 64):
-        if seen.shape[2] // count >= 64:
-            found[f"{count} chunks"] = lambda count=count: in_chunks(query, seen, mask, scale, count)
+        if keys // count >= 64:
+            found[f"{count} chunks"] = lambda count=count: in_chunks(query_MKGd, seen, mask_MGS, scale, count)
     return found
 
 
