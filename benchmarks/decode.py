@@ -1,12 +1,12 @@
 """Speed of decoding on a CPU: full against transformers, cost of rows, efficiency of exits, and the three modes.
 
-    python benchmarks/decode.py [--exits runs/demo] [--section full rows forced test modes] [--rounds 5]
+    python benchmarks/decode.py [--adapter runs/demo] [--section full rows forced test modes] [--rounds 5]
 
 ``full``: greedy decoding, every weight format against transformers' float32 ``generate`` (and llama.cpp where
 ``--llama-python`` names an interpreter that has llama_cpp). ``rows``: a pass over M rows, of one sequence and of M,
 against one row. ``forced``: random exit patterns forced on the engine against the bound of measured pass times.
 ``test``: what a test that does not fire costs. ``modes``: lossless and threshold against full, prompt set by prompt set
-(needs ``--exits``).
+(needs ``--adapter``).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def full_speed(llm: exitlm.LLM, rounds: int, count: int, llama_python: str | Non
     for quant in ("none", "fp16", "bf16", "int8", "int4"):
         engine = Engine(llm.model, quant=quant)
         name = f"exitlm {quant}{' (default)' if quant == auto else ''}"
-        actions[name] = lambda engine=engine: 1.0 / engine.generate(prompt, config).stats["tokens_per_second"]
+        actions[name] = lambda engine=engine: 1.0 / engine.generate(prompt, config).stats.tokens_per_second
     found = interleave(actions, rounds)
     base = found["transformers float32"]
     rows = [
@@ -254,7 +254,7 @@ def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
             out = [engine.generate(prompt, config) for prompt in prompts]
             texts[mode] = [g.token_ids for g in out]
             stats[mode] = {key: sum(g.stats[key] for g in out) for key in ("drafted", "accepted", "tokens")}
-            return sum(g.stats["decode_seconds"] for g in out) / sum(g.stats["tokens"] - 1 for g in out)
+            return sum(g.stats.decode_seconds for g in out) / sum(g.stats.tokens - 1 for g in out)
 
         found = interleave({mode: lambda mode=mode: run(mode) for mode in settings}, rounds)
         for mode, values in found.items():
@@ -282,7 +282,7 @@ def main() -> None:
     """Run the sections that were asked for and write ``results/decode-SECTION.json`` for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--exits", default=None, help="a tuned adapter, for the modes")
+    parser.add_argument("--adapter", default=None, help="a tuned adapter, for the modes")
     parser.add_argument("--section", nargs="+", default=["full", "rows", "forced", "test", "modes"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
@@ -297,11 +297,11 @@ def main() -> None:
         "modes": lambda llm: modes(llm, given.rounds, given.tokens),
     }
     for section in given.section:
-        if section == "modes" and given.exits is None:
-            print("modes: skipped, since it needs --exits")
+        if section == "modes" and given.adapter is None:
+            print("modes: skipped, since it needs --adapter")
             continue
         print(f"\n## {section}")
-        llm = exitlm.load(given.model, exits=given.exits if section == "modes" else None)
+        llm = exitlm.load(given.model, adapter=given.adapter if section == "modes" else None)
         print(save(f"decode-{section}", runs[section](llm)))
 
 

@@ -251,7 +251,7 @@ def speed(
     def ours(name: str) -> float:
         out = engines[name].generate(ids, config)
         texts[name] = out.token_ids
-        return 1.0 / float(out.stats["tokens_per_second"])
+        return 1.0 / float(out.stats.tokens_per_second)
 
     actions: dict[str, Callable[[], float]] = {"transformers": lambda: (generate(count) - generate(1)) / (count - 1)}
     actions |= {name: lambda name=name: ours(name) for name in engines}
@@ -385,8 +385,8 @@ def long_text(section: Section, llm: Any, found: dict[str, Any], count: int) -> 
 
     def run(way: str) -> float:
         stats = engines[way].generate(ids, GenerationConfig(mode="full", max_new_tokens=count, ignore_eos=True)).stats
-        prefill.append(len(ids) / stats["prefill_seconds"])
-        return 1e3 / float(stats["tokens_per_second"])
+        prefill.append(len(ids) / stats.prefill_seconds)
+        return 1e3 / float(stats.tokens_per_second)
 
     for way, values in interleave({way: lambda way=way: run(way) for way in engines}, 2).items():
         found[way] = spread(values)

@@ -1,12 +1,14 @@
 """The command line: quick help, one sentence per mistake, and the same results as the functions behind the verbs."""
 
 import errno
+import io
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,20 +92,20 @@ import exitlm.decode.engine, exitlm.llm, exitlm.train, exitlm.evaluate.plots
 
 
 def test_generate_prints_text(run: Run, checkpoint: Path, adapter: Path) -> None:
-    settings = ("generate", checkpoint, "--exits", adapter, "--prompt", "hello", "--max-new-tokens", 12)
+    settings = ("generate", checkpoint, "--adapter", adapter, "--prompt", "hello", "--max-new-tokens", 12)
     code, out, err = run(*settings, "--mode", "full")
     assert (code, err) == (0, "")
-    model = exitlm.load(checkpoint, exits=adapter)
+    model = exitlm.load(checkpoint, adapter=adapter)
     assert out == f"{model.generate('hello', mode='full', max_new_tokens=12).text}\n"
 
 
 def test_generate_prints_one_json_object(run: Run, checkpoint: Path, adapter: Path) -> None:
     code, out, _ = run(
-        "generate", checkpoint, "--exits", adapter, "--prompt", "hi", "--mode", "threshold", "--threshold", "0",
+        "generate", checkpoint, "--adapter", adapter, "--prompt", "hi", "--mode", "threshold", "--threshold", "0",
         "--rule", "probability", "--max-new-tokens", 8, "--dtype", "float64", "--chat", "--json",
     )  # fmt: skip
     found = json.loads(out)
-    model = exitlm.load(checkpoint, exits=adapter, dtype="float64")
+    model = exitlm.load(checkpoint, adapter=adapter, dtype="float64")
     expected = model.generate("hi", chat=True, mode="threshold", threshold=0.0, rule="probability", max_new_tokens=8)
     assert code == 0
     assert set(found) == {"text", "token_ids", "exit_layers", "mode", "stats"}
@@ -114,6 +116,57 @@ def test_generate_prints_one_json_object(run: Run, checkpoint: Path, adapter: Pa
 def test_json_is_valid_even_for_one_token(run: Run, checkpoint: Path) -> None:
     _, out, _ = run("generate", checkpoint, "--prompt", "hi", "--mode", "full", "--max-new-tokens", 1, "--json")
     assert json.loads(out, parse_constant=pytest.fail)["stats"]["tokens"] == 1
+
+
+def test_every_setting_can_be_reached(run: Run, checkpoint: Path, adapter: Path) -> None:
+    """By a flag, by --set, or by both together; texts, lists and mappings included."""
+    base = ("generate", checkpoint, "--adapter", adapter, "--prompt", "hi", "--dtype", "float64", "--json")
+    model = exitlm.load(checkpoint, adapter=adapter, dtype="float64")
+    cases: list[tuple[list[str], dict[str, Any]]] = [
+        (["--exits", "3", "--mode", "threshold", "--threshold", "0"], dict(exits=[3], mode="threshold", threshold=0)),
+        (["--exits", "1,3", "--set", "rule=fixed", "exit_layer=1", "mode=threshold"],
+         dict(exits=[1, 3], rule="fixed", exit_layer=1, mode="threshold")),
+        (["--set", 'threshold={"1": 1.0, "3": 0}', "--set", "mode=threshold"],
+         dict(threshold={1: 1.0, 3: 0.0}, mode="threshold")),
+        (["--temperature", "0.8", "--seed", "3", "--set", "top_k=40", "min_p=.05", "repetition_penalty=1.1"],
+         dict(top_k=40, min_p=0.05, repetition_penalty=1.1, temperature=0.8, seed=3)),
+        (["--set", "stop_token_ids=5,9", "ignore_eos=true", "max_pending=null"],
+         dict(stop_token_ids=[5, 9], ignore_eos=True, max_pending=None)),
+    ]  # fmt: skip
+    for words, settings in cases:
+        code, out, err = run(*base, *words, "--max-new-tokens", 9)
+        expected = model.generate("hi", max_new_tokens=9, **settings)
+        assert (code, json.loads(out)["token_ids"]) == (0, expected.token_ids), (words, err)
+        if settings.get("mode") == "threshold":
+            assert json.loads(out)["exit_layers"] == expected.exit_layers
+            assert json.loads(out)["stats"]["exits"] == expected.stats.exits
+    text = model.generate("hi", mode="full", max_new_tokens=9).text
+    code, out, _ = run(*base[:-1], "--set", f"stop={json.dumps([text[4:6]])}", "mode=full", "max_new_tokens=9")
+    assert (code, out) == (0, f"{text[: text.index(text[4:6])]}\n")
+
+
+@pytest.mark.filterwarnings("default")
+def test_log_probabilities_are_printed_with_json(run: Run, checkpoint: Path) -> None:
+    command = ("generate", checkpoint, "--prompt", "hi", "--set", "mode=full", "max_new_tokens=3", "logprobs=2")
+    _, out, err = run(*command, "--json")
+    expected = exitlm.load(checkpoint).generate("hi", mode="full", max_new_tokens=3, logprobs=2)
+    found = json.loads(out)["logprobs"]
+    assert [token["logprob"] for token in found] == [token.logprob for token in expected.trace]
+    assert [len(token["top"]) for token in found] == [2, 2, 2]
+    assert err == ""
+    assert run(*command)[2] == "warning: logprobs has no effect without --json or --prompts\n"
+
+
+def test_a_prompt_from_standard_input(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("generate", checkpoint, "--mode", "full", "--max-new-tokens", 3, "--prompt")
+    expected = run(*command, "two\nlines")
+    for given in (b"two\nlines", b"two\nlines\n"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        assert run(*command, "-") == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    assert run(*command, "-") == (
+        2, "", "error: the prompt on standard input is not valid UTF-8 text; give it in that encoding\n",
+    )  # fmt: skip
 
 
 def test_sampling_repeats_with_its_seed(run: Run, checkpoint: Path) -> None:
@@ -139,7 +192,7 @@ def test_a_terminal_gets_colours_and_a_legend(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLORTERM", "truecolor")
-    settings = ("generate", checkpoint, "--exits", adapter, "--prompt", "hi", "--max-new-tokens", 9)
+    settings = ("generate", checkpoint, "--adapter", adapter, "--prompt", "hi", "--max-new-tokens", 9)
     code, out, _ = run(*settings, "--mode", "threshold", "--threshold", "0")
     assert code == 0
     assert "\x1b[1;38;2;0;168;120m" in out  # the colour of the shallowest exit
@@ -164,10 +217,10 @@ def test_tune_then_generate_then_export(run: Run, checkpoint: Path, tmp_path: Pa
     assert run(*command)[0] == 0  # a finished run says so and changes nothing
     assert {name: (out / name).stat().st_mtime_ns for name in saved} == saved
 
-    code, found, _ = run("generate", checkpoint, "--exits", out, "--prompt", "the", "--max-new-tokens", 4, "--json")
+    code, found, _ = run("generate", checkpoint, "--adapter", out, "--prompt", "the", "--max-new-tokens", 4, "--json")
     assert (code, json.loads(found)["mode"]) == (0, "lossless")
 
-    assert run("export", checkpoint, tmp_path / "exported", "--exits", out)[0] == 0
+    assert run("export", checkpoint, tmp_path / "exported", "--adapter", out)[0] == 0
     step = next((out / "checkpoints").iterdir())
     for source, place in ((out, "of the run"), (step, "of the step")):
         assert run("export", source, tmp_path / place) == (0, f"{tmp_path / place}\n", "")
@@ -195,7 +248,7 @@ def test_a_run_file_is_changed_by_flags(run: Run, checkpoint: Path, tmp_path: Pa
         "validation_sequences = 4\n[train]\nsteps = 1\nglobal_batch = 2\nmicrobatch = 2\n"
     )
     assert run("tune", settings, "--out", tmp_path / "run", "--exits", "1")[0] == 0
-    assert exitlm.load(checkpoint, exits=tmp_path / "run").exit_layers == [1]
+    assert exitlm.load(checkpoint, adapter=tmp_path / "run").exit_layers == [1]
 
 
 MISTAKES: list[tuple[list[str], str]] = [
@@ -211,7 +264,22 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "MODEL", "--prompt", "x", "--mode", "threshold"], "exitlm tune"),
     (["generate", "MODEL", "--prompt", ""], "empty"),
     (["generate", "MODEL", "--prompt", "x" * 99], "99 tokens"),
-    (["generate", "MODEL", "--prompt", "x", "--exits", "TMP/none"], "none"),
+    (["generate", "MODEL", "--prompt", "x", "--adapter", "TMP/none"], "none"),
+    (["generate", "MODEL", "--prompt", "x", "--exits", "runs/a"], "exits is 'runs/a', but must be layers such as 8,15"),
+    (["generate", "MODEL", "--prompt", "x", "--exits", ""], "--exits is '', but must be layers such as 8,15"),
+    (["generate", "MODEL", "--prompt", "x", "--exits", "1,1"], "name a layer more than once"),
+    (["generate", "MODEL", "--prompt", "x", "--exits", "2"], "the model has no exit at layer 2"),
+    (["generate", "MODEL", "--prompt", "x", "--set", "tempreature=1"], "did you mean 'temperature'"),
+    (["generate", "MODEL", "--prompt", "x", "--set", "top_k"], "'top_k' is not a setting; write KEY=VALUE"),
+    (["generate", "MODEL", "--prompt", "x", "--set", "ignore_eos=maybe"], "ignore_eos is 'maybe' (str)"),
+    (["generate", "MODEL", "--prompt", "x", "--set", 'threshold={"8": 2}'], "threshold of exit 8 is 2"),
+    (["generate", "MODEL", "--prompt", "x", "--seed", "1", "--set", "seed=2"], "seed is given twice, by --seed and"),
+    (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "1", "--set", "max_new_tokens=2"], "--max-new-tokens"),
+    (
+        ["generate", "MODEL", "--prompt", "x", "--set", "engine.max_row=8"],
+        "the engine has no setting 'max_row'; did you mean 'max_rows'",
+    ),
+    (["export", "MODEL", "TMP/out", "--exits", "x"], "unknown argument '--exits'"),
     (["generate", "TMP/none", "--prompt", "x"], "none"),
     (["generate", "TMP/" + "n" * 300, "--prompt", "x"], "File name too long"),
     (["generate", "", "--prompt", "x"], "name is empty"),
@@ -271,12 +339,12 @@ def test_a_warning_is_said_once(run: Run, checkpoint: Path) -> None:
 
 def test_exits_of_another_base_need_the_flag(run: Run, adapter: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1)
-    command = ("generate", other, "--exits", adapter, "--prompt", "x", "--max-new-tokens", 2)
+    command = ("generate", other, "--adapter", adapter, "--prompt", "x", "--max-new-tokens", 2)
     code, _, err = run(*command)
     assert code == 2
     assert "--allow-other-base" in err
     assert run(*command, "--allow-other-base")[0] == 0
-    assert run("export", other, tmp_path / "out", "--exits", adapter, "--allow-other-base")[0] == 0
+    assert run("export", other, tmp_path / "out", "--adapter", adapter, "--allow-other-base")[0] == 0
 
 
 def test_an_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,27 +8,20 @@ import pytest
 
 from exitlm import cli, demo, show
 from exitlm.evaluate.plots import Point, depth_picture, speed_quality_picture
+from exitlm.palette import palette
 
 TOKENS = [("The", 8), (" sky", 30), (" is\n", 15), (" blue", 22), ("\u0000", 30)]
 
 
-def test_the_palette_has_one_colour_per_layer() -> None:
-    colours = show.palette([8, 15, 22, 30], 30)
-    assert list(colours) == [8, 15, 22, 30]
-    assert len(set(colours.values())) == 4
-    assert show.palette([], 4).keys() == {4}
-    assert len(set(show.palette(range(1, 8), 8).values())) == 8
-
-
 def test_depth_text_keeps_the_text() -> None:
-    colours = show.palette([8, 15, 22], 30)
+    colours = palette([8, 15, 22], 30)
     assert show.depth_text(TOKENS, colours).plain == "".join(text for text, _ in TOKENS)
     assert show.legend(colours).plain.endswith("layer 30 (final head)")
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_pictures_are_written(tmp_path: Path, suffix: str) -> None:
-    colours = show.palette([8, 15, 22], 30)
+    colours = palette([8, 15, 22], 30)
     depth = depth_picture(tmp_path / "new" / f"depth.{suffix}", TOKENS * 20, colours, title="depth", note="tiny")
     points = [
         Point(label="full", agreement=1.0, speed=1.0, mode="full"),

@@ -51,6 +51,29 @@ def test_importing_exitlm_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_package_offers_its_names_before_it_loads_them() -> None:
+    """Whatever was imported before: a package and a function are both called train."""
+    code = """
+import sys, exitlm
+assert set(dir(exitlm)) == set(exitlm.__all__) >= {"Generation", "GenerationConfig", "load", "LLM", "train", "tune"}
+assert "torch" not in sys.modules
+from exitlm.decode.generation import GenerationConfig
+assert exitlm.GenerationConfig is GenerationConfig
+from exitlm import Generation, UserError, train, tune
+import exitlm.train as package
+from exitlm.train import RunConfig, train as function
+assert exitlm.train is package and package.RunConfig is RunConfig and callable(tune)
+for call in (train, exitlm.train, function):
+    try:
+        call("none.toml")
+    except UserError as error:
+        assert "none.toml" in str(error)
+    else:
+        raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'lod'"):
         _ = exitlm.lod
@@ -155,10 +178,55 @@ def test_lossless_is_full_and_chat_uses_the_template(model_with_exits: exitlm.LL
     assert model_with_exits.encode("hi", chat=True) == [1, *model_with_exits.encode("hi\n")]
 
 
+def test_messages_are_one_prompt(model: exitlm.LLM) -> None:
+    message, settings = {"role": "user", "content": "hi"}, {"max_new_tokens": 6, "mode": "full"}
+    expected = model.generate("hi", chat=True, **settings)
+    assert model.generate([message], **settings).token_ids == expected.token_ids
+    assert "".join(piece.text for piece in model.stream([message], **settings)) == expected.text
+    assert model.encode([message, message]) == [*model.encode([message]), *model.encode([message])]
+    with pytest.raises(UserError, match="message 1 has no role"):
+        model.generate([{"content": "hi"}])
+
+
+def test_a_configuration_stands_for_its_settings(model: exitlm.LLM) -> None:
+    settings = {"max_new_tokens": 6, "mode": "full", "temperature": 1.0, "seed": 3}
+    config, expected = exitlm.GenerationConfig(**settings), model.generate("hi", **settings)
+    assert model.generate("hi", config=config).token_ids == expected.token_ids
+    assert [i for piece in model.stream("hi", config=config) for i in piece.token_ids] == expected.token_ids
+    for call in (model.generate, model.stream):
+        with pytest.raises(UserError, match=r"given twice, by config and by name \(seed, mode\); .* or leave it out"):
+            call("hi", config=config, seed=3, mode="full")
+        with pytest.raises(UserError, match=r"config is \{'seed': 3\} \(dict\), but must be a GenerationConfig"):
+            call("hi", config={"seed": 3})
+
+
+def test_the_model_in_one_line(model: exitlm.LLM, checkpoint: Path) -> None:
+    assert repr(model) == "<LLM llama, 4 layers, no exits, float64 on cpu, quant auto>"
+    model.add_exits([1, 3], kind="norm")
+    model.generate(IDS, max_new_tokens=1)
+    assert repr(model) == "<LLM llama, 4 layers, exits [1, 3], float64 on cpu, quant none>"  # what auto has chosen
+    half = exitlm.load(checkpoint, dtype="bfloat16", quant="bf16")
+    assert repr(half) == "<LLM llama, 4 layers, no exits, bfloat16 on cpu, quant bf16>"
+
+
+def test_a_model_moves_and_packs_its_weights_again(model_with_exits: exitlm.LLM) -> None:
+    settings = {"max_new_tokens": 6, "mode": "threshold", "threshold": 0.5}
+    before, engine = model_with_exits.generate("hi", **settings), model_with_exits.engine
+    assert model_with_exits.to("cpu") is model_with_exits
+    assert model_with_exits.engine is not engine
+    assert model_with_exits.generate("hi", **settings).token_ids == before.token_ids
+    engine = model_with_exits.engine
+    for device in ("gpu", "meta", "cuda:99", 5, None):
+        with pytest.raises(UserError, match=r"device .* cpu"):
+            model_with_exits.to(device)
+        assert model_with_exits.engine is engine
+    assert model_with_exits.model.device.type == "cpu"
+
+
 def test_an_adapter_round_trip(model_with_exits: exitlm.LLM, checkpoint: Path, tmp_path: Path) -> None:
     expected = model_with_exits.exit_logits(IDS)
     model_with_exits.save_exits(tmp_path / "adapter")
-    again = exitlm.load(checkpoint, exits=tmp_path / "adapter", dtype="float64")
+    again = exitlm.load(checkpoint, adapter=tmp_path / "adapter", dtype="float64")
     for layer, logits in again.exit_logits(IDS).items():
         torch.testing.assert_close(logits, expected[layer], rtol=0, atol=0)
 
@@ -168,15 +236,15 @@ def test_two_adapters_of_one_base(checkpoint: Path, tmp_path: Path) -> None:
         one = exitlm.load(checkpoint)
         one.add_exits([layer], kind="norm")
         one.save_exits(tmp_path / str(layer))
-    assert exitlm.load(checkpoint, exits=[tmp_path / "3", tmp_path / "1"]).exit_layers == [1, 3]
+    assert exitlm.load(checkpoint, adapter=[tmp_path / "3", tmp_path / "1"]).exit_layers == [1, 3]
 
 
 def test_an_adapter_of_another_base_is_refused(model_with_exits: exitlm.LLM, checkpoint: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1)
     model_with_exits.save_exits(tmp_path / "adapter")
     with pytest.raises(UserError):
-        exitlm.load(other, exits=tmp_path / "adapter")
-    assert exitlm.load(other, exits=tmp_path / "adapter", allow_other_base=True).exit_layers == [1, 3]
+        exitlm.load(other, adapter=tmp_path / "adapter")
+    assert exitlm.load(other, adapter=tmp_path / "adapter", allow_other_base=True).exit_layers == [1, 3]
 
 
 def test_an_exported_directory_brings_its_exits(model_with_exits: exitlm.LLM, tmp_path: Path) -> None:
@@ -264,7 +332,7 @@ def test_mistakes_in_load(checkpoint: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError):
             exitlm.load(wrong)
     with pytest.raises(UserError):
-        exitlm.load(checkpoint, exits=empty)
+        exitlm.load(checkpoint, adapter=empty)
     with pytest.raises(UserError, match="float31"):
         exitlm.load(checkpoint, dtype="float31")
     with pytest.raises(UserError, match="int3"):

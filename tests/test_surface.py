@@ -138,6 +138,7 @@ def test_prompts_and_token_ids(model: exitlm.LLM) -> None:
         lambda value: list(model.stream(value, max_new_tokens=2)),
         lambda value: model.generate("hi", chat=value, max_new_tokens=2),
         lambda value: model.stream("hi", chat=value, max_new_tokens=2),
+        lambda value: model.generate([{"role": "user", "content": value}], max_new_tokens=2),
         model.encode, model.logits, model.exit_logits,
     ):  # fmt: skip
         said = refusals(call)
@@ -165,7 +166,7 @@ def test_new_exits(checkpoint: Path, place: Path, name: str) -> None:
             raise
         if model.model.exit_heads():
             model.save_exits(place / "adapter")
-            again = exitlm.load(checkpoint, exits=place / "adapter")
+            again = exitlm.load(checkpoint, adapter=place / "adapter")
             assert again.exit_layers == model.exit_layers
             model.remove_exits(list(model.model.exit_heads()))
             accepted.append(value)
@@ -213,7 +214,7 @@ def test_whatever_exits_a_model_takes_come_back(
         model.remove_exits([removed])
     if not model.model.exit_heads():
         return
-    again = exitlm.load(checkpoint, exits=model.save_exits(place / "adapter"))
+    again = exitlm.load(checkpoint, adapter=model.save_exits(place / "adapter"))
     ours, theirs = model.model, again.model
     assert [h.config for h in ours.exit_heads().values()] == [h.config for h in theirs.exit_heads().values()]
     tensors, found = ours.exits.state_dict(), theirs.exits.state_dict()
@@ -225,12 +226,14 @@ def test_what_is_loaded_saved_and_removed(model: exitlm.LLM, checkpoint: Path) -
     fresh = (f"exported-{i}" for i in itertools.count())
     calls: dict[str, Callable[[Any], object]] = {
         "the model is": exitlm.load,
-        "exits": lambda value: exitlm.load(checkpoint, exits=value),
+        "adapter": lambda value: exitlm.load(checkpoint, adapter=value),
         "dtype": lambda value: exitlm.load(checkpoint, dtype=value),
         "device": lambda value: exitlm.load(checkpoint, device=value),
         "quant": lambda value: exitlm.load(checkpoint, quant=value),
         "allow_other_base": lambda value: exitlm.load(checkpoint, allow_other_base=value),
         "model is": exitlm.LLM,
+        "device is": exitlm.load(checkpoint).to,
+        "config is": lambda value: model.generate("hi", config=value, max_new_tokens=2),
         "quant is": lambda value: exitlm.LLM(model.model, quant=value),
         "layers": exitlm.load(checkpoint).remove_exits,
         "the directory": model.save_exits,

@@ -4,21 +4,39 @@
 loaded with the first name that needs it, so that ``exitlm --help`` answers at once.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from exitlm.errors import UserError
 
 if TYPE_CHECKING:
+    from exitlm.decode.generation import Generation, GenerationConfig
     from exitlm.llm import LLM, load
+    from exitlm.train import train, tune
 
-__all__ = ["LLM", "UserError", "__version__", "load"]
+__all__ = ["LLM", "Generation", "GenerationConfig", "UserError", "__version__", "load", "train", "tune"]
 __version__ = "0.1.0"
 
+_PLACES = {
+    "Generation": "exitlm.decode.generation",
+    "GenerationConfig": "exitlm.decode.generation",
+    "LLM": "exitlm.llm",
+    "load": "exitlm.llm",
+    "train": "exitlm.train",
+    "tune": "exitlm.train",
+}
 
-def __getattr__(name: str) -> Any:
-    """Load the facade when one of its names is first asked for (PEP 562)."""
-    if name in ("LLM", "load"):
-        from exitlm import llm
 
-        return getattr(llm, name)
-    raise AttributeError(f"module 'exitlm' has no attribute '{name}'")
+if not TYPE_CHECKING:  # a type checker would take any name for one of the package's
+
+    def __getattr__(name: str) -> Any:
+        """Load the module of a public name when it is first asked for (PEP 562)."""
+        if name not in _PLACES:
+            raise AttributeError(f"module 'exitlm' has no attribute '{name}'")
+        module = import_module(_PLACES[name])
+        return module if module.__name__ == f"exitlm.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return list(__all__)

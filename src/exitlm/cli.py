@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -23,6 +23,7 @@ from exitlm import __version__
 from exitlm.errors import AlreadyTold, UserError, nearest
 
 if TYPE_CHECKING:
+    from exitlm.decode.generation import GenerationConfig
     from exitlm.llm import LLM
 
 
@@ -65,74 +66,149 @@ def train(run: str, *, set: Sequence[str] = (), dry_run: bool = False, tflops: f
 def generate(
     model: str,
     *,
-    prompt: str,
-    exits: Sequence[str] | None = None,
+    prompt: str | None = None,
+    prompts: str | None = None,
+    out: str | None = None,
+    adapter: Sequence[str] | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     quant: str = "auto",
     allow_other_base: bool = False,
     chat: bool = False,
     json: bool = False,
-    **settings: Any,
+    set: Sequence[str] = (),
+    **flags: Any,
 ) -> int:
-    """Write text with as many layers as each token needs; ``settings`` are those of ``LLM.generate`` or None."""
+    """Write text with as many layers as each token needs; ``flags`` are settings of ``LLM.generate``, or None."""
+    if (prompts is None) != (out is None):
+        raise UserError("--prompts FILE and --out FILE go together: prompts in, answers out")
+    if prompts is not None and json:
+        raise UserError("the answers to --prompts are JSON lines already; leave --json out")
+    from exitlm.decode.options import EngineConfig
+
+    settings, engine = _settings(flags, set)
+    source = {
+        "source": model, "adapter": adapter, "dtype": dtype, "device": device, "quant": quant,
+        "allow_other_base": allow_other_base, "engine": EngineConfig.of(engine),
+    }  # fmt: skip
+    if prompts is not None and out is not None:
+        return _answer_file(Path(prompts), Path(out), source, settings, chat)
+    assert prompt is not None
+    return _answer_prompt(_standard_input() if prompt == "-" else prompt, source, settings, chat, json)
+
+
+def _settings(flags: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a generation from its flags and from ``--set``, and those of the engine."""
+    from exitlm.assignments import assignments, value_of
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    if "exits" in given:
+        layers = value_of(given["exits"])
+        given["exits"] = [layers] if isinstance(layers, int) else layers
+        if not isinstance(given["exits"], list):
+            raise UserError(f"--exits is '{layers}', but must be layers such as 8,15 (an adapter goes to --adapter)")
+    settings, sections = assignments(words, ("engine",))
+    for name in given:
+        if name in settings:
+            raise UserError(f"{name} is given twice, by --{name.replace('_', '-')} and by --set; leave one of them out")
+    return {**given, **settings}, sections.get("engine", {})
+
+
+def _standard_input() -> str:
+    """The prompt that comes in on standard input, without its last line break."""
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise UserError("the prompt on standard input is not valid UTF-8 text; give it in that encoding") from None
+
+
+def _answer_prompt(prompt: str, source: Mapping[str, Any], settings: Mapping[str, Any], chat: bool, json: bool) -> int:
+    """Decode one prompt with the model that ``source`` loads; print the text, or one JSON object."""
     import exitlm
     from exitlm.decode.generation import GenerationConfig
 
-    settings = {name: value for name, value in settings.items() if value is not None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns again when it is used
-        GenerationConfig.of(settings)  # refused before the model is loaded
-    llm = exitlm.load(model, exits, dtype, device, quant, allow_other_base)
+    config = GenerationConfig.of(settings)  # refused before the model is loaded
+    if config.logprobs and not json:
+        warnings.warn("logprobs has no effect without --json or --prompts", stacklevel=2)
+    llm = exitlm.load(**source)
     if json:
-        found = llm.generate(prompt, chat=chat, **settings)
-        answer = {
-            "text": found.text,
-            "token_ids": found.token_ids,
-            "exit_layers": found.exit_layers,
-            "mode": found.stats["mode"],
-            "stats": {name: None if _is_nan(value) else value for name, value in found.stats.items()},
-        }
-        print(json_format.dumps(answer))
+        from exitlm.prompts_file import as_json
+
+        found = llm.generate(prompt, chat=chat, config=config)
+        print(json_format.dumps({**as_json(found), "stats": found.stats.to_json()}))
+    elif config.n > 1:
+        for number, choice in enumerate(llm.generate(prompt, chat=chat, config=config).choices, 1):
+            print(f"[{number}] {choice.text}")
     elif sys.stdout.isatty():
-        _print_depth(llm, prompt, chat, settings)
+        _print_depth(llm, prompt, chat, config)
     else:
-        for piece in llm.stream(prompt, chat=chat, **settings):
+        for piece in llm.stream(prompt, chat=chat, config=config):
             print(piece.text, end="", flush=True)
         print()
-    for note in llm.engine.notes:
-        print(f"note: {note}", file=sys.stderr)
+    _print_notes(llm)
     return 0
 
 
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def _answer_file(prompts: Path, out: Path, source: Mapping[str, Any], settings: Mapping[str, Any], chat: bool) -> int:
+    """Decode a file of prompts into a file of answers, from where it stopped; print where they are."""
+    import exitlm
+    from exitlm.decode.generation import GenerationConfig
+    from exitlm.prompts_file import answer, answered, read_prompts
+
+    if out.exists() and prompts.exists() and out.samefile(prompts):
+        raise UserError(f"{out} is the file of the prompts; choose another file for the answers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a setting that is idle by itself may act with those of a line
+        GenerationConfig.of(settings)
+    names = [_absolute(name) for name in (source["source"], *(source["adapter"] or ()))]
+    model = {"names": names, "dtype": source["dtype"], "quant": source["quant"]}
+    lines = read_prompts(prompts, settings, chat=chat, model=model)
+    found = answered(out, lines)
+    if found.done < len(lines):
+        llm = exitlm.load(**source)
+        found = answer(llm, lines, out)
+        _print_notes(llm)
+    print(out)
+    if found.failed:
+        print(f"error: {found.failed} of {len(lines)} prompts failed; their lines in {out} say why", file=sys.stderr)
+    return 1 if found.failed else 0
 
 
-def _print_depth(llm: "LLM", prompt: str, chat: bool, settings: dict[str, Any]) -> None:
+def _absolute(name: str) -> str:
+    """The same name for the same path from wherever it is given; a hub id stays as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _print_notes(llm: "LLM") -> None:
+    for note in llm.engine.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _print_depth(llm: "LLM", prompt: str, chat: bool, config: "GenerationConfig") -> None:
     """Stream to a terminal, every token in the colour of its layer, then the legend and the speed."""
     from rich.console import Console
 
     from exitlm import show
-    from exitlm.decode.generation import summarise
+    from exitlm.decode.generation import mean_depth, speed_of
+    from exitlm.palette import palette
 
     console = Console(highlight=False, soft_wrap=True)
-    colours = show.palette(llm.exit_layers, llm.num_layers)
+    colours = palette(llm.exit_layers, llm.num_layers)
     trace, started = [], 0.0
-    for piece in llm.stream(prompt, chat=chat, **settings):
+    for piece in llm.stream(prompt, chat=chat, config=config):
         started = started or time.perf_counter()
         for token in piece.tokens:
             console.print(show.token(token.text, token.exit_layer, colours), end="")
         trace += piece.tokens
-    figures = summarise(trace, time.perf_counter() - started)
-    speed = "" if math.isnan(figures["tokens_per_second"]) else f"{figures['tokens_per_second']:.1f} tokens/s, "
+    speed = speed_of(len(trace), time.perf_counter() - started)
     console.print("\n")
     console.print(show.legend(colours))
-    console.print(
-        f"{figures['tokens']} token{'s' * (figures['tokens'] != 1)}, {speed}"
-        f"{figures['mean_layers']:.1f} of {llm.num_layers} layers on average",
-        style="dim",
-    )
+    if trace:
+        console.print(
+            f"{len(trace)} token{'s' * (len(trace) != 1)}, {'' if math.isnan(speed) else f'{speed:.1f} tokens/s, '}"
+            f"{mean_depth(trace):.1f} of {llm.num_layers} layers on average",
+            style="dim",
+        )
 
 
 def inspect(path: str) -> int:
@@ -147,7 +223,7 @@ def export(
     source: str,
     directory: str,
     *,
-    exits: Sequence[str] | None = None,
+    adapter: Sequence[str] | None = None,
     dtype: str | None = None,
     allow_other_base: bool = False,
 ) -> int:
@@ -160,20 +236,20 @@ def export(
 
     place = Path(source)
     if is_megatron(place):
-        if exits is not None:
-            raise UserError(f"{source} is a Megatron checkpoint: export it without --exits, then the result with them")
+        if adapter is not None:
+            raise UserError(f"{source} is a Megatron checkpoint: export it without --adapter, then the result with one")
         import_megatron(place, Path(directory), dtype=dtype)
         print(directory)
         return 0
     finished = (place / "exits.json").is_file()
-    if exits is None and (is_checkpoint(place) or ((place / "run.toml").is_file() and not finished)):
+    if adapter is None and (is_checkpoint(place) or ((place / "run.toml").is_file() and not finished)):
         written = exitlm.LLM(model_of_run(place)).export(directory, dtype=dtype)
         write_tokenizer(place, written)
         print(written)
         return 0
-    if exits is None and (place / "run.toml").is_file():
-        source, exits = RunConfig.from_toml(place / "run.toml").model.base, [source]
-    llm = exitlm.load(source, exits=exits, allow_other_base=allow_other_base)
+    if adapter is None and (place / "run.toml").is_file():
+        source, adapter = RunConfig.from_toml(place / "run.toml").model.base, [source]
+    llm = exitlm.load(source, adapter=adapter, allow_other_base=allow_other_base)
     print(llm.export(directory, dtype=dtype))
     return 0
 
@@ -230,13 +306,13 @@ def schedule(
 
 def plot(directory: str, *, out: str | None = None) -> int:
     """Draw the curves of a training or tuning run; prints where."""
-    from exitlm import show
     from exitlm.evaluate.curves import heads_of, read_metrics, run_curves
+    from exitlm.palette import palette
 
     run = Path(directory)
     metrics = read_metrics(run)
     title = f"{run.resolve().name}, step {int(metrics[-1]['step']):,}"
-    print(run_curves(Path(out or run / "curves.png"), metrics, show.palette(*heads_of(metrics)), title=title))
+    print(run_curves(Path(out or run / "curves.png"), metrics, palette(*heads_of(metrics)), title=title))
     return 0
 
 
@@ -319,10 +395,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     add = parsers["generate"].add_argument
     add("model", metavar="MODEL", help=_MODEL)
-    add(
-        "--exits", nargs="+", action="extend", metavar="DIR", help="exit adapters (default: the exits beside the model)"
-    )
-    add("--prompt", required=True, metavar="TEXT")
+    group = parsers["generate"].add_mutually_exclusive_group(required=True)
+    group.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
+    group.add_argument("--prompts", metavar="FILE", help="JSON lines: prompt or messages, and any setting; needs --out")
+    add("--out", metavar="FILE", help="the answers to --prompts, as JSON lines; it is continued if it is there")
+    add("--exits", metavar="LAYERS", help="the exits to use, such as 8,15 (default: all, or those with a net speed-up)")
     add("--mode", metavar="M", help="lossless (the full model's text, drafted at exits), threshold, or full")
     add("--threshold", type=float, metavar="T", help="how sure an exit must be, 0 to 1 (default: what tuning stored)")
     add("--rule", metavar="R", help="probability, margin, entropy, gate, patience, fixed or decay")
@@ -341,7 +418,23 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add("--json", action="store_true", help="print one JSON object: text, token_ids, exit_layers, mode, stats")
 
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting of a generation, such as top_k=40 min_p=.05 stop='[\"END\"]' threshold='{\"8\": 0.9}'",
+    )
+
     for name in ("generate", "export"):
+        parsers[name].add_argument(
+            "--adapter",
+            nargs="+",
+            action="extend",
+            metavar="DIR",
+            help="exits that were tuned on this model: one adapter or several (default: those beside the model)",
+        )
         parsers[name].add_argument(
             "--allow-other-base", action="store_true", help="take exits that were tuned on other weights"
         )
@@ -350,7 +443,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add = parsers["export"].add_argument
     add("source", metavar="SRC", help=f"{_MODEL}; or a tuning run's directory, or one of its checkpoints")
     add("directory", metavar="DIR", help="where to write")
-    add("--exits", nargs="+", action="extend", metavar="A", help="exit adapters to write beside the model")
     add("--dtype", metavar="D", help="of the weights written (default: as they are)")
 
     add = parsers["schedule"].add_argument

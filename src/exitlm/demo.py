@@ -24,6 +24,7 @@ from exitlm.decode.generation import Generation, GenerationConfig
 from exitlm.errors import UserError
 from exitlm.evaluate.plots import Point, depth_picture, speed_quality_picture
 from exitlm.llm import LLM, load
+from exitlm.palette import palette
 from exitlm.train import RunConfig, tune
 from exitlm.train.precision import native_bfloat16
 
@@ -80,12 +81,12 @@ class Setting:
     @property
     def acceptance(self) -> float | None:
         """The share of drafts that the full model accepted; None where nothing was drafted."""
-        drafted = sum(answer.stats["drafted"] for answer in self.answers)
-        return sum(answer.stats["accepted"] for answer in self.answers) / drafted if drafted else None
+        drafted = sum(answer.stats.drafted for answer in self.answers)
+        return sum(answer.stats.accepted for answer in self.answers) / drafted if drafted else None
 
 
 def _speed(answer: Generation) -> float:
-    seconds: float = answer.stats["decode_seconds"]
+    seconds: float = answer.stats.decode_seconds
     return max(len(answer.token_ids) - 1, 1) / max(seconds, 1e-9)
 
 
@@ -98,7 +99,7 @@ def run(out: Path, *, quick: bool = False) -> None:
     console.rule("[bold]1. tune exits on text that the model writes itself", align="left")
     tune(tuning(adapter, quick))
     console.rule("[bold]2. decode", align="left")
-    llm = load(BASE, exits=adapter)
+    llm = load(BASE, adapter=adapter)
     settings = measure(llm, PROMPTS[:2] if quick else PROMPTS, 32 if quick else 128, console)
     _report(llm, settings, out, console)
 
@@ -146,7 +147,7 @@ def agreeing(engine: Engine, prompt: list[int], answer: list[int], full: list[in
 
 def _report(llm: LLM, settings: list[Setting], out: Path, console: Console) -> None:
     """The coloured answers, the table and the pictures."""
-    colours = show.palette(llm.exit_layers, llm.num_layers)
+    colours = palette(llm.exit_layers, llm.num_layers)
     full = settings[0]
     by_depth = sorted((s for s in settings if s.threshold is not None), key=lambda s: s.mean_layers)
     chosen = next((s for s in by_depth if s.agreement >= WANTED_AGREEMENT), by_depth[-1])

@@ -8,12 +8,12 @@ Shapes: B sequences, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -21,15 +21,18 @@ from torch import Tensor
 from exitlm.decode.engine import Engine
 from exitlm.decode.formats import check_quant
 from exitlm.decode.generation import Generation, GenerationConfig, Piece
+from exitlm.decode.options import EngineConfig
+from exitlm.decode.prompts import Prompt, encode
+from exitlm.decode.requests import configs_of, is_many
+from exitlm.decode.settings import GenerationSettings
 from exitlm.decode.text import Tokenizer
 from exitlm.errors import UserError, nearest
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitConfig
 from exitlm.values import flag, path_of, paths_of, seed_of, wholes, wrong
 from exitlm.weights.adapter import attach, is_adapter, save_adapter
-from exitlm.weights.checkpoint import chat_text
 from exitlm.weights.export import export
-from exitlm.weights.load import load_model
+from exitlm.weights.load import device_of, load_model
 from exitlm.weights.source import resolve
 
 if TYPE_CHECKING:
@@ -41,42 +44,68 @@ Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 def load(
     source: Source,
-    exits: Source | Sequence[Source] | None = None,
+    adapter: Source | Sequence[Source] | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     quant: str = "auto",
     allow_other_base: bool = False,
+    engine: EngineConfig | Mapping[str, Any] | None = None,
 ) -> LLM:
     """Load a model: a directory with safetensors, a ``.gguf`` file, a hub id, or ``smollm2`` for the packaged one.
 
-    ``exits`` is one adapter directory or several of the same base; without it, a directory that holds exits beside its
+    ``adapter`` is one adapter directory or several of one base; without it, a directory that holds exits beside its
     weights brings its own. ``dtype`` ``auto`` is the checkpoint's. ``quant`` is how weights are packed for ``generate``
-    and ``stream`` on a CPU. Raises :class:`UserError` for anything that can't be loaded, and for an adapter that was
+    and ``stream`` on a CPU. ``engine`` says what the engine may hold (:class:`EngineConfig`, or its fields in a
+    mapping). Raises :class:`UserError` for anything that can't be loaded, and for an adapter that was
     tuned on other weights unless ``allow_other_base``.
     """
     check_quant(quant)
+    options = _engine_config(engine)
     any_base = flag(allow_other_base, "allow_other_base")
-    adapters = None if exits is None else paths_of(exits, "exits")
+    adapters = None if adapter is None else paths_of(adapter, "adapter")
     model = load_model(source, dtype=dtype, device=device)
     if adapters is None:
         own = resolve(source)
         adapters = [str(own)] if is_adapter(own) else []
     if adapters:
         attach(model, adapters, allow_other_base=any_base)
-    return LLM(model, quant=quant)
+    return LLM(model, quant=quant, engine=options)
+
+
+def _engine_config(value: Any) -> EngineConfig:
+    if value is None or isinstance(value, EngineConfig):
+        return value or EngineConfig()
+    if not isinstance(value, Mapping):
+        raise wrong("engine", value, "an EngineConfig or a mapping of its fields")
+    return EngineConfig.of(value)
 
 
 class LLM:
     """A decoder-only language model with exits. ``model`` is the plain ``nn.Module`` behind it."""
 
-    def __init__(self, model: EarlyExitModel, *, quant: str = "auto") -> None:
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        *,
+        quant: str = "auto",
+        engine: EngineConfig | Mapping[str, Any] | None = None,
+    ) -> None:
         if not isinstance(model, EarlyExitModel):
             raise wrong("model", model, "an EarlyExitModel; exitlm.load gives an LLM from a directory")
         check_quant(quant)
         self.model = model
         self.quant = quant
+        self.engine_config = _engine_config(engine)
         self._engine: Engine | None = None
         self._why_no_text = "this model came without a tokenizer"
+
+    def __repr__(self) -> str:
+        """Family, depth, exits, dtype, device and weight format (once the engine stands, the one it has chosen)."""
+        exits = f"exits {self.exit_layers}" if self.exit_layers else "no exits"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        quant = self.quant if self._engine is None else self._engine.quant
+        where = f"{dtype} on {self.model.device}"
+        return f"<LLM {self.model.config.model_type}, {self.num_layers} layers, {exits}, {where}, quant {quant}>"
 
     @property
     def num_layers(self) -> int:
@@ -102,7 +131,8 @@ class LLM:
     def engine(self) -> Engine:
         """The decoding engine; built when first needed, and again after the exits have changed."""
         if self._engine is None:
-            self._engine = Engine(self.model, quant=self.quant, tokenizer=cast(Tokenizer | None, self.tokenizer))
+            tokenizer = cast(Tokenizer | None, self.tokenizer)
+            self._engine = Engine(self.model, quant=self.quant, tokenizer=tokenizer, options=self.engine_config)
         return self._engine
 
     def logits(self, ids: Ids) -> Tensor:
@@ -113,45 +143,92 @@ class LLM:
         """Logits of every early exit, ``{layer: [B, T, V]}``; ``-inf`` outside an exit's candidate vocabulary."""
         return {layer: logits for layer, logits in self.model.exit_logits(ids).items() if layer < self.num_layers}
 
-    def generate(self, prompt: str | Sequence[int], *, chat: bool = False, **settings: Any) -> Generation:
-        """Continue ``prompt``, a string or a list of token ids, and return the text with the story of every token.
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts to a type checker
+        self,
+        prompt: Prompt,
+        *,
+        chat: bool = False,
+        config: GenerationConfig | None = None,
+        **settings: Unpack[GenerationSettings],
+    ) -> Generation: ...
 
-        ``chat`` puts a string prompt into the model's chat template. ``settings`` are the fields of
-        :class:`GenerationConfig`: ``mode``, ``threshold``, ``max_new_tokens`` and so on.
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        chat: bool = False,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        **settings: Unpack[GenerationSettings],
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        chat: bool = False,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        **settings: Unpack[GenerationSettings],
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or each of a list of prompts, and return the text with the story of every token.
+
+        A prompt is a text, a list of token ids or a list of chat messages (``{"role": "user", "content": "Hi"}``);
+        ``chat`` puts a text into the model's chat template. ``settings`` are the fields of :class:`GenerationConfig`
+        (``mode``, ``threshold``, ``max_new_tokens`` and so on); ``config`` gives them all at once instead. Prompts in a
+        list are decoded together, and each gets the text that it would get alone; a setting that is one value may then
+        be a list of one for each, and ``config`` a list, too. One that can't be answered has an ``error``, and the
+        others are answered.
         """
-        config = GenerationConfig.of(settings)
-        return self.engine.generate(self.encode(prompt, chat=chat), config)
+        if not is_many(prompt):
+            (chosen,) = configs_of(config, settings, None)
+            found = self.engine.generate(self.encode(cast(Prompt, prompt), chat=chat), chosen)
+            return found
+        requests = self._requests(cast(Sequence[Prompt], prompt), chat, config, settings)
+        return self.engine.generate_all(requests)
 
-    def stream(self, prompt: str | Sequence[int], *, chat: bool = False, **settings: Any) -> Iterator[Piece]:
-        """As :meth:`generate`, in pieces as they become certain; in ``lossless`` mode that is after verification."""
-        config = GenerationConfig.of(settings)
-        return self.engine.stream(self.encode(prompt, chat=chat), config)
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        chat: bool = False,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        **settings: Unpack[GenerationSettings],
+    ) -> Iterator[Piece]:
+        """As :meth:`generate`, in pieces as they become certain; in ``lossless`` mode that is after verification.
+        Pieces of a list carry the ``index`` of their prompt."""
+        if not is_many(prompt):
+            (chosen,) = configs_of(config, settings, None)
+            return self.engine.stream(self.encode(cast(Prompt, prompt), chat=chat), chosen)
+        return self.engine.stream_all(self._requests(cast(Sequence[Prompt], prompt), chat, config, settings))
 
-    def encode(self, prompt: str | Sequence[int], *, chat: bool = False) -> list[int]:
-        """The token ids of a prompt; ``chat`` puts a string into the model's chat template first."""
-        chat = flag(chat, "chat")
-        if isinstance(prompt, str):
-            return self._tokenize(prompt, chat)
-        if chat:
-            raise UserError("chat needs a prompt that is a string, not token ids")
-        return wholes(prompt, "the prompt", "a string or a list of token ids, which are whole numbers")
+    def _requests(
+        self, prompts: Sequence[Prompt], chat: bool, config: Any, settings: GenerationSettings
+    ) -> list[tuple[list[int] | UserError, GenerationConfig]]:
+        """Token ids, or what is wrong, and settings for each prompt."""
+        configs = configs_of(config, settings, len(prompts))
+        ids: list[list[int] | UserError] = []
+        for prompt in prompts:
+            try:
+                ids.append(self.encode(prompt, chat=chat))
+            except UserError as error:
+                ids.append(error)
+        return list(zip(ids, configs, strict=True))
 
-    def _tokenize(self, prompt: str, chat: bool) -> list[int]:
-        if self.tokenizer is None:
-            raise UserError(f"the prompt must be a list of token ids: {self._why_no_text}")
-        if not prompt:
-            raise UserError("the prompt is empty; give at least one character")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise UserError("the prompt is no valid UTF-8 text; give it in that encoding") from None
-        if not chat:
-            return list(self.tokenizer(prompt)["input_ids"])
-        if not self.tokenizer.chat_template:
-            raise UserError("this model's tokenizer has no chat template; leave chat off")
-        messages = [{"role": "user", "content": prompt}]
-        text = chat_text(self.tokenizer, messages, answer=True, remedy="leave chat off")
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
+        """The token ids of a prompt; messages go into the model's chat template, and with ``chat`` so does a text."""
+        chat, tokenizer = flag(chat, "chat"), self.tokenizer
+        return encode(prompt, tokenizer, chat=chat, why_no_text=self._why_no_text)
+
+    def to(self, device: str | torch.device) -> LLM:
+        """Move the model to a device such as ``cuda``; weights are packed again when they are next needed.
+
+        Raises:
+            UserError: a device that can't be used.
+        """
+        self.model.to(device_of(device))
+        self._engine = None
+        return self
 
     def add_exits(
         self,

@@ -1,6 +1,6 @@
 """Depth in the terminal: text whose every token is coloured by the layer it left at, its legend, and tables of figures.
 
-The palette is the one the plots use too. This file measures nothing.
+The colours are those of :mod:`exitlm.palette`. This file measures nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,25 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-
-_RAMP = ("#00a878", "#2a8ff4", "#a45ee5")  # shallow, middle, deep: readable on light and dark, and for the colour-blind
-_FINAL = "#8a8f98"
-
-
-def palette(layers: Iterable[int], final: int) -> dict[int, str]:
-    """A colour (``#rrggbb``) for each exit layer from green (shallow) to violet (deep), and grey for the final head."""
-    exits = sorted(set(layers) - {final})
-    colours = {}
-    for rank, layer in enumerate(exits):
-        place = rank / max(len(exits) - 1, 1) * (len(_RAMP) - 1)
-        low = min(int(place), len(_RAMP) - 2)
-        colours[layer] = _blend(_RAMP[low], _RAMP[low + 1], place - low)
-    return {**colours, final: _FINAL}
-
-
-def _blend(first: str, second: str, share: float) -> str:
-    channels = [(int(first[i : i + 2], 16), int(second[i : i + 2], 16)) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in channels)
 
 
 def token(text: str, layer: int, colours: Mapping[int, str]) -> Text:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from exitlm.decode import engine as engine_module
-from exitlm.decode.engine import DEFAULT_THRESHOLD, Engine
+from exitlm.decode.engine import Engine
 from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.planning import DEFAULT_THRESHOLD
 from exitlm.decode.rules import PATIENCE_REACHED, RULES
 from exitlm.errors import UserError
 from exitlm.model import Calibration, EarlyExitModel, ExitRecord
@@ -54,12 +55,12 @@ def test_the_result(engine: Engine, mode: str) -> None:
     assert out.text == "".join(f"[{i}]" for i in out.token_ids)
     assert [token.text for token in out.trace] == [f"[{i}]" for i in out.token_ids]
     stats = out.stats
-    assert stats["mode"] == mode
-    assert (stats["tokens"], stats["prompt_tokens"]) == (20, 5)
-    assert stats["mean_layers"] == sum(out.exit_layers) / 20
-    assert stats["tokens_per_second"] == pytest.approx(19 / stats["decode_seconds"])
-    assert stats["prefill_seconds"] > 0
-    assert stats["quant"] == "none"
+    assert stats.mode == mode
+    assert (stats.tokens, stats.prompt_tokens) == (20, 5)
+    assert stats.mean_layers == sum(out.exit_layers) / 20
+    assert stats.tokens_per_second == pytest.approx(19 / stats.decode_seconds)
+    assert stats.prefill_seconds > 0
+    assert stats.quant == "none"
     first = out.trace[0]
     assert (first.exit_layer, first.source, first.confidence, first.drafted) == (4, "final", {}, False)
     for token in out.trace:
@@ -67,25 +68,25 @@ def test_the_result(engine: Engine, mode: str) -> None:
         assert token.drafted == (mode == "lossless" and token.source != "final")
         assert all(0 <= score <= 1 for score in token.confidence.values())
     if mode == "full":
-        assert stats["exits"] == []
-        assert stats["rule"] is None
-        assert stats["acceptance"] is None
-        assert stats["layer_rows"] == 19 * 4
+        assert stats.exits == []
+        assert stats.rule is None
+        assert stats.acceptance is None
+        assert stats.layer_rows == 19 * 4
         assert not any(token.confidence for token in out.trace)
     else:
-        assert stats["exits"] == [1, 2, 3]
-        assert stats["rule"] == "gate"
-        assert stats["max_pending"] > 0
+        assert stats.exits == [1, 2, 3]
+        assert stats.rule == "gate"
+        assert stats.max_pending > 0
         tried = [token for token in out.trace[1:] if token.source == "exit"]
         assert tried
         for token in tried:
             assert max(token.confidence) == token.exit_layer
-            assert token.confidence[token.exit_layer] >= stats["thresholds"][token.exit_layer]
+            assert token.confidence[token.exit_layer] >= stats.thresholds[token.exit_layer]
     if mode == "threshold":
-        assert stats["drafted"] == 0
-        assert stats["layer_rows"] <= sum(out.exit_layers[1:]) + 4 * stats["max_pending"]
+        assert stats.drafted == 0
+        assert stats.layer_rows <= sum(out.exit_layers[1:]) + 4 * stats.max_pending
     if mode == "lossless":
-        assert stats["acceptance"] == stats["accepted"] / stats["drafted"]
+        assert stats.acceptance == stats.accepted / stats.drafted
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 3, "top_k": 5, "repetition_penalty": 1.3}])
@@ -171,8 +172,8 @@ def test_a_stop_string_inside_of_a_piece_of_several_tokens(mode: str) -> None:
         seen = "".join(f"[{i}]" for i in out.token_ids)
         assert word in seen
         assert word not in "".join(f"[{i}]" for i in out.token_ids[:-1])
-        assert len(out.trace) == len(out.exit_layers) == out.stats["tokens"] == len(out.token_ids)
-        assert out.stats["accepted"] == sum(token.drafted for token in out.trace)
+        assert len(out.trace) == len(out.exit_layers) == out.stats.tokens == len(out.token_ids)
+        assert out.stats.accepted == sum(token.drafted for token in out.trace)
         streamed = list(engine.stream(PROMPT, GenerationConfig.of({"stop": [word], **settings, **FREE})))
         assert "".join(piece.text for piece in streamed) == expected
         assert [i for piece in streamed for i in piece.token_ids] == out.token_ids
@@ -216,7 +217,7 @@ def test_a_stream_gives_what_generate_gives(engine: Engine, mode: str) -> None:
     assert [i for piece in pieces for i in piece.token_ids] == out.token_ids
     assert [layer for piece in pieces for layer in piece.exit_layers] == out.exit_layers
     assert "".join(piece.text for piece in pieces) == out.text
-    assert len(pieces) == out.stats["rounds"] + 1
+    assert len(pieces) == out.stats.rounds + 1
     if mode != "lossless":
         assert all(len(piece.tokens) == 1 for piece in pieces)
 
@@ -242,20 +243,26 @@ def test_streams_side_by_side_do_not_disturb_each_other(engine: Engine) -> None:
     assert found == alone
 
 
-def test_an_abandoned_stream_gives_its_cache_back() -> None:
+def is_idle(engine: Engine) -> bool:
+    """Whether nothing runs and nothing is held."""
+    used = [allocator.used for allocator in engine.pool.allocators]
+    return not (engine.running or engine.waiting or engine._sinks or any(used) or engine.hidden.used)
+
+
+def test_an_abandoned_stream_gives_its_memory_back() -> None:
     engine = make_engine(drafting_model("llama"))
     expected = generate(engine, PROMPT, **MODES["threshold"], **FREE).token_ids
-    (cache,) = engine._free
+    assert is_idle(engine)
     stream = engine.stream(PROMPT, GenerationConfig.of({**MODES["threshold"], **FREE}))
     next(stream)
-    assert engine._free == []
+    assert not is_idle(engine)
     stream.close()
-    assert engine._free == [cache]
+    assert is_idle(engine)
     stream = engine.stream(random_ids(9, 2), GenerationConfig.of({**MODES["lossless"], **FREE}))
     next(stream)
     del stream
     gc.collect()
-    assert engine._free == [cache]
+    assert is_idle(engine)
     assert generate(engine, PROMPT, **MODES["threshold"], **FREE).token_ids == expected
 
 
@@ -263,26 +270,22 @@ def test_a_stream_that_was_never_read_costs_nothing() -> None:
     engine = make_engine(drafting_model("llama"))
     for _ in range(5):
         engine.stream(PROMPT, GenerationConfig.of(FREE))
+    assert is_idle(engine)
     assert len(generate(engine, PROMPT, **FREE).token_ids) == 20
-    assert len(engine._free) <= 2
 
 
-def test_an_error_while_decoding_gives_the_cache_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_breaks_off_ends_what_ran_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(drafting_model("llama"))
-    monkeypatch.setattr(engine.fused, "final_logits", lambda hidden: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        generate(engine, PROMPT, **FREE)
-    assert len(engine._free) == 1
-
-
-def test_few_caches_are_kept() -> None:
-    engine = make_engine(drafting_model("llama"))
-    streams = [engine.stream(PROMPT, GenerationConfig.of(FREE)) for _ in range(6)]
-    for stream in streams:
-        next(stream)
-    for stream in streams:
-        list(stream)
-    assert len(engine._free) == 2
+    expected = generate(engine, PROMPT, **FREE).token_ids
+    other = engine.add(PROMPT, GenerationConfig.of(FREE))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.fused, "final_logits", lambda hidden: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(engine, PROMPT, **FREE)
+    assert is_idle(engine)
+    (event,) = engine.step()
+    assert (event.key, type(event.error)) == (other, ZeroDivisionError)
+    assert generate(engine, PROMPT, **FREE).token_ids == expected
 
 
 # ---- what is run: explicit choices are honoured, defaults follow records and costs
@@ -297,8 +300,8 @@ def recorded(**records: ExitRecord) -> EarlyExitModel:
 
 
 def plan(engine: Engine, **settings: Any) -> tuple[list[int], dict[int, float], str | None]:
-    layers, rule = engine.plan(GenerationConfig.of(settings))
-    return layers, {} if rule is None else dict(rule.thresholds), None if rule is None else rule.name
+    made = engine.plan(GenerationConfig.of(settings))
+    return made.exits, {} if made.rule is None else dict(made.rule.thresholds), made.rule and made.rule.name
 
 
 def test_the_default_threshold_is_what_tuning_stored_for_the_rule() -> None:
@@ -346,8 +349,7 @@ def test_modes_that_need_no_exits() -> None:
         ({"exits": []}, "exits is empty"),
         ({"threshold": {7: 0.5}}, "layer|7"),
         ({"threshold": {"1": 0.5}}, "'1'"),
-        ({"threshold": [0.5, 0.6]}, "2 thresholds are given for 3"),
-        ({"threshold": [0.5], "exits": [1, 2]}, "1 thresholds are given for 2"),
+        ({"threshold": [0.5, 0.6]}, "threshold is \\[0.5, 0.6\\]"),
     ],
 )
 def test_plans_that_cannot_be(settings: dict[str, Any], says: str) -> None:
@@ -363,22 +365,41 @@ def test_a_gate_where_there_is_none_is_refused() -> None:
     assert plan(engine, mode="threshold", rule="gate", exits=[1])[2] == "gate"
 
 
-SURE = ExitRecord(rule="gate", threshold=0.6, coverage=0.9)
-NEVER = replace(SURE, coverage=0.0)
+SURE = ExitRecord(rule="gate", threshold=0.6, coverage=0.9, tested=True)
+NEVER = ExitRecord(rule="gate", threshold=0.6, coverage=0.0, tested=False)
 
 
-def test_exits_that_do_not_pay_are_off_by_default_and_this_is_said_once() -> None:
+def test_exits_that_tuning_found_not_worth_a_test_are_off_by_default_and_this_is_said_once() -> None:
     engine = make_engine(recorded(e1=NEVER, e2=SURE, e3=NEVER))
     for _ in range(2):
         assert plan(engine, mode="threshold") == ([2], {2: 0.6}, "gate")
     assert len(engine.notes) == 1
-    assert "exits [1, 3]" in engine.notes[0]
+    assert "exits [1, 3], by what tuning measured; name them to use them: --exits 1,3" in engine.notes[0]
     out = generate(engine, PROMPT, mode="threshold", **FREE)
-    assert out.stats["exits"] == [2]
+    assert out.stats.exits == [2]
+
+
+def test_what_is_tested_by_default_depends_on_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "cached", lambda *_: 1 / 0)
+    engine = make_engine(recorded(e1=NEVER, e2=SURE), costs=None)
+    assert plan(engine, mode="threshold")[0] == [2, 3]
+    assert generate(engine, PROMPT, mode="threshold", **FREE).stats.exits == [2, 3]
+
+
+def test_of_an_adapter_that_does_not_say_exits_with_a_threshold_below_1_are_tested() -> None:
+    stored = {"e1": ExitRecord(rule="gate", threshold=1.0), "e2": ExitRecord(rule="gate", threshold=0.9)}
+    assert plan(make_engine(recorded(**stored)), mode="threshold") == ([2, 3], {2: 0.9, 3: DEFAULT_THRESHOLD}, "gate")
+
+
+def test_the_default_rule_is_that_of_the_exits_that_are_tested() -> None:
+    model = attach(tiny_model("llama"), [ExitConfig(layer=1, gate=True), ExitConfig(layer=2)])
+    model.exits["1"].record, model.exits["2"].record = SURE, NEVER
+    assert plan(make_engine(model), mode="threshold") == ([1], {1: 0.6}, "gate")
 
 
 def test_drafting_that_does_not_pay_is_said_once() -> None:
-    record = replace(SURE, calibration=Calibration(scores=(0.5,), coverage=(0.5,), precision=(0.1,)))
+    curve = Calibration(scores=(0.5,), coverage=(0.5,), precision=(0.1,))
+    record = replace(SURE, calibration=curve)
     engine = make_engine(recorded(e1=record, e2=record, e3=record))
     for _ in range(2):
         assert plan(engine, mode="lossless") == ([], {}, None)
@@ -397,12 +418,6 @@ def test_what_the_user_names_is_used_whether_it_pays_or_not() -> None:
     assert set(out.exit_layers) == {4}
 
 
-def test_exits_that_tuning_said_nothing_about_stay_on() -> None:
-    engine = make_engine(recorded(e1=NEVER, e2=SURE))
-    assert plan(engine, mode="threshold")[0] == [1, 2, 3]
-    assert engine.notes == []
-
-
 def test_drafting_thresholds_come_from_calibration_and_costs() -> None:
     curve = Calibration(scores=(0.2, 0.5, 0.9), coverage=(0.9, 0.6, 0.2), precision=(0.5, 0.95, 0.99))
     hopeless = Calibration(scores=(0.2, 0.9), coverage=(0.9, 0.2), precision=(0.0, 0.01))
@@ -411,13 +426,11 @@ def test_drafting_thresholds_come_from_calibration_and_costs() -> None:
     assert plan(engine, mode="lossless") == ([2, 3], {2: 0.5, 3: 0.6}, "gate")
     assert plan(engine, mode="lossless", adaptive=False)[1] == {1: 0.6, 2: 0.6, 3: 0.6}
     assert plan(engine, mode="lossless", threshold=0.4)[1] == {1: 0.4, 2: 0.4, 3: 0.4}
-    request = engine.start(PROMPT, GenerationConfig())
-    assert request.policy is not None
-    assert request.policy.exits[2].prior == 0.95
-    assert request.policy.exits[3].prior == 0.7
-    other_rule = engine.start(PROMPT, GenerationConfig(rule="margin", threshold=0.5))
-    assert other_rule.policy is not None
-    assert other_rule.policy.exits[2].prior == 0.7
+    for settings, layer, prior in (({}, 2, 0.95), ({}, 3, 0.7), ({"rule": "margin", "threshold": 0.5}, 2, 0.7)):
+        engine.add(PROMPT, GenerationConfig.of(settings))
+        policy = engine.waiting[-1].policy
+        assert policy is not None
+        assert policy.exits[layer].prior == prior
 
 
 def test_costs_are_measured_only_where_they_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,20 +456,10 @@ def test_a_measured_engine_and_a_given_table_write_the_same_text(tmp_path: Path)
     assert len(texts) == 1
 
 
-def test_the_memory_of_a_cache_follows_the_request() -> None:
-    engine = make_engine(drafting_model("llama"))
-    generate(engine, PROMPT, **FREE)
-    (cache,) = engine._free
-    assert cache.capacity == 64
-    assert cache.nbytes() == 4 * 2 * 2 * 64 * 12 * 8
-    generate(engine, PROMPT, max_new_tokens=100, ignore_eos=True)
-    assert engine._free[0].capacity == 128
-
-
 def test_speed_of_one_token_is_not_a_number(engine: Engine) -> None:
     out = generate(engine, PROMPT, max_new_tokens=1)
-    assert math.isnan(out.stats["tokens_per_second"])
-    assert out.stats["tokens"] == 1
+    assert math.isnan(out.stats.tokens_per_second)
+    assert out.stats.tokens == 1
 
 
 # ---- numbers that are none
@@ -515,7 +518,7 @@ def test_costs_of_a_busy_machine_are_named_and_measured_again(monkeypatch: pytes
     engine = make_engine(model, costs=None)
     settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
     for _ in range(2):  # a table serves for a while, whatever it is
-        assert generate(engine, PROMPT, **settings).stats["costs"] == "measured"
+        assert generate(engine, PROMPT, **settings).stats.costs == "measured"
         assert len(tables) == 1
         (note,) = engine.notes
         assert "this machine is busy (equal passes took up to 1.9 times as long)" in note
@@ -532,9 +535,9 @@ def test_a_table_that_was_measured_again_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine_module, "cached", lambda *_: replace(some_costs(model), origin=origin))
     engine = make_engine(model, costs=None)
     settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
-    assert generate(engine, PROMPT, **settings).stats["costs"] == origin
+    assert generate(engine, PROMPT, **settings).stats.costs == origin
     assert engine.notes == [f"the costs of passes were {origin}"]
-    assert generate(make_engine(model), PROMPT, mode="full").stats["costs"] == "given"
+    assert generate(make_engine(model), PROMPT, mode="full").stats.costs == "given"
 
 
 def test_a_machine_that_interrupts_every_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,22 +546,8 @@ def test_a_machine_that_interrupts_every_pass_is_named(monkeypatch: pytest.Monke
     monkeypatch.setattr(engine_module, "cached", lambda *_: guess)
     engine = make_engine(model, costs=None)
     settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
-    assert generate(engine, PROMPT, **settings).stats["costs"] == "guessed"
+    assert generate(engine, PROMPT, **settings).stats.costs == "guessed"
     assert "this machine is busy (equal passes were interrupted)" in engine.notes[0]
-
-
-def test_in_threshold_mode_a_guess_is_measured_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = copy.deepcopy(drafting_model("llama"))
-    for head in model.exit_heads().values():
-        head.record = replace(SURE, threshold=0.5)
-    tables = [replace(some_costs(model), spread=0.9, origin="measured"), replace(some_costs(model), origin="measured")]
-    monkeypatch.setattr(engine_module, "cached", lambda *_: tables.pop(0))
-    monkeypatch.setattr(engine_module, "MEASURE_AGAIN", 0.0)
-    engine = make_engine(model, costs=None)
-    for left in (1, 0, 0):
-        generate(engine, PROMPT, mode="threshold", max_new_tokens=4)
-        assert len(tables) == left
-        assert any("busy" in note for note in engine.notes) == (left == 1)
 
 
 @pytest.mark.parametrize("compile", ["none", "static"])

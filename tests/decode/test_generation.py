@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
-from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
+from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, mean_depth, speed_of
+from exitlm.decode.sampling.sampler import Sampler
 from exitlm.errors import UserError
+from exitlm.palette import palette
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"threshold": math.nan}, "threshold is nan"),
@@ -52,6 +55,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"top_k": -2}, "top_k"),
     ({"min_p": 1.5}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"presence_penalty": 2.5}, "presence_penalty is 2.5, but must be a number from -2 to 2"),
+    ({"frequency_penalty": "1"}, "frequency_penalty"),
+    ({"logit_bias": None}, "logit_bias is None"),
+    ({"logit_bias": {5: 200}}, "logit_bias of token 5 is 200"),
+    ({"logit_bias": {"the": 1}}, "token id in logit_bias is 'the'"),
+    ({"bad_words": 5}, "bad_words is 5"),
+    ({"bad_words": [5]}, "sequence in bad_words is 5"),
+    ({"bad_words": [[]]}, "sequence in bad_words is empty"),
+    ({"bad_words": ["a", ""]}, "text in bad_words is empty"),
+    ({"bad_words": [np.array([1.5])]}, "sequence in bad_words"),
+    ({"logits_processor": "upper"}, "logits_processor is 'upper'"),
 ]
 
 
@@ -74,9 +88,23 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 def test_one_word_stands_for_a_list_of_one() -> None:
-    config = GenerationConfig(stop="END", draft="lookup")
+    config = GenerationConfig(stop="END", draft="lookup", bad_words="damn")
     assert config.stop == ("END",)
     assert config.draft == ("lookup",)
+    assert config.bad_words == ("damn",)
+
+
+def test_the_sampler_has_all_that_is_set_for_it() -> None:
+    def same(ids: list[int], logits: Tensor) -> Tensor:
+        return logits
+
+    given = {"temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}
+    given |= {"presence_penalty": 0.3, "frequency_penalty": -0.3, "logit_bias": {3: -1.0}}
+    config = GenerationConfig(**given, bad_words=["damn", np.array([1, 2])], logits_processor=same)  # type: ignore[arg-type, list-item]
+    assert config.bad_words == ("damn", (1, 2))  # a tokenizer says what a text is
+    assert config.sampler([[7, 8], [1, 2]]) == Sampler(**given, bad_words=[[7, 8], [1, 2]], processor=same)  # type: ignore[arg-type]
+    assert GenerationConfig(logit_bias={"7": 2}).logit_bias == {7: 2.0}  # type: ignore[dict-item]
+    assert GenerationConfig().sampler() == Sampler()
 
 
 def test_a_setting_without_effect_is_a_warning() -> None:
@@ -112,14 +140,53 @@ def test_a_configuration_does_not_change() -> None:
 
 def test_a_summary() -> None:
     trace = [TokenTrace(id=1, exit_layer=layer, source="exit") for layer in (4, 2, 3)]
-    assert summarise(trace, 0.5) == {"tokens": 3, "tokens_per_second": 4.0, "mean_layers": 3.0}
-    assert math.isnan(summarise(trace[:1], 0.0)["tokens_per_second"])
-    assert summarise([], 0.0)["tokens"] == 0
+    assert (speed_of(3, 0.5), mean_depth(trace)) == (4.0, 3.0)
+    assert math.isnan(speed_of(1, 0.5))
+    assert math.isnan(speed_of(3, 0.0))
+    assert math.isnan(mean_depth([]))
 
 
 def test_a_piece_and_a_generation_are_plain_data() -> None:
     trace = [TokenTrace(id=7, exit_layer=2, source="exit", confidence={2: 0.5}, text="a")]
     piece = Piece(text="a", tokens=trace)
     assert (piece.token_ids, piece.exit_layers) == ([7], [2])
-    out = Generation(text="a", token_ids=[7], exit_layers=[2], trace=trace, stats={"tokens": 1}, finish_reason="length")
+    stats = {"mode": "threshold", "exits": [1, 2]}
+    out = Generation(text="a", token_ids=[7], exit_layers=[2], trace=trace, stats=stats, finish_reason="length")
     assert json.loads(json.dumps(dataclasses.asdict(out)))["trace"][0]["id"] == 7
+
+
+def generation(words: list[str], layers: list[int], text: bool = True) -> Generation:
+    """A finished generation of these words."""
+    pairs = enumerate(zip(words, layers, strict=True))
+    trace = [TokenTrace(id=i, exit_layer=layer, source="exit", text=word) for i, (word, layer) in pairs]
+    return Generation(
+        text="".join(words) if text else None,
+        token_ids=[token.id for token in trace],
+        exit_layers=layers,
+        trace=trace,
+        stats={"mode": "threshold", "exits": [2, 3]},
+        finish_reason="length",
+    )
+
+
+def test_a_generation_is_shown_in_one_line() -> None:
+    assert repr(generation(["a", "b"], [4, 2])) == "<Generation 'ab': 2 tokens, 3.0 layers on average, mode threshold>"
+    assert repr(generation(["a"], [4], text=False)) == (
+        "<Generation [0]: 1 token, 4.0 layers on average, mode threshold>"
+    )
+    assert repr(generation([], [])) == "<Generation '': 0 tokens, mode threshold>"
+    long = repr(generation(["line\n"] * 1000, [4] * 1000))
+    assert len(long) < 150
+    assert "1000 tokens" in long
+    assert "\n" not in long
+
+
+def test_a_notebook_shows_depth_in_the_colours_of_the_palette() -> None:
+    found = generation(["<b>", " & ", "c"], [4, 2, 3])._repr_html_()
+    colours = palette([2, 3], 4)
+    for layer, text in ((2, " &amp; "), (3, "c")):
+        assert f'<span style="color: {colours[layer]}; font-weight: bold" title="layer {layer}">{text}</span>' in found
+    assert "&lt;b&gt;<span" in found
+    assert "layer 4 (final head)" in found
+    assert ">1 </span>" in generation(["a", "b"], [4, 2], text=False)._repr_html_()
+    assert "final head" in generation([], [])._repr_html_()

@@ -399,7 +399,7 @@ def test_the_destination_is_taken_and_other_exits_are_asked_for(
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(UserError, match="not empty"):
         import_megatron(source, tmp_path / "taken")
-    assert main(["export", str(source), str(tmp_path / "out"), "--exits", str(tmp_path)]) == 2
-    assert "--exits" in capsys.readouterr().err
+    assert main(["export", str(source), str(tmp_path / "out"), "--adapter", str(tmp_path)]) == 2
+    assert "--adapter" in capsys.readouterr().err
     assert main(["export", str(source), str(tmp_path / "out"), "--dtype", "float16"]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"

@@ -91,7 +91,7 @@ class BlockTable:
         del self.blocks[:count]
         self.freed += count
         start = self.freed * self.block_size
-        gone = bisect_right(self._run_positions, start) - 1 if self.blocks else len(self._run_positions)
+        gone = bisect_right(self._run_positions, start) - 1
         del self._run_positions[:gone], self._run_slots[:gone]
 
     def release(self) -> None:
@@ -116,6 +116,7 @@ class BlockTable:
         filled; none of them can be cut off or written again."""
         assert self.freed <= index < self.freed + len(self.blocks), f"the table holds no block {index}"
         self.allocator.publish(self.blocks[index - self.freed], key)
+        self._published = max(self._published, index + 1)
 
     def slots(self, start: int, count: int) -> list[tuple[int, int]]:
         """Runs (first slot, count) of neighbouring slots that cover the positions ``start`` to ``start + count - 1``,

@@ -16,12 +16,13 @@ Shapes: M rows of a pass, R rows that want final logits, T tested rows, K rows o
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import math
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,17 @@ from exitlm.decode.block_table import BlockTable
 from exitlm.decode.costs import Costs, cached
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
-from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
+from exitlm.decode.generation import (
+    Generation,
+    GenerationConfig,
+    Piece,
+    Stats,
+    TokenTrace,
+    failed,
+    mean_depth,
+    speed_of,
+)
+from exitlm.decode.grammar import GrammarCompiler, GrammarState
 from exitlm.decode.graphs import resolve_compile
 from exitlm.decode.hidden_pool import HiddenPool
 from exitlm.decode.lookup import NgramIndex
@@ -53,8 +64,11 @@ from exitlm.weights.store import cache_directory
 
 MEASURE_AGAIN = 30.0  # seconds from one measurement on a busy machine to the next
 MAX_PENDING = 64  # positions that wait at most where a request sets no cap; it changes no token
+_EXPECTED_TOKENS = 512  # blocks beside each other are kept free for as many
 _FINAL_ROWS = 64  # rows of final logits at once
 Ids = collections.abc.Sequence[int]
+Request = tuple[Ids | UserError, GenerationConfig]
+"""Token ids of a prompt, or what is wrong with it, and settings."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,7 @@ class Engine:
         self._outbox: deque[Event] = deque()
         self._next_key = 0
         self._busy, self._begun = 0.0, 0.0
+        self._compiler: GrammarCompiler | None = None
         self._notes: dict[str, str] = {}
         self._costs, self._cache_dir = costs, cache_dir
         self._next_measure = 0.0
@@ -245,9 +260,12 @@ class Engine:
         for i, sequence in enumerate(tested):
             token = head.token(best[i])
             if self._tested(sequence).fires(layer, scores[i] * gates[i], token):
-                if not sequence.sampler.plain:
-                    token = sequence.choose(expand(logits_TK[i], head.candidate_ids, self.config.vocab_size))
-                self._fired(sequence, layer, token, raw_TK[i], head.candidate_ids)
+                try:
+                    if not sequence.plain:
+                        token = sequence.choose(expand(logits_TK[i], head.candidate_ids, self.config.vocab_size))
+                    self._fired(sequence, layer, token, raw_TK[i], head.candidate_ids)
+                except UserError as error:
+                    self._fail(sequence, error)
 
     @staticmethod
     def _tested(sequence: Sequence) -> ExitTest:
@@ -256,11 +274,15 @@ class Engine:
 
     def _restricted(self, raw_TK: Tensor, tested: list[Sequence], candidates_K: Tensor | None) -> Tensor:
         """Logits without what each sequence may not write."""
-        if not any(sequence.sampler.restricts for sequence in tested):
+        if not any(sequence.restricts for sequence in tested):
             return raw_TK
         rows, dtype = [], torch.promote_types(raw_TK.dtype, torch.float32)
         for sequence, raw_K in zip(tested, raw_TK, strict=True):
-            logits_V = sequence.restricted(expand(raw_K, candidates_K, self.config.vocab_size))
+            try:
+                logits_V = sequence.restricted(expand(raw_K, candidates_K, self.config.vocab_size))
+            except UserError:  # a draft led its grammar into a dead end: nothing may follow it
+                rows.append(torch.full_like(raw_K, -torch.inf, dtype=dtype))
+                continue
             rows.append((logits_V if candidates_K is None else logits_V[candidates_K]).to(dtype))
         return torch.stack(rows)
 
@@ -337,7 +359,7 @@ class Engine:
         for i in range(len(best)):
             self._check_finite(sequence, finite[i])
             draft = drafts[i] if i < len(drafts) else None
-            token = best[i] if sequence.sampler.plain else sequence.choose(sequence.restricted(raw_RV[i]))
+            token = best[i] if sequence.plain else sequence.choose(sequence.restricted(raw_RV[i]))
             kept = draft is not None and token == draft.token
             trace = TokenTrace(id=token, exit_layer=self.runner.bounds[-1], source="final", confidence=confidence)
             if draft is not None:
@@ -374,7 +396,7 @@ class Engine:
             policy.observe_lookup(found[0].ngram, len(found), taken - len(exits))
 
     def _roll_back(self, sequence: Sequence) -> None:
-        """Forget what was computed for refused drafts; all positions but the newest token's have keys at every depth."""
+        """Forget what was computed for refused drafts; all positions but the newest have keys at every depth then."""
         length = len(sequence.ids) - 1
         sequence.filled = [min(filled, length) for filled in sequence.filled]
         sequence.deep_end = 0
@@ -429,12 +451,17 @@ class Engine:
         room -= known
         if room < 1:
             return True
+        final = self.runner.bounds[-1]
+        if sequence.grammar is not None and "grammar" in config.draft:
+            forced = sequence.grammar.jump_forward()[:room]
+            if forced:
+                sequence.extend_drafts([Draft(token, final, "grammar") for token in forced])
+                sequence.prepared = True
+                return True
         if sequence.index is not None:
             found, n = sequence.index.draft([draft.token for draft in sequence.drafts], min(room, policy.limit))
             length = policy.lookup_length(n, known + 1, room, sequence.generated) if found else 0
-            if length:
-                final = self.runner.bounds[-1]
-                sequence.extend_drafts([Draft(token, final, "lookup", ngram=n) for token in found[:length]])
+            if length and sequence.extend_drafts([Draft(t, final, "lookup", ngram=n) for t in found[:length]]):
                 sequence.prepared = True
                 return True
         if rule is not None and known < policy.exit_limit and position >= config.min_exit_tokens:
@@ -445,25 +472,38 @@ class Engine:
 
     # ---- who runs
 
-    def add(self, prompt: Ids, config: GenerationConfig, *, choice: int = 0, sink: deque[Event] | None = None) -> int:
-        """Add a text; its key. Its events come from :meth:`step`, or go to ``sink``.
+    def add(self, prompt: Ids, config: GenerationConfig, *, choice: int = 0) -> int:
+        """Add a text; its key. :meth:`step` brings its events. ``choice`` is which of ``n`` texts of a seed it is.
 
         Raises :class:`UserError` for a prompt or settings that can't be met; nothing was added then.
         """
         with self._lock:
-            sequence = self._sequence(prompt, config, choice)
-            self._next_key += 1
-            self.waiting.append(sequence)
-            if sink is not None:
-                self._sinks[sequence.key] = sink
-            return sequence.key
+            return self._add(prompt, config, choice, _seed(config), None)
 
-    def _sequence(self, prompt: Ids, config: GenerationConfig, choice: int) -> Sequence:
+    def _add(self, prompt: Ids, config: GenerationConfig, choice: int, seed: int, sink: deque[Event] | None) -> int:
+        sequence = self._sequence(prompt, config, choice, seed)
+        self._next_key += 1
+        self.waiting.append(sequence)
+        if sink is not None:
+            self._sinks[sequence.key] = sink
+        return sequence.key
+
+    def _grammar(self, config: GenerationConfig) -> GrammarState | None:
+        """The grammar of a request's ``response_format``."""
+        if config.response_format is None:
+            return None
+        if self._compiler is None:
+            if self.tokenizer is None:
+                raise UserError("response_format needs a tokenizer, and this model has none")
+            self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+        return self._compiler.state(config.response_format, config.stop_token_ids)
+
+    def _sequence(self, prompt: Ids, config: GenerationConfig, choice: int, seed: int) -> Sequence:
         self.check_prompt(prompt, config)
         if config.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         plan = self.plan(config)
-        sampler = config.sampler()
+        sampler = config.sampler(token_words(config.bad_words, self.tokenizer))
         sampler.check_vocabulary(self.config.vocab_size)
         room = self.config.max_position_embeddings - len(prompt)
         stops = frozenset(config.stop_token_ids)
@@ -479,8 +519,7 @@ class Engine:
                 index.extend(prompt)
         return Sequence(
             self._next_key, prompt, config, plan, output, segments=self.runner.segments, sampler=sampler,
-            seed=secrets.randbits(63) if config.seed is None else config.seed, choice=choice, policy=policy,
-            index=index,
+            seed=seed, choice=choice, policy=policy, index=index, grammar=self._grammar(config),
         )  # fmt: skip
 
     def abort(self, key: int) -> None:
@@ -493,14 +532,15 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting texts in, in order, as long as there is room for what they have to compute."""
-        while self.waiting and len(self.running) < self.options.max_sequences:
-            sequence = self.waiting[0]
-            if self.running and not self._fits(sequence):
+        for sequence in list(self.waiting):
+            if len(self.running) >= self.options.max_sequences or (self.running and not self._fits(sequence)):
                 return
-            self.waiting.popleft()
+            if self._begins_like_another(sequence):
+                continue
+            self.waiting.remove(sequence)
             original = self.fused.original_context
             sequence.stretched = original is not None and len(sequence.ids) > original
-            expected = sequence.prompt_length + sequence.output.max_new_tokens
+            expected = sequence.prompt_length + min(sequence.output.max_new_tokens, _EXPECTED_TOKENS)
             sequence.tables = [
                 BlockTable(allocator, self.options.block_size, expected_length=expected, window=self._held(window))
                 for allocator, window in zip(self.pool.allocators, self._windows, strict=True)
@@ -510,6 +550,13 @@ class Engine:
             if not sequence.tally.begun:
                 sequence.tally.begun = self._now()
             self.running.append(sequence)
+
+    def _begins_like_another(self, sequence: Sequence) -> bool:
+        """Whether another choice of its prompt is being computed, whose blocks it can share in a moment."""
+        if not sequence.choice or not self.options.prefix_sharing:
+            return False
+        same = [s for s in self.running if s.choice == 0 and s.filled[-1] < s.prefill_end]
+        return any(s.ids[: s.prompt_length] == sequence.ids[: sequence.prompt_length] for s in same)
 
     def _held(self, window: int | None) -> int | None:
         """Positions that a sequence holds of a group at once: a window, the rows of a pass, and pending ones."""
@@ -556,7 +603,7 @@ class Engine:
             self.waiting.remove(sequence)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """End one text by an error. What it leaves may not be numbers: it is neither shared nor left to padded reads."""
+        """End a text by an error. What it leaves may not be numbers: it is neither shared nor left to padded reads."""
         for group, table in enumerate(sequence.tables):
             for block in table.blocks:
                 self.pool.allocators[group].forget(block)
@@ -657,27 +704,29 @@ class Engine:
     def _result(self, sequence: Sequence) -> Generation:
         output, tally, rule = sequence.output, sequence.tally, sequence.plan.rule
         seconds = self._now() - tally.first
-        stats = {
-            "mode": sequence.config.mode,
-            "prompt_tokens": sequence.prompt_length,
-            **summarise(output.trace, seconds),
-            "prefill_seconds": tally.first - tally.begun,
-            "decode_seconds": seconds,
-            "rounds": tally.rounds,
-            "drafted": tally.drafted,
-            "accepted": tally.accepted,
-            "acceptance": tally.accepted / tally.drafted if tally.drafted else None,
-            "max_pending": tally.max_pending,
-            "layer_rows": tally.layer_rows,
-            "exits": sequence.plan.exits,
-            "rule": None if rule is None else rule.name,
-            "thresholds": {} if rule is None else dict(rule.thresholds),
-            "quant": self.quant,
-            "costs": None if self._costs is None else self._costs.origin,
-            "seed": sequence.seed,
-            "shared_tokens": tally.shared,
-            "preemptions": tally.preemptions,
-        }
+        stats = Stats(
+            mode=sequence.config.mode,
+            prompt_tokens=sequence.prompt_length,
+            tokens=len(output.trace),
+            tokens_per_second=speed_of(len(output.trace), seconds),
+            prefill_seconds=tally.first - tally.begun,
+            decode_seconds=seconds,
+            mean_layers=mean_depth(output.trace),
+            rounds=tally.rounds,
+            drafted=tally.drafted,
+            accepted=tally.accepted,
+            max_pending=tally.max_pending,
+            layer_rows=tally.layer_rows,
+            exits=sequence.plan.exits,
+            rule=None if rule is None else rule.name,
+            thresholds={} if rule is None else dict(rule.thresholds),
+            quant=self.quant,
+            costs=None if self._costs is None else self._costs.origin,
+            seed=sequence.seed,
+            shared_tokens=tally.shared,
+            preemptions=tally.preemptions,
+            exact=self.fused.dtype == torch.float64,
+        )
         return Generation(
             text=None if self.tokenizer is None else "".join(token.text for token in output.trace),
             token_ids=[token.id for token in output.trace],
@@ -690,48 +739,88 @@ class Engine:
 
     # ---- requests from start to end
 
-    def events(self, requests: collections.abc.Sequence[tuple[Ids, GenerationConfig]]) -> Iterator[tuple[int, Event]]:
-        """Decode some texts together: (index, event) as they come, until all have ended. Whoever stops reading aborts
-        what is left."""
+    def events(self, requests: collections.abc.Sequence[Request]) -> Generator[tuple[int, int, Event], None, None]:
+        """Decode some texts together: (index, choice, event) as they come, until all have ended. Whoever stops reading
+        aborts what is left. A request that can't be met, or that is an error already, ends by itself."""
         sink: deque[Event] = deque()
-        keys: dict[int, int] = {}
+        open_: dict[int, tuple[int, int]] = {}
         try:
             for index, (prompt, config) in enumerate(requests):
-                keys[self.add(prompt, config, sink=sink)] = index
-            while keys:
+                try:
+                    if isinstance(prompt, UserError):
+                        raise prompt
+                    with self._lock:
+                        seed = _seed(config)
+                        for choice in range(config.n):
+                            open_[self._add(prompt, config, choice, seed, sink)] = index, choice
+                except UserError as error:
+                    yield index, 0, Event(-1, error=error)
+            while open_:
                 while not sink:
                     with self._lock:
                         if not sink:
                             self._step()
                 event = sink.popleft()
-                yield keys[event.key], event
+                yield *open_[event.key], event
                 if event.last:
-                    del keys[event.key]
+                    del open_[event.key]
         finally:
-            for key in keys:
+            for key in open_:
                 self.abort(key)
 
     def stream(self, prompt: Ids, config: GenerationConfig) -> Iterator[Piece]:
         """Decode ``prompt`` and yield pieces as they become certain (in lossless mode: after verification)."""
         with self._lock:
-            self._sequence(prompt, config, 0)  # a bad request is refused here, not when the first piece is read
-        return self._pieces(prompt, config)
+            self._sequence(prompt, config, 0, 0)  # a bad request is refused here, not when the first piece is read
+        return self._raising(self.stream_all([(prompt, config)]))
 
-    def _pieces(self, prompt: Ids, config: GenerationConfig) -> Iterator[Piece]:
-        for _, event in self.events([(prompt, config)]):
-            if event.error is not None:
+    @staticmethod
+    def _raising(pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            if piece.error is not None:
+                raise piece.error
+            yield piece
+
+    def stream_all(self, requests: collections.abc.Sequence[Request]) -> Iterator[Piece]:
+        """Decode some prompts together; pieces carry the index of their prompt, and the error of one that failed."""
+        for index, choice, event in self.events(requests):
+            if event.error is not None and not isinstance(event.error, UserError):
                 raise event.error
-            assert event.piece is not None
-            yield event.piece
+            piece = event.piece or Piece(text="", tokens=[], error=event.error)
+            piece.index, piece.choice = index, choice
+            yield piece
 
     def generate(self, prompt: Ids, config: GenerationConfig) -> Generation:
         """Decode ``prompt`` to the end."""
-        for _, event in self.events([(prompt, config)]):
-            if event.error is not None:
-                raise event.error
-            if event.generation is not None:
-                return event.generation
-        raise AssertionError("a text ends by a generation or an error")
+        (found,) = self.generate_all([(prompt, config)])
+        if found.error is not None:
+            raise found.error
+        return found
+
+    def generate_all(self, requests: collections.abc.Sequence[Request]) -> list[Generation]:
+        """Decode some prompts together, to the end. One that failed has an ``error``."""
+        found = dict(self.finished(requests))
+        return [found[index] for index in range(len(requests))]
+
+    def finished(self, requests: collections.abc.Sequence[Request]) -> Generator[tuple[int, Generation], None, None]:
+        """Decode some prompts together: (index, generation) as they finish. One that failed has an ``error``."""
+        texts: dict[int, dict[int, Generation]] = {}
+        broken: set[int] = set()
+        with contextlib.closing(self.events(requests)) as events:
+            for index, choice, event in events:
+                if event.error is not None:
+                    if not isinstance(event.error, UserError):
+                        raise event.error
+                    if index not in broken:  # one of its choices is enough
+                        broken.add(index)
+                        yield index, failed(event.error, requests[index][1].mode)
+                elif event.generation is not None:
+                    choices = texts.setdefault(index, {})
+                    choices[choice] = event.generation
+                    if len(choices) == requests[index][1].n and index not in broken:
+                        found = choices[0]
+                        found.choices = [choices[i] for i in range(len(choices))] if len(choices) > 1 else []
+                        yield index, texts.pop(index)[0]
 
     # ---- what is asked for
 
@@ -798,6 +887,27 @@ class Engine:
                 f"prompt and answer have up to {length} tokens, but engine.kv_bytes holds {self.pool.capacity}; "
                 f"shorten them, or set it to {self.pool.bytes_for(length)} or more"
             )
+
+
+def _seed(config: GenerationConfig) -> int:
+    """The seed of a request; a fresh one where it names none."""
+    return secrets.randbits(63) if config.seed is None else config.seed
+
+
+def token_words(words: collections.abc.Sequence[str | Ids], tokenizer: Tokenizer | None) -> list[list[int]]:
+    """``bad_words`` as token ids: a text as it is written at the start of a text, and behind a space."""
+    found: list[list[int]] = []
+    for word in words:
+        if not isinstance(word, str):
+            found.append(list(word))
+            continue
+        if tokenizer is None:
+            raise UserError("bad_words that are texts need a tokenizer, and this model has none; give token ids")
+        for text in (word, f" {word}"):
+            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if ids and ids not in found:
+                found.append(ids)
+    return found
 
 
 def _in_groups(wanted: list[tuple[Sequence, list[int]]], most: int) -> Iterator[list[tuple[Sequence, list[int]]]]:

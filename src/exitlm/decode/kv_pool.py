@@ -82,7 +82,7 @@ class KVPool:
         same texts need."""
         budget = self.options.kv_bytes
         if budget is None:
-            one, many, memory = self.bytes_for(context), self.bytes_for(64 * 2048), _memory(self.device)
+            one, many, memory = self.bytes_for(context), self.bytes_for(16 * 2048), _memory(self.device)
             budget = max(one, min(many, memory // 4))
             if self.device.type == "cuda":  # which takes it at once
                 budget = min(budget, memory * 3 // 4)

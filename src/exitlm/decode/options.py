@@ -19,7 +19,7 @@ class EngineConfig:
     """What an engine may hold and how it shares its time.
 
     ``kv_bytes``: memory for keys and values, touched as it is used (None: room for one whole context, and beyond that
-    for 64 texts of 2,048 tokens if they fit in a quarter of the memory). ``block_size``: positions of a block, the unit
+    for 16 texts of 2,048 tokens if they fit in a quarter of the memory). ``block_size``: positions of a block, the unit
     in which that memory is given out and shared. ``max_rows``: rows of one pass. ``max_sequences``: texts decoded
     together; others wait. ``prefill_chunk``: rows of prompts in one pass. ``prefix_sharing``: texts that begin alike
     share the keys and values of their beginning. ``max_wait``: how long a row that must go deep waits for shallow

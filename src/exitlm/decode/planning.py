@@ -143,13 +143,6 @@ def _thresholds(config: GenerationConfig, exits: Exits, layers: Sequence[int], r
                     f"a threshold is given for {layer!r}, which is no active exit; the active ones are {layers}"
                 )
         return {**found, **given}
-    if isinstance(given, Sequence):
-        order = list(layers if config.exits is None else config.exits)
-        if len(given) != len(order):
-            raise UserError(
-                f"{len(given)} thresholds are given for {len(order)} active exits {order}; give one for each"
-            )
-        return dict(zip(order, given, strict=True))
     return dict.fromkeys(layers, given)
 
 

@@ -22,6 +22,7 @@ from exitlm.decode.acceptance import DraftPolicy
 from exitlm.decode.batch import Part
 from exitlm.decode.block_table import BlockTable
 from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.grammar import GrammarState, mask_logits
 from exitlm.decode.lookup import NgramIndex
 from exitlm.decode.output import Output
 from exitlm.decode.planning import Plan
@@ -73,10 +74,13 @@ class Sequence:
         choice: int = 0,
         policy: DraftPolicy | None = None,
         index: NgramIndex | None = None,
+        grammar: GrammarState | None = None,
     ) -> None:
         self.key, self.config, self.plan, self.output = key, config, plan, output
         self.sampler, self.seed, self.choice = sampler, seed, choice
-        self.policy, self.index = policy, index
+        self.policy, self.index, self.grammar = policy, index, grammar
+        self.restricts = sampler.restricts or grammar is not None
+        self.plain = sampler.plain and grammar is None
         self.ids, self.prompt_length = list(prompt), len(prompt)
         self.drafts: list[Draft] = []
         watched = sampler.restricts or sampler.penalises or sampler.processor is not None
@@ -99,6 +103,8 @@ class Sequence:
         self.prepared = False
         self.deep_end = 0
         self.prefill_end = max(self.prompt_length, len(self.ids) - 1)
+        if not self.generated:
+            self.output.prompt_logprobs.clear()
 
     # ---- where its rows are
 
@@ -165,34 +171,46 @@ class Sequence:
     # ---- its tokens
 
     def append(self, token: int) -> None:
-        """A verified token. The drafts, which were for its place and those behind, are the caller's to drop."""
+        """A verified token. There are no drafts, which would be for its place and those behind."""
         self.ids.append(token)
         if self.counts is not None:
             self.counts.push(token)
+        if self.grammar is not None:
+            self.grammar.advance(token)
         if self.index is not None:
             self.index.extend([token])
         self.prepared = False
 
-    def extend_drafts(self, drafts: collections.abc.Sequence[Draft]) -> None:
-        """More drafts behind those it has."""
-        self.drafts.extend(drafts)
-        if self.counts is not None:
-            for draft in drafts:
+    def extend_drafts(self, drafts: collections.abc.Sequence[Draft]) -> bool:
+        """More drafts behind those it has, up to the first that its grammar forbids; whether there were any."""
+        for count, draft in enumerate(drafts):
+            if self.grammar is not None:
+                if not self.grammar.allowed(draft.token):
+                    return count > 0
+                self.grammar.advance(draft.token)
+            self.drafts.append(draft)
+            if self.counts is not None:
                 self.counts.push(draft.token)
-        self.prepared = False
+            self.prepared = False
+        return bool(drafts)
 
     def take_drafts(self) -> list[Draft]:
         """All drafts, which it has no longer."""
         drafts, self.drafts = self.drafts, []
         if self.counts is not None:
             self.counts.pop(len(drafts))
+        if self.grammar is not None:
+            self.grammar.rollback(len(drafts))
         return drafts
 
     def restricted(self, logits_V: Tensor) -> Tensor:
-        """Raw logits ``[V]`` for the next token with what may not come, before any rule or sampling."""
-        if self.counts is None or not self.sampler.restricts:
-            return logits_V
-        return self.sampler.restrict(logits_V, self.counts.ids)
+        """Raw logits ``[V]`` for the next token without what may not come, before any rule or sampling. Raises
+        :class:`UserError` where its grammar allows nothing."""
+        if self.grammar is not None:
+            logits_V = mask_logits(logits_V[None], self.grammar.packed()[None])[0]
+        if self.counts is not None and self.sampler.restricts:
+            logits_V = self.sampler.restrict(logits_V, self.counts.ids)
+        return logits_V
 
     def choose(self, logits_V: Tensor) -> int:
         """The next token, from restricted logits ``[V]``."""

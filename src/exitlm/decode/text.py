@@ -18,6 +18,9 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
         """Text of token ids."""
 
+    def __call__(self, text: str, **options: Any) -> Any:
+        """A mapping with the text's token ids as ``input_ids``."""
+
 
 class TextStream:
     """Turns ids into text pieces. ``finished`` is set when a stop string was found; nothing follows it."""

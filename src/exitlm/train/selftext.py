@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exitlm.decode.sample import finite_rows
+from exitlm.decode.sampling.sampler import finite_rows
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.train.data import Blocks, batch_indices

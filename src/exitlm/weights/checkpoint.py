@@ -287,7 +287,7 @@ def _plain_names(entries: dict[str, Entry]) -> dict[str, Entry]:
 
 def _no_model(directory: Path) -> UserError:
     if (directory / "exits.json").is_file():
-        return UserError(f"{directory} holds exits, not a model; load its base, and give this directory as exits")
+        return UserError(f"{directory} holds exits, not a model; load its base with --adapter {directory}")
     return UserError(
         f"{directory} is not a model: it has no config.json; give the directory that has it, or a .gguf file"
     )

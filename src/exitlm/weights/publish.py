@@ -94,15 +94,15 @@ def check_free(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, *, shared: bool = False, timeout: float = 60.0) -> Iterator[None]:
-    """Hold the operating system's lock on a directory: it dies with its process and leaves no file.
+def locked(path: Path, *, shared: bool = False, timeout: float = 60.0) -> Iterator[None]:
+    """Hold the operating system's lock on a directory or a file: it dies with its process and leaves nothing behind.
 
     File systems without locks are tolerated. Raises UserError after ``timeout`` seconds.
     """
     try:
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"cannot open {directory}: {error.strerror}") from error
+        raise UserError(f"cannot open {path}: {error.strerror}") from error
     try:
         deadline = time.monotonic() + timeout
         while True:
@@ -111,7 +111,8 @@ def locked(directory: Path, *, shared: bool = False, timeout: float = 60.0) -> I
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise UserError(f"another process has been writing to {directory} for {timeout:.0f} s") from None
+                    since = f"has been writing to {path} for {timeout:.0f} s" if timeout else f"writes to {path}"
+                    raise UserError(f"another process {since}; wait for it, or choose another place") from None
                 time.sleep(0.02)
             except OSError:
                 break

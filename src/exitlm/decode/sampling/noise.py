@@ -23,6 +23,7 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 
+_MULTIPLIERS = np.array(MULTIPLIERS, np.uint64)[:, None]
 _WORD, _SEED = 2**32 - 1, 2**64 - 1
 _KEPT = 8  # rows of noise: a position is drawn for as a draft, and again when it is verified
 
@@ -36,56 +37,62 @@ def noise(seed: int, choice: int, position: int, *, vocab_size: int, device: tor
     return _all(seed & _SEED, choice, position, vocab_size, torch.device(device))
 
 
-def noise_at(seed: int, choice: int, position: int, ids_n: Tensor) -> Tensor:
-    """The noise ``[n]`` of the token ids ``[n]`` (int64) alone, in float64 on their device; else as :func:`noise`."""
-    words_4n = _words(seed & _SEED, choice, position, ids_n >> 2)
-    return _exponential(words_4n.gather(0, (ids_n & 3)[None])[0])
+def noise_at(seed: int, choice: int, position: int, ids_n: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The noise ``[n]`` of the token ids ``[n]`` alone, in float64; else as :func:`noise`. On the CPU, and in numpy:
+    torch's calls cost several times as much as the work for a few tokens."""
+    words_4n = philox_numpy(_counters(ids_n >> 2, choice, position), seed & _SEED)
+    return _exponential(words_4n[ids_n & 3, np.arange(len(ids_n))].astype(np.float64))
 
 
 @functools.lru_cache(maxsize=_KEPT)
 def _all(seed: int, choice: int, position: int, vocab_size: int, device: torch.device) -> Tensor:
-    words_4N = _words(seed, choice, position, torch.arange(-(-vocab_size // 4), device=device))
-    words_N4 = words_4N.new_empty(words_4N.shape[1], 4)
-    for column_N, words_N in zip(words_N4.unbind(1), words_4N, strict=True):  # faster than a transposed copy
-        column_N.copy_(words_N)
-    return _exponential(words_N4.flatten()[:vocab_size])
+    if device.type != "cpu":
+        return _all_torch(seed, choice, position, vocab_size, device)
+    words_4N = philox_numpy(_counters(np.arange(-(-vocab_size // 4)), choice, position), seed)
+    words_N4 = np.empty(words_4N.T.shape)
+    for i, words_N in enumerate(words_4N):
+        words_N4[:, i] = words_N  # in half the time of a transposed copy
+    return torch.from_numpy(_exponential(words_N4.reshape(-1)[:vocab_size]))
 
 
-def _words(seed: int, choice: int, position: int, block_N: Tensor) -> Tensor:
-    """The words ``[4, N]`` of the blocks ``[N]`` of four tokens each, as numbers in float64."""
-    if block_N.device.type == "cpu":
-        counter = np.zeros((4, len(block_N)), np.uint32)
-        counter[0], counter[1], counter[2] = block_N.numpy(), position, choice
-        return torch.from_numpy(philox_numpy(counter, seed).astype(np.float64))
+def _all_torch(seed: int, choice: int, position: int, vocab_size: int, device: torch.device) -> Tensor:
+    block_N = torch.arange(-(-vocab_size // 4), device=device)
     counter_4N = block_N.new_zeros(4, len(block_N))
     counter_4N[0], counter_4N[1], counter_4N[2] = block_N, position, choice
-    return philox_torch(counter_4N, seed).double()
+    words_V = philox_torch(counter_4N, seed).T.flatten()[:vocab_size]
+    return -torch.log((words_V.double() + 0.5) * 2.0**-32)
 
 
-def _exponential(words_N: Tensor) -> Tensor:
+def _counters(block_N: NDArray[np.int64], choice: int, position: int) -> NDArray[np.uint32]:
+    """The counters ``[4, N]`` of blocks of four tokens."""
+    counter_4N = np.zeros((4, len(block_N)), np.uint32)
+    counter_4N[0], counter_4N[1], counter_4N[2] = block_N, position, choice
+    return counter_4N
+
+
+def _exponential(words_N: NDArray[np.float64]) -> NDArray[np.float64]:
     """-log((w + 1/2) / 2^32) of words w, which are overwritten."""
-    uniform_N = words_N.add_(0.5).mul_(2.0**-32)
-    if uniform_N.device.type == "cpu":  # numpy's logarithm takes half the time of torch's
-        values = uniform_N.numpy()
-        np.log(values, out=values)
-    else:
-        uniform_N.log_()
-    return uniform_N.neg_()
+    words_N += 0.5
+    words_N *= 2.0**-32
+    np.log(words_N, out=words_N)
+    return np.negative(words_N, out=words_N)
 
 
 def philox_numpy(counter_4N: NDArray[np.uint32], key: int) -> NDArray[np.uint32]:
     """The four output words ``[4, N]`` of Philox4x32-10 for counters ``[4, N]``; ``key`` has 64 bits and no sign."""
-    multiplier_21 = np.array(MULTIPLIERS, np.uint64)[:, None]
     even, odd = counter_4N[0::2].copy(), counter_4N[1::2]  # words 0 and 2, words 1 and 3
-    round_keys = _round_keys(key).astype(np.uint32)
-    products = np.empty((2, *even.shape), np.uint64)
-    halves = products.view("<u4").reshape(*products.shape, 2)[:, ::-1]  # the words that come of products change sides
+    round_keys = _round_keys(key)
+    products = [np.empty(even.shape, np.uint64) for _ in range(2)]
+    halves = [product.view("<u4")[::-1] for product in products]  # what comes of a product changes sides
     for r in range(ROUNDS):
-        np.multiply(even, multiplier_21, out=products[r % 2])
-        np.bitwise_xor(halves[r % 2, ..., 1], odd, out=even)
-        even ^= round_keys[r]
-        odd = halves[r % 2, ..., 0]
-    return np.stack([even[0], odd[0], even[1], odd[1]])
+        half = halves[r % 2]
+        np.multiply(even, _MULTIPLIERS, out=products[r % 2])
+        np.bitwise_xor(half[:, 1::2], odd, out=even)
+        np.bitwise_xor(even, round_keys[r], out=even)
+        odd = half[:, 0::2]
+    out_4N = np.empty_like(counter_4N)
+    out_4N[0::2], out_4N[1::2] = even, odd
+    return out_4N
 
 
 def philox_torch(counter_4N: Tensor, key: int) -> Tensor:
@@ -97,7 +104,7 @@ def philox_torch(counter_4N: Tensor, key: int) -> Tensor:
     """
     multiplier_21 = counter_4N.new_tensor(MULTIPLIERS)[:, None]
     missing_21 = (multiplier_21 // 2).flip(0)
-    round_keys = torch.from_numpy(_round_keys(key)).to(counter_4N.device)
+    round_keys = torch.from_numpy(np.stack(_round_keys(key)).astype(np.int64)).to(counter_4N.device)
     even, odd = counter_4N[0::2], counter_4N[1::2]
     for r in range(ROUNDS):
         product = ((even - 2**31) * multiplier_21 + 2**31).flip(0)
@@ -106,9 +113,8 @@ def philox_torch(counter_4N: Tensor, key: int) -> Tensor:
     return torch.stack([even[0], odd[0] & _WORD, even[1], odd[1] & _WORD])
 
 
-def _round_keys(key: int) -> NDArray[np.int64]:
-    """The two words of the key in each round, ``[rounds, 2, 1]``."""
-    return (np.array([key & _WORD, key >> 32]) + _STEPS)[..., None] & _WORD
-
-
-_STEPS = np.arange(ROUNDS)[:, None] * np.array(WEYL)
+@functools.lru_cache(maxsize=256)
+def _round_keys(key: int) -> list[NDArray[np.uint32]]:
+    """The two words of the key in each round, ``[2, 1]`` each."""
+    halves = np.array([key & _WORD, key >> 32])
+    return [((halves + r * np.array(WEYL)) & _WORD).astype(np.uint32)[:, None] for r in range(ROUNDS)]

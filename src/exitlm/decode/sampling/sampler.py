@@ -2,14 +2,13 @@
 
 The order, for the final head and for exit heads alike: a grammar's mask (the caller's), then :meth:`Sampler.restrict`,
 then the exit rule's score (the caller's), then :meth:`Sampler.shape`, then temperature -> top-k -> top-p (arXiv
-1904.09751) -> min-p (arXiv 2407.01082), and the token is argmax p_v / E_v over the tokens that are left, with the
-noise E of :mod:`exitlm.decode.sampling.noise`. As E is exponential, that is an exact draw from p (an exponential race);
-and as a draft is the same race with the drafter's q and the same noise, it is accepted iff it is the token that p alone
-would have drawn, so that drafts never change a text (drafter-invariant sampling, arXiv 2408.07978). Temperature 0 is the
-case without noise.
+1904.09751) -> min-p (arXiv 2407.01082). The token is argmax p_v / E_v over the tokens that are left, with the noise E
+of :mod:`exitlm.decode.sampling.noise`: an exponential race, and so an exact draw from p. A draft is the same race with
+the drafter's q and the same noise, and is accepted iff it is the token that p would have drawn anyway. So drafts never
+change a text (drafter-invariant sampling, arXiv 2408.07978). Temperature 0 is the case without noise.
 
-Nothing here has state, but :class:`TokenCounts`, which belongs to one sequence. Shapes: logits and probabilities are
-one row ``[V]``; n token ids that are left; R rows of a pass.
+Nothing here has state but :class:`TokenCounts`, which belongs to one sequence. On a CPU the race runs in numpy, whose
+calls cost a fraction of torch's. Shapes: logits and probabilities are one row ``[V]``; n token ids; R rows of a pass.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from exitlm.values import elements, number, whole, wholes, wrong
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
-_COLDEST = 1e-30  # a temperature below is rounded to 0 in float32
+_HUGE = 1e30  # a penalty above, and a temperature below 1 / this, are taken for it
 _GROUP = 64  # logits of which only the largest is looked at first in the search for the k largest
 _NEARLY, _ROUNDING = 0.999, 1e-9  # leave more room than rounding can need
 _RANGES = {  # name -> the least and the largest value
@@ -54,7 +53,7 @@ class Draw:
 
 
 class TokenCounts:
-    """The tokens of one sequence and how often each occurs, kept up to date so that a penalty needs no look at the text.
+    """The tokens of one sequence and how often each occurs, kept up to date so that a penalty does not read the text.
 
     ``ids``: prompt, generated tokens and the drafts behind them, in order; read it, and change it by :meth:`push` and
     :meth:`pop` alone. A push or pop is O(1); a penalty is O(distinct tokens).
@@ -97,10 +96,10 @@ class TokenCounts:
                 del self._slot[token]
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The distinct token ids ``[n]`` and how often each was generated ``[n]``, to be read before the next change."""
+        """The distinct token ids ``[n]`` and how often each was generated ``[n]``, until the next push or pop."""
         used = len(self._slot)
-        ids, generated = torch.from_numpy(self._token[:used]), torch.from_numpy(self._generated[:used])
-        return ids.to(device), generated.to(device)
+        ids_n, generated_n = (torch.from_numpy(a[:used]).to(device) for a in (self._token, self._generated))
+        return ids_n, generated_n
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +108,10 @@ class Sampler:
 
     ``repetition_penalty`` (arXiv 1909.05858) divides the positive and multiplies the negative logits of all tokens of
     prompt and output; ``presence_penalty`` is subtracted from the logits of generated tokens, ``frequency_penalty``
-    once for each time that one was generated (OpenAI's meaning). ``logit_bias``: token id -> what is added to its logit.
-    ``bad_words``: sequences of token ids that never occur in full. ``processor(ids, logits)``: a pure function of all
-    token ids so far and the logits ``[V]``, which returns logits ``[V]``; it is called for drafts and refused tokens
-    too, any number of times, in any order.
+    once for each time that one was generated (OpenAI's meaning). ``logit_bias``: from a token id to what is added to
+    its logit. ``bad_words``: sequences of token ids that are never completed. ``processor(ids, logits)``: a pure
+    function of all token ids so far and the logits ``[V]`` that returns logits ``[V]``; it is called for drafts and for
+    refused tokens too, any number of times, in any order.
     """
 
     temperature: float = 0.0
@@ -140,7 +139,7 @@ class Sampler:
         object.__setattr__(self, "top_k", whole(self.top_k, "top_k", least=0))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         words = elements(self.bad_words, "bad_words", "a sequence of sequences of token ids")
-        object.__setattr__(self, "bad_words", tuple(map(_bad_word, words)))
+        object.__setattr__(self, "bad_words", tuple(map(bad_word, words)))
         if self.processor is not None and not callable(self.processor):
             raise wrong("logits_processor", self.processor, "a function of (token ids, logits)")
 
@@ -152,7 +151,7 @@ class Sampler:
     @property
     def plain(self) -> bool:
         """Whether the argmax of the raw logits is the token: nothing depends on the text before."""
-        return self.greedy and not (self.restricts or self.penalises or self.processor)
+        return self.greedy and not (self.restricts or self.penalises) and self.processor is None
 
     @property
     def restricts(self) -> bool:
@@ -231,8 +230,7 @@ class Sampler:
 
     def _penalised(self, logits_n: Tensor, generated_n: Tensor) -> Tensor:
         if self.repetition_penalty != 1.0:
-            r = self.repetition_penalty
-            # a tiny penalty must not make infinity, of which nothing is more or less
+            r = min(max(self.repetition_penalty, 1 / _HUGE), _HUGE)  # else 0 or infinity in float32, and then NaN
             logits_n = torch.where(logits_n > 0, logits_n / r, logits_n * r).clamp_max(torch.finfo(logits_n.dtype).max)
         if self.frequency_penalty:
             logits_n = logits_n - self.frequency_penalty * generated_n.to(logits_n.dtype)
@@ -281,15 +279,13 @@ class Sampler:
             _some(float(logits_V[token]))
             return token
         wide_V, given = logits_V.to(_wide(logits_V.dtype)), (draw.seed, draw.choice, draw.position)
-        if self._filters or wide_V.device.type == "cpu":  # few tokens are left: the rest of the race is a host's work
-            ids_n, weights_n = self._left(wide_V.numpy(force=True))
-            if ids_n is not None:
-                e_n = noise_at(*given, torch.from_numpy(ids_n)).numpy()
-                return int(ids_n[np.divide(weights_n, e_n, dtype=np.float64).argmax()])
-            e_V = noise(*given, vocab_size=len(weights_n)).numpy()
-            return int(np.divide(weights_n, e_V, dtype=np.float64).argmax())
-        e_V = noise(*given, vocab_size=len(wide_V), device=wide_V.device)
-        return _winner(wide_V, self.temperature, e_V)
+        if wide_V.device.type != "cpu" and not self._filters:
+            noise_V = noise(*given, vocab_size=len(wide_V), device=wide_V.device)
+            return _winner(wide_V, self.temperature, noise_V)
+        ids_n, weights_n = self._left(wide_V.numpy(force=True))
+        if ids_n is None:
+            return _first(weights_n, noise(*given, vocab_size=len(weights_n)).numpy())
+        return int(ids_n[_first(weights_n, noise_at(*given, ids_n))])
 
     @property
     def _filters(self) -> bool:
@@ -298,18 +294,16 @@ class Sampler:
     def _left(self, logits_V: NDArray[Any]) -> tuple[NDArray[np.int64] | None, NDArray[Any]]:
         """The ids ``[n]`` that the filters leave, rising (None: all), and their weights: probabilities up to a factor,
         the largest of them 1."""
+        top = logits_V.max()
+        _some(float(top))
         ids_n: NDArray[np.int64] | None = None
         logits_n = logits_V
         if 0 < self.top_k < len(logits_V):
             ids_n = _largest(logits_V, self.top_k)
             logits_n = logits_V[ids_n]
-        top = logits_n.max()
-        _some(float(top))
-        weights_n = (
-            logits_n - top
-        )  # at most 0 before the division, so that a tiny temperature can't overflow to infinity
-        with np.errstate(over="ignore"):
-            weights_n /= max(self.temperature, _COLDEST)
+        weights_n = logits_n - top
+        with np.errstate(over="ignore"):  # the largest stays 0, however small the temperature
+            weights_n /= max(self.temperature, 1 / _HUGE)
         np.exp(weights_n, out=weights_n)
         if self.top_p < 1.0:
             at_n = _nucleus(weights_n, self.top_p)
@@ -327,13 +321,17 @@ def finite_rows(logits_RV: Tensor) -> list[bool]:
 
 
 def _largest(logits_V: NDArray[Any], k: int) -> NDArray[np.int64]:
-    """The rising indices of the ``k`` largest, and of all that equal the least of them."""
+    """The rising indices of the ``k`` largest, and of all that equal the least of them; never of minus infinity."""
     groups = len(logits_V) // max(1, min(_GROUP, len(logits_V) // (4 * k)))
     best = logits_V[: len(logits_V) // groups * groups].reshape(-1, groups).max(0)
     # k groups have a maximum of at least the bound, so k logits have, and the k-th largest is not below it
-    near_n = np.flatnonzero(logits_V >= np.partition(best, -k)[-k])
+    bound = max(np.partition(best, -k)[-k], np.finfo(logits_V.dtype).min)
+    near_n = np.flatnonzero(logits_V >= bound)
+    if len(near_n) <= k:
+        return near_n
     logits_n = logits_V[near_n]
-    return near_n[logits_n >= np.partition(logits_n, -k)[-k]]
+    kept_n: NDArray[np.int64] = near_n[logits_n >= np.partition(logits_n, -k)[-k]]
+    return kept_n
 
 
 def _nucleus(weights_V: NDArray[Any], top_p: float) -> NDArray[np.int64]:
@@ -356,21 +354,27 @@ def _nucleus(weights_V: NDArray[Any], top_p: float) -> NDArray[np.int64]:
     keep_n = weights_n > ordered_n[kept - 1]
     equal_n = np.flatnonzero(weights_n == ordered_n[kept - 1])
     keep_n[equal_n[: kept - np.count_nonzero(keep_n)]] = True
-    return ids_n[keep_n]
+    kept_ids_n: NDArray[np.int64] = ids_n[keep_n]
+    return kept_ids_n
+
+
+def _first(weights_n: NDArray[Any], noise_n: NDArray[np.float64]) -> int:
+    """The winner of the race."""
+    return int(np.divide(weights_n, noise_n, dtype=np.float64).argmax())
 
 
 def _winner(logits_V: Tensor, temperature: float, noise_V: Tensor) -> int:
     """The race of all tokens, on the device of the logits."""
     top = logits_V.amax()
     _some(float(top))
-    weights_V = torch.exp((logits_V - top).div_(max(temperature, _COLDEST)))
+    weights_V = torch.exp((logits_V - top).div_(max(temperature, 1 / _HUGE)))
     return _argmax(weights_V.double().div_(noise_V))
 
 
 def _argmax(values_V: Tensor) -> int:
     """The first index of the largest value."""
     if values_V.device.type == "cpu" and values_V.dtype in (torch.float32, torch.float64):
-        return int(values_V.numpy().argmax())  # in a tenth of torch's time
+        return int(values_V.numpy(force=True).argmax())  # in a tenth of torch's time
     return int(values_V.argmax())
 
 
@@ -382,9 +386,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _some(largest: float) -> None:
     """Refuse logits of which the largest is minus infinity."""
     if largest == -math.inf:
-        raise UserError(
-            "no token is allowed here: the grammar, bad_words and the logits_processor forbid all; loosen one"
-        )
+        raise UserError("no token is allowed: grammar, bad_words and logits_processor together forbid all; loosen one")
 
 
 def _biases(value: Any) -> dict[int, float]:
@@ -393,8 +395,8 @@ def _biases(value: Any) -> dict[int, float]:
         raise wrong("logit_bias", value, "a mapping from token ids to numbers from -100 to 100")
     found: dict[int, float] = {}
     for key, given in value.items():
-        number_key = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
-        token = whole(number_key, "a token id in logit_bias", least=0)
+        digits = isinstance(key, str) and key.isdecimal() and len(key) < 20
+        token = whole(int(key) if digits else key, "a token id in logit_bias", least=0)
         bias = number(given, f"logit_bias of token {token}", "a number from -100 to 100")
         if not -100.0 <= bias <= 100.0:
             raise UserError(f"logit_bias of token {token} is {bias}, but must be a number from -100 to 100")
@@ -404,8 +406,8 @@ def _biases(value: Any) -> dict[int, float]:
     return found
 
 
-def _bad_word(value: Any) -> tuple[int, ...]:
-    """One of ``bad_words``: token ids."""
+def bad_word(value: Any) -> tuple[int, ...]:
+    """One of ``bad_words``, from any sequence of token ids."""
     found = tuple(wholes(value, "a sequence in bad_words", "a sequence of token ids"))
     if not found:
         raise UserError("a sequence in bad_words is empty, which would forbid every token; leave it out")

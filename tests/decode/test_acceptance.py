@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from exitlm.decode.drafting import LOOKUP_PRIOR, MAX_DRAFT, Acceptance, DraftPolicy
+from exitlm.decode.acceptance import LOOKUP_PRIOR, MAX_DRAFT, Acceptance, DraftPolicy
 from exitlm.model.exits import ExitConfig
 from tests.decode.models import attach, drafting_model, generate, make_engine, random_ids, some_costs
 from tests.decode.test_costs import table
@@ -162,9 +162,9 @@ def test_drafting_falls_back_to_plain_decoding_where_it_is_always_wrong() -> Non
     wasteful = generate(engine, random_ids(5), adaptive=False, **settings)
     careful = generate(engine, random_ids(5), **settings)
     assert careful.token_ids == wasteful.token_ids
-    assert wasteful.stats["acceptance"] < 0.1
-    assert 4 <= careful.stats["drafted"] < wasteful.stats["drafted"] / 10
-    assert careful.stats["layer_rows"] < 1.2 * 99 * 4
+    assert wasteful.stats.acceptance < 0.1
+    assert 4 <= careful.stats.drafted < wasteful.stats.drafted / 10
+    assert careful.stats.layer_rows < 1.2 * 99 * 4
 
 
 def test_drafting_goes_on_where_it_is_right() -> None:
@@ -172,8 +172,8 @@ def test_drafting_goes_on_where_it_is_right() -> None:
     settings = {"max_new_tokens": 60, "threshold": 0.3, "exits": [3], "ignore_eos": True, "draft": "exits"}
     free = generate(engine, random_ids(5), adaptive=False, **settings)
     careful = generate(engine, random_ids(5), **settings)
-    assert careful.stats["accepted"] > free.stats["accepted"] / 2 > 5
-    assert careful.stats["layer_rows"] <= free.stats["layer_rows"]
+    assert careful.stats.accepted > free.stats.accepted / 2 > 5
+    assert careful.stats.layer_rows <= free.stats.layer_rows
 
 
 def test_the_same_request_makes_the_same_choices() -> None:
@@ -181,5 +181,5 @@ def test_the_same_request_makes_the_same_choices() -> None:
     for _ in range(2):
         engine = make_engine(drafting_model("qwen3"))
         out = generate(engine, random_ids(6) * 3, max_new_tokens=60, threshold=0.05, ignore_eos=True)
-        outcomes.append((out.token_ids, out.exit_layers, out.stats["drafted"], out.stats["rounds"]))
+        outcomes.append((out.token_ids, out.exit_layers, out.stats.drafted, out.stats.rounds))
     assert outcomes[0] == outcomes[1]
