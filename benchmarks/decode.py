@@ -163,7 +163,7 @@ class ForcedTest(ExitTest):
 
 def decode_seconds(engine: Engine, config: GenerationConfig) -> float:
     """Seconds per token behind 128 positions, without the prefill."""
-    return 1.0 / float(engine.generate(list(range(100, 228)), config).stats["tokens_per_second"])
+    return 1.0 / engine.generate(list(range(100, 228)), config).stats.tokens_per_second
 
 
 def forced(llm: exitlm.LLM, rounds: int, count: int, candidates: int, compile: str = "auto") -> dict[str, Any]:
@@ -253,7 +253,7 @@ def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
             config = GenerationConfig(**settings[mode], max_new_tokens=count)
             out = [engine.generate(prompt, config) for prompt in prompts]
             texts[mode] = [g.token_ids for g in out]
-            stats[mode] = {key: sum(g.stats[key] for g in out) for key in ("drafted", "accepted", "tokens")}
+            stats[mode] = {key: sum(getattr(g.stats, key) for g in out) for key in ("drafted", "accepted", "tokens")}
             return sum(g.stats.decode_seconds for g in out) / sum(g.stats.tokens - 1 for g in out)
 
         found = interleave({mode: lambda mode=mode: run(mode) for mode in settings}, rounds)

@@ -355,11 +355,11 @@ def together(
         def run(many: int, tokens: int, engine: Any = engine) -> list[list[int]]:
             config = GenerationConfig(mode="full", max_new_tokens=tokens, ignore_eos=True)
             events = engine.events([(each, config) for each in prompts[:many]])
-            out = {index: event.generation for index, event in events if event.generation is not None}
+            out = {index: event.generation for index, _, event in events if event.generation is not None}
             return [out[index].token_ids for index in range(many)]
 
-        alone = [run(1, count)[0]] if way == "none" else [engine.generate(each, GenerationConfig(
-            mode="full", max_new_tokens=count, ignore_eos=True)).token_ids for each in prompts]  # fmt: skip
+        config = GenerationConfig(mode="full", max_new_tokens=count, ignore_eos=True)
+        alone = [engine.generate(each, config).token_ids for each in prompts[: 1 if way == "none" else None]]
         for many in sizes:
             texts = run(many, count)
             taken = min(seconds(lambda m=many: run(m, count)) - seconds(lambda m=many: run(m, 1)) for _ in range(2))
@@ -379,7 +379,7 @@ def long_text(section: Section, llm: Any, found: dict[str, Any], count: int) -> 
     from exitlm.decode.generation import GenerationConfig
 
     ids = random_ids(4000, vocab_size=llm.model.config.vocab_size)
-    options = room(llm, len(ids) + count)
+    options = replace(room(llm, len(ids) + count), prefix_sharing=False)  # the prefill is timed again and again
     engines = {way: Engine(llm.model, compile=way, options=options) for way in ("none", section.compile)}
     prefill: list[float] = []
 

@@ -156,7 +156,7 @@ def together(engine: Engine, model: EarlyExitModel, way_of: list[dict[str, Any]]
         (prompt, GenerationConfig.of({**way_of[i % len(way_of)], "max_new_tokens": count, "ignore_eos": True}))
         for i, prompt in enumerate(prompts)
     ]
-    out = {index: event.generation for index, event in engine.events(requests) if event.generation is not None}
+    out = {index: event.generation for index, _, event in engine.events(requests) if event.generation is not None}
     return [out[i].token_ids == greedy_reference(model, prompt, count) for i, prompt in enumerate(prompts)]
 
 
