@@ -152,9 +152,10 @@ def test_all_sequences_share_the_recordings_of_a_pool() -> None:
             for each in moves:
                 for driver, _ in each:
                     driver.release()
-        rows = {layers[2:4] for layers in fused.static._passes if layers[0] == 0}
-        assert rows == {(1, 256), (2, 256), (4, 256), (8, 256)}
-        assert len(recordings(fused)) <= 2 * len(rows)
+        assert fused.static is not None
+        shapes = {key[2:5] for key in fused.static._passes}
+        assert shapes == {(m, 256, True) for m in (1, 2, 4, 8)} | {(m, 256, False) for m in (2, 8, 16)}
+        assert len(recordings(fused)) <= 3 * len(shapes)
     first = recordings(fused)
     Driver(make_runner(fused)).advance([5])
     assert not set(map(id, recordings(fused))) & set(map(id, first))
@@ -244,9 +245,10 @@ def test_attention_in_chunks(count: int) -> None:
 def test_the_mask_is_finite_in_every_dtype(dtype: torch.dtype) -> None:
     pool = make_runner(fused_pair(long_model("llama"), False)[1]).pool
     numbers = torch.tensor([[[3, 0, 0]], [[4, 0, 0]]])
-    mask = StaticRows(pool, [], numbers, 8, dtype)._mask(None, 2)
-    assert mask.isfinite().all()
-    assert (mask == 0).sum(-1).tolist() == [[4, 4], [5, 5]]
+    for alone, visible in ((False, [[4, 4], [5, 5]]), (True, [[4, 5, 4, 5]])):
+        mask = StaticRows(pool, [], numbers, 8, dtype, alone)._mask(None, 2)
+        assert mask.isfinite().all()
+        assert (mask == 0).sum(-1).tolist() == visible
 
 
 @pytest.mark.parametrize("mode", ["full", "threshold", "lossless"])

@@ -14,8 +14,10 @@ number of rows and number of keys, and then replayed with one launch. Prefills a
 
 Rows are of any sequences: each brings the slot it writes and the blocks it reads, as data. Padding repeats the last
 row: the same values go to the same place, so nothing else of the pool is touched. Recordings hold the addresses of one
-pool. Block exits run eagerly. Memory on a GPU: the joined q/k/v and gate/up matrices of the engine are copies beside
-the model's own (about two thirds of the layers' bytes); the other matrices are shared with the model.
+pool. Block exits run eagerly.
+
+Memory on a GPU: the joined q/k/v and gate/up matrices of the engine are copies beside the model's own (about two thirds
+of the layers' bytes); the other matrices are shared with the model.
 
 ``benchmarks/gpu.sh`` checks and measures all of this on a GPU in under eight minutes.
 
@@ -122,12 +124,14 @@ class StaticRows:
     """What all layers of a pass share, as a function of ``numbers`` on the device alone; ``keys`` is S.
 
     For each row and group of cache entries, ``numbers`` holds the row's position, the slot that it writes and the
-    blocks of the positions that it may see.
+    blocks of the positions that it may see. Rows of one sequence (``alone``) gather its keys once.
     """
 
-    def __init__(self, pool: KVPool, tables: Rotations, numbers_MGN: Tensor, keys: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, pool: KVPool, tables: Rotations, numbers_MGN: Tensor, keys: int, dtype: torch.dtype, alone: bool
+    ) -> None:
         self.pool, self.count, self._dtype, self._keys = pool, len(numbers_MGN), dtype, keys
-        self._numbers_MGN = numbers_MGN
+        self._numbers_MGN, self._alone = numbers_MGN, alone and self.count > 1
         self.positions = numbers_MGN[:, 0, 0]
         self.rotations = [
             torch.view_as_complex(torch.view_as_real(table).index_select(0, self.positions)) for table in tables
@@ -141,30 +145,35 @@ class StaticRows:
         self.pool.stores[entry].index_copy_(2, slots_M, new_M2Kd.permute(1, 2, 0, 3))
 
     def attend(self, entry: int, query_MHd: Tensor, window: int | None, scale: float) -> Tensor:
-        """Attention of every row over the first S positions of its own sequence, ``[M, H * Dh]``."""
+        """Attention of every row over the first S positions of its own sequence, ``[M, H * Dh]``. B is M here, or 1 for
+        rows of one sequence, which are then queries as grouped heads are."""
         store_2KSd = self.pool.stores[entry]
         (M, H, Dh), Hkv = query_MHd.shape, store_2KSd.shape[1]
-        read_MS, mask_MGS = self._read(self.pool.group_of[entry]), self._mask(window, H // Hkv)
-        seen = store_2KSd.index_select(2, read_MS.flatten()).view(2, Hkv, M, self._keys, Dh).transpose(1, 2)
+        read_BS, mask_BGS = self._read(self.pool.group_of[entry]), self._mask(window, H // Hkv)
+        seen = store_2KSd.index_select(2, read_BS.flatten()).view(2, Hkv, -1, self._keys, Dh).transpose(1, 2)
         query, count = query_MHd.view(M, Hkv, H // Hkv, Dh), chunks(self._keys)
+        if self._alone:
+            query = query.permute(1, 2, 0, 3).reshape(1, Hkv, -1, Dh)
         if count == 1:
-            out = F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=mask_MGS[:, None], scale=scale)
+            out = F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=mask_BGS[:, None], scale=scale)
         else:
-            out = attend_in_chunks(query, seen, mask_MGS, scale, count)
-        return out.reshape(M, H * Dh)
+            out = attend_in_chunks(query, seen, mask_BGS, scale, count)
+        return (out.view(H, M, Dh).transpose(0, 1) if self._alone else out).reshape(M, H * Dh)
 
     def _read(self, group: int) -> Tensor:
-        """Slots ``[M, S]`` of the first S positions of each row's sequence."""
+        """Slots ``[B, S]`` of the first S positions of each sequence."""
         found = self._reads.get(group)
         if found is None:
             size = self.pool.block_size
-            blocks_MB = self._numbers_MGN[:, group, 2 : 2 + -(-self._keys // size)]
-            offset = torch.arange(size, device=blocks_MB.device)
-            found = self._reads[group] = (blocks_MB[:, :, None] * size + offset).flatten(1)[:, : self._keys]
+            rows = self._numbers_MGN[:1] if self._alone else self._numbers_MGN
+            blocks = rows[:, group, 2 : 2 + -(-self._keys // size)]
+            offset = torch.arange(size, device=blocks.device)
+            found = self._reads[group] = (blocks[:, :, None] * size + offset).flatten(1)[:, : self._keys]
         return found
 
     def _mask(self, window: int | None, groups: int) -> Tensor:
-        """Additive ``[M, G, S]``. Hidden keys get a large finite number: a chunk may have no visible key at all."""
+        """Additive ``[M, G, S]``, or ``[1, G * M, S]`` for rows of one sequence. Hidden keys get a large finite number:
+        a chunk may have no visible key at all."""
         found = self._masks.get(window)
         if found is None:
             key, query = torch.arange(self._keys, device=self.positions.device)[None, :], self.positions[:, None]
@@ -173,7 +182,8 @@ class StaticRows:
                 hidden = hidden | (key <= query - window)
             low = max(-1e30, torch.finfo(self._dtype).min / 2)
             mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill_(hidden, low)
-            found = self._masks[window] = mask[:, None].expand(-1, groups, -1)
+            mask = mask.repeat(groups, 1)[None] if self._alone else mask[:, None].expand(-1, groups, -1)
+            found = self._masks[window] = mask
         return found
 
 
@@ -269,16 +279,16 @@ class StaticRunner:
         if pool is not self._pool:  # recordings and buffers are of one pool
             self._pool, self._buffers, self._passes = pool, {}, {}
         bucket, keys = row_bucket(batch.count), key_bucket(max(part.end for part in batch.parts), pool.longest)
-        buffers = self._fill(bucket, keys, hidden_RD, batch, pool)
+        buffers, alone = self._fill(bucket, keys, hidden_RD, batch, pool), len(batch.parts) == 1
 
         def body() -> Tensor:
-            rows = StaticRows(pool, tables, buffers.numbers_MGN, keys, self.dtype)
+            rows = StaticRows(pool, tables, buffers.numbers_MGN, keys, self.dtype, alone)
             return torch.stack(through_layers(layers, buffers.hidden_MD, rows))
 
         if self.record is None:
             hidden, residual = body()[:, : batch.count]
             return hidden, residual
-        key = (layers[0].entry, layers[-1].entry, bucket, keys, batch.parts[0].stretched)
+        key = (layers[0].entry, layers[-1].entry, bucket, keys, alone, batch.parts[0].stretched)
         found = self._passes.get(key)
         if found is None or found.tables is not tables:
             try:

@@ -82,7 +82,10 @@ class KVPool:
         same texts need."""
         budget = self.options.kv_bytes
         if budget is None:
-            budget = max(self.bytes_for(context), min(self.bytes_for(16 * 2048), _memory(self.device) // 4))
+            one, many, memory = self.bytes_for(context), self.bytes_for(16 * 2048), _memory(self.device)
+            budget = max(one, min(many, memory // 4))
+            if self.device.type == "cuda":  # which takes it at once
+                budget = min(budget, memory * 3 // 4)
         low, high = 0, max(1, budget // (self.block_size * self._position_bytes))
         while low < high:  # the most blocks whose bytes fit
             middle = (low + high + 1) // 2
@@ -142,9 +145,10 @@ _UNBOUNDED = 1 << 62
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of memory: of the device, or of this machine."""
+    """Bytes of memory: what a device has left, or what this machine has."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
