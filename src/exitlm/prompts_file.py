@@ -222,13 +222,15 @@ def in_order(llm: LLM, lines: Sequence[Line]) -> Iterator[tuple[Line, Outcome]]:
 
 def decode_many(llm: LLM, prompts: Sequence[PromptLine]) -> Generator[tuple[int, Outcome], None, None]:
     """The index of each prompt with its generation, or with the error that ended it, in the order they finish in."""
-    requests: list[tuple[list[int] | UserError, GenerationConfig]] = []
-    for line in prompts:
-        try:
-            requests.append((llm.encode(line.prompt, chat=line.chat), line.config))
-        except UserError as error:
-            requests.append((error, line.config))
-    with contextlib.closing(llm.engine.finished(requests)) as outcomes:
+
+    def requests() -> Iterator[tuple[list[int] | UserError, GenerationConfig]]:
+        for line in prompts:
+            try:
+                yield llm.encode(line.prompt, chat=line.chat), line.config
+            except UserError as error:
+                yield error, line.config
+
+    with contextlib.closing(llm.engine.finished(requests())) as outcomes:
         for index, found in outcomes:
             yield prompts[index].index, found if found.error is None else found.error
 

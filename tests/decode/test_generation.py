@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, mean_depth, speed_of
+from exitlm.decode.generation import Generation, GenerationConfig, Piece, Stats, TokenTrace, mean_depth, speed_of
 from exitlm.decode.sampling.sampler import Sampler
 from exitlm.errors import UserError
 from exitlm.palette import palette
@@ -150,7 +150,7 @@ def test_a_piece_and_a_generation_are_plain_data() -> None:
     trace = [TokenTrace(id=7, exit_layer=2, source="exit", confidence={2: 0.5}, text="a")]
     piece = Piece(text="a", tokens=trace)
     assert (piece.token_ids, piece.exit_layers) == ([7], [2])
-    stats = {"mode": "threshold", "exits": [1, 2]}
+    stats = Stats(mode="threshold", exits=[1, 2])
     out = Generation(text="a", token_ids=[7], exit_layers=[2], trace=trace, stats=stats, finish_reason="length")
     assert json.loads(json.dumps(dataclasses.asdict(out)))["trace"][0]["id"] == 7
 
@@ -164,7 +164,7 @@ def generation(words: list[str], layers: list[int], text: bool = True) -> Genera
         token_ids=[token.id for token in trace],
         exit_layers=layers,
         trace=trace,
-        stats={"mode": "threshold", "exits": [2, 3]},
+        stats=Stats(mode="threshold", exits=[2, 3]),
         finish_reason="length",
     )
 

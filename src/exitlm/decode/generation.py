@@ -129,6 +129,11 @@ class GenerationConfig:
         found = [given] if isinstance(given, str) else elements(given, "bad_words", expected)
         if any(isinstance(word, str) and not word for word in found):
             raise UserError("a text in bad_words is empty; leave it out or give what must not be written")
+        for word in found:
+            if isinstance(word, str) and not _is_utf8(word):
+                raise UserError(
+                    f"a text in bad_words is {short(word)}, which is not valid UTF-8; give it in that encoding"
+                )
         return tuple(word if isinstance(word, str) else bad_word(word) for word in found)
 
     def _warn_of_idle(self) -> None:
@@ -169,6 +174,14 @@ class GenerationConfig:
         """The sampling part of these settings, with :attr:`bad_words` as a tokenizer writes them: token ids alone."""
         shared = {name: getattr(self, name) for name in _SAMPLING}
         return Sampler(**shared, bad_words=bad_words, processor=self.logits_processor)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(kw_only=True)
