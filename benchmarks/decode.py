@@ -21,7 +21,7 @@ import torch
 from measure import interleave, ratios, save, seconds, spread, table
 
 import exitlm
-from exitlm.decode.costs import measure
+from exitlm.decode.measure_costs import measure
 from exitlm.decode.engine import Engine
 from exitlm.decode.fused import FusedHead
 from exitlm.decode.generation import GenerationConfig
@@ -194,7 +194,7 @@ def forced(llm: exitlm.LLM, rounds: int, count: int, candidates: int, compile: s
             for e in [*layers, L]:
                 spent += costs.layers(e - at, carried)
                 if e == layer:
-                    spent += costs.draft[e] if e < L else costs.head[0]
+                    spent += costs.draft[e] if e < L else costs.final()
                     if e < L:
                         pending[e] += carried
                     break

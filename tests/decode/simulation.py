@@ -55,19 +55,20 @@ class Simulated:
     max_pending: int = 64
     max_draft: int = 15
     known: bool = False  # the estimates are the chances themselves
+    copied: tuple[float, int, float] = (0.0, 0, 0.0)  # chance that a draft is looked up, its tokens, each one's chance
 
     def __post_init__(self) -> None:
         self.rows: list[int] = []  # the boundary at which each row waits, oldest first
         self.moving = 0
-        self.drafts: list[tuple[int, float, bool]] = []  # (exit, estimate, right): all that are not verified, in order
-        self.has_ready = self.prompt == 0
+        self.drafts: list[tuple[Hashable, float, bool]] = []  # (source, estimate, right): all that are not verified, in order
+        self.ready = int(self.prompt == 0)  # rows that have not entered layer 0
         self.left = self.prompt
         self.prefill = self.prompt > 0
         self.emitted = 0
         self.drafted = 0
         self.waited = self.shallow_wait = 0.0
         self.finished: float | None = None
-        self.sources = {e: Acceptance(prior=self.prior) for e in self.firing}
+        self.sources = {source: Acceptance(prior=self.prior) for source in (*self.firing, "copied")}
 
     def odds(self, layer: int, table: AcceptanceTable) -> tuple[float, float]:
         """Chances to plan with: (firing, acceptance)."""
@@ -84,8 +85,8 @@ class Simulated:
         chain = self.chain()
         lossless = self.mode == "lossless" and not self.prefill
         ready: tuple[float, ...] = ()
-        if self.has_ready:
-            ready = (chain[len(self.rows)],) if lossless else (1.0,)
+        if self.ready:
+            ready = tuple(chain[len(self.rows) :]) if lossless else (1.0,)
         room = len(self.drafts) < self.max_draft
         exits = [Exit(layer=e, firing=f, acceptance=a) for e in sorted(self.firing) for f, a in [self.odds(e, table)]]
         waiting: dict[int, int] = {}
@@ -200,7 +201,7 @@ class Simulation:
                 total += member.rows
             elif found.first == 0:
                 total += 1 if not one.prefill or member.rows == one.left else 0
-            elif one.moving and not one.has_ready:
+            elif one.moving and not one.ready:
                 total += 1
         return total
 
@@ -214,9 +215,9 @@ class Simulation:
                 one.left -= member.rows
                 one.moving += member.rows
             else:
-                assert one.has_ready
-                assert member.rows == 1
-                one.has_ready = False
+                assert 1 <= member.rows <= one.ready
+                one.ready = 0
+                del one.drafts[max(0, len(one.rows) + member.rows - 1) :]  # copied ones that were not taken
                 if one.mode != "lossless" and not (member.tested and one.mode == "threshold"):
                     one.moving = len(one.rows) + 1
             one.rows += [last] * member.rows
@@ -229,7 +230,7 @@ class Simulation:
                 one.moving = max(one.moving, at + member.rows)
         if member.tested:
             assert one.rows[-1] == last
-            assert not one.has_ready
+            assert one.ready == 0
             self.test(one, last)
         if last == end:
             self.arrive(one, end)
@@ -242,14 +243,25 @@ class Simulation:
             if fired:
                 one.drafts.append((layer, one.odds(layer, self.table)[1], self.rng.random() < one.right[layer]))
                 one.drafted += 1
-                one.has_ready, one.moving = True, 0
+                one.ready, one.moving = 1, 0
             one.sources[layer] = source.after_test(one.emitted, fired)
         elif fired:
             one.emitted += 1
-            one.has_ready = True
+            one.ready = 1
             one.moving = len(one.rows) if len(one.rows) >= one.max_pending else 0
         else:
             one.moving = len(one.rows)
+
+    def next_token(self, one: Simulated) -> None:
+        """A certain token is ready, perhaps with a copied draft behind it."""
+        one.ready = 1
+        found, length, right = one.copied
+        if one.mode == "lossless" and self.rng.random() < found:
+            source = self.table.inform("copied", one.sources["copied"])
+            for i in range(length):
+                estimate = right if one.known else source.odds(one.emitted, i)[1]
+                one.drafts.append(("copied", estimate, self.rng.random() < right))
+            one.ready += length
 
     def arrive(self, one: Simulated, end: int) -> None:
         """Rows that have passed all layers."""
@@ -260,15 +272,16 @@ class Simulation:
             del one.rows[:count]
             one.moving -= count
             if one.left == 0 and not one.rows:
-                one.prefill, one.has_ready = False, True
+                one.prefill = False
                 one.emitted += 1
+                self.next_token(one)
             return
         if one.mode != "lossless":
             del one.rows[:count]
             one.moving = max(0, one.moving - count)
-            if everything and not one.has_ready:
+            if everything and not one.ready:
                 one.emitted += 1
-                one.has_ready = True
+                one.ready = 1
             return
         for i in range(count):
             one.emitted += 1
@@ -277,16 +290,16 @@ class Simulation:
                 one.sources[layer] = one.sources[layer].after_drafts(one.emitted, 1, int(right))
                 self.table = self.table.observed(layer, 1, int(right))
                 if not right:
-                    one.rows, one.drafts, one.moving, one.has_ready = [], [], 0, True
+                    one.rows, one.drafts, one.moving = [], [], 0
+                    self.next_token(one)
                     return
         del one.rows[:count]
         del one.drafts[:count]
         one.moving = max(0, one.moving - count)
         if not one.rows:
             one.drafts = []
-            one.has_ready = True
-        elif one.drafts and len(one.drafts) < len(one.rows):
-            raise AssertionError("a row without a token")
+            self.next_token(one)
+        assert len(one.drafts) >= len(one.rows) - 1, "a row without a token"
 
 
 def gain(tau: float, seconds: float, costs: Costs, sequences: int) -> float:
@@ -335,3 +348,8 @@ def steady(
 def speed(run: Simulation) -> float:
     """Tokens per second of decoding relative to plain decoding of the same sequences."""
     return run.plain_seconds / run.decode_seconds
+
+
+def latencies(sequences: Sequence[Simulated]) -> float:
+    """The seconds that the sequences took in all, from their arrivals to their ends."""
+    return sum((one.finished or math.inf) - one.arrival for one in sequences)

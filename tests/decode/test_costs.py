@@ -10,16 +10,10 @@ import pytest
 import torch
 
 from exitlm.decode import costs as costs_module
-from exitlm.decode.costs import (
-    Costs,
-    cached,
-    choose_drafting,
-    choose_exits,
-    ideal,
-    measure,
-    threshold_speed,
-)
+from exitlm.decode import measure_costs
+from exitlm.decode.costs import Costs, choose_drafting, choose_exits, threshold_speed
 from exitlm.decode.fused import FusedModel
+from exitlm.decode.measure_costs import CONTEXTS, SIZES, cached, ideal, measure
 from exitlm.model.exits import ExitConfig
 from tests.decode.models import attach, new_state
 from tests.model.families import tiny_model
@@ -29,7 +23,7 @@ def table(row: float = 0.0, layers: int = 10, head: float = 3.0, test: float = 0
     """A layer costs 1 and ``row`` more for each row beyond the first."""
     sizes = (1, 2, 4, 8, 16)
     return Costs(
-        rows=sizes, layer=tuple(1 + row * (m - 1) for m in sizes), head=tuple(head + m - 1 for m in sizes),
+        rows=sizes, layer=(tuple(1 + row * (m - 1) for m in sizes),), head=tuple(head + m - 1 for m in sizes),
         test=dict.fromkeys(range(1, layers), test), draft=dict.fromkeys(range(1, layers), draft),
         num_hidden_layers=layers,
     )  # fmt: skip
@@ -115,8 +109,8 @@ def test_an_exit_that_adds_less_than_its_tests_is_left_out() -> None:
 
 def any_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure on a busy machine, too, however long it takes."""
-    monkeypatch.setattr(costs_module, "_MAX_SWITCHES", math.inf)
-    monkeypatch.setattr(costs_module, "_PATIENCE", math.inf)
+    monkeypatch.setattr(measure_costs, "_MAX_SWITCHES", math.inf)
+    monkeypatch.setattr(measure_costs, "_PATIENCE", math.inf)
 
 
 def test_measured_costs_are_positive_and_never_fall_with_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +118,13 @@ def test_measured_costs_are_positive_and_never_fall_with_rows(monkeypatch: pytes
     model = attach(tiny_model("llama"), [ExitConfig(layer=1, gate=True), ExitConfig(layer=2, kind="block")])
     found = measure(FusedModel(model, "none"))
     assert found.num_hidden_layers == 4
-    assert list(found.layer) == sorted(found.layer)
+    assert found.rows == SIZES
+    assert all(list(column) == sorted(column) for column in found.layer)
+    assert all(near <= far for near, far in zip(*found.layer, strict=True))
     assert list(found.head) == sorted(found.head)
-    assert min(*found.layer, *found.head, *found.test.values(), *found.draft.values()) > 0
+    assert min(*found.layer[0], *found.head, *found.test.values(), *found.draft.values()) > 0
     assert set(found.test) == set(found.draft) == {1, 2}
-    assert found.draft[2] > found.layer[0]  # a block costs a layer
+    assert found.draft[2] > found.layer[0][0]  # a block costs a layer
 
 
 def test_measuring_leaves_nothing_behind_that_decoding_could_see() -> None:
@@ -154,8 +150,9 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *rounds: list[float], passes: tuple[float, float] = (1.0, 1.0)):
         self.rounds, self.passes, self.timed = list(rounds), passes, 0
-        monkeypatch.setattr(costs_module, "_seconds", self.seconds)
-        monkeypatch.setattr(costs_module, "deviation", lambda *_: self.passes)
+        monkeypatch.setattr(measure_costs, "_MAX_PASS", math.inf)
+        monkeypatch.setattr(measure_costs, "_seconds", self.seconds)
+        monkeypatch.setattr(measure_costs, "deviation", lambda *_: self.passes)
 
     def seconds(self, action: Any, before: Any, device: Any) -> list[float]:
         """The times of one part."""
@@ -164,7 +161,7 @@ class Machine:
         self.timed += 1
         return self.rounds[min((self.timed - 1) // self.parts, len(self.rounds) - 1)]
 
-    parts = 2 * 5 + 1  # of a model with one exit
+    parts = 2 * len(SIZES) + 2  # of a model with one exit, and the second context
 
 
 QUIET, BUSY = [1.0, 1.1, 1.05, 1.0, 1.02], [1.5, 9.0, 2.0, 40.0, 3.0]
@@ -212,7 +209,8 @@ def test_a_part_that_was_slow_all_the_time_is_seen(monkeypatch: pytest.MonkeyPat
         first, second = timed == 1, (timed - 1) % Machine.parts == 0
         return [9.0] * 3 if first or (second and wrong == "twice") else [1.0] * 3
 
-    monkeypatch.setattr(costs_module, "_seconds", seconds)
+    monkeypatch.setattr(measure_costs, "_MAX_PASS", math.inf)
+    monkeypatch.setattr(measure_costs, "_seconds", seconds)
     found = measure(fused)
     assert found.steady == (wrong == "once")
     assert timed == (2 if wrong == "once" else 4) * Machine.parts
@@ -254,11 +252,11 @@ def test_a_kept_table_that_passes_deviate_from_is_measured_again(
 
 def test_deviation_is_that_of_the_fastest_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, times = fused_model(), iter([[0.5, 9.0], [], [0.25, 0.3]])
-    kept = dataclasses.replace(table(layers=4), layer=(0.25,) * 5, head=(1.0,) * 5)
-    monkeypatch.setattr(costs_module, "_seconds", lambda *_: next(times))
-    assert costs_module.deviation(fused, kept) == (0.25, 0.5)
-    monkeypatch.setattr(costs_module, "_seconds", lambda *_: [])
-    assert costs_module.deviation(fused, kept) == (1.0, 1.0)  # a busy machine says nothing
+    kept = dataclasses.replace(table(layers=4), layer=((0.25,) * 5,), head=(1.0,) * 5)
+    monkeypatch.setattr(measure_costs, "_seconds", lambda *_: next(times))
+    assert measure_costs.deviation(fused, kept) == (0.25, 0.5)
+    monkeypatch.setattr(measure_costs, "_seconds", lambda *_: [])
+    assert measure_costs.deviation(fused, kept) == (1.0, 1.0)  # a busy machine says nothing
 
 
 def test_times_in_which_the_processor_was_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,15 +267,15 @@ def test_times_in_which_the_processor_was_taken_away_do_not_count(monkeypatch: p
         def ru_nivcsw(self) -> int:
             return next(switches)
 
-    monkeypatch.setattr(costs_module.resource, "getrusage", lambda _: Usage())
-    found = costs_module._seconds(lambda: None, lambda: None, torch.device("cpu"))
+    monkeypatch.setattr(measure_costs.resource, "getrusage", lambda _: Usage())
+    found = measure_costs._seconds(lambda: None, lambda: None, torch.device("cpu"))
     assert len(found) == 2  # of four runs the first warms up, and one was interrupted
 
 
 def test_a_machine_without_a_quiet_pass_gives_a_guess_that_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs_module, "_seconds", lambda *_: [])
+    monkeypatch.setattr(measure_costs, "_seconds", lambda *_: [])
     found = cached(fused_model(), tmp_path)
     assert (found.origin, found.steady, found.spread) == ("guessed", False, math.inf)
     assert found.layer == ideal(fused_model()).layer
@@ -293,7 +291,7 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         return measure(fused)
 
     Machine(monkeypatch, QUIET)
-    monkeypatch.setattr(costs_module, "measure", count)
+    monkeypatch.setattr(measure_costs, "measure", count)
     first = cached(FusedModel(model, "none"), tmp_path)
     assert cached(FusedModel(model, "none"), tmp_path) == dataclasses.replace(first, origin="kept")
     assert len(measured) == 1
@@ -301,9 +299,9 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert json.loads(path.read_text()).keys() == dataclasses.asdict(first).keys()
     whole = json.loads(path.read_text())
     changes: tuple[dict[str, Any], ...] = (
-        {"test": []}, {"draft": None}, {"layer": [1.0]}, {"head": []}, {"rows": ["a"]}, {"test": {"2": 1.0}},
-        {"draft": {"1": math.nan}}, {"spread": 0.5}, {"spread": None}, {"layer": [10**400] * len(first.rows)},
-        {"layer": [0.0] * len(first.rows)}, {"head": [-1.0] * len(first.rows)},
+        {"test": []}, {"draft": None}, {"layer": [[1.0]]}, {"head": []}, {"rows": ["a"]}, {"contexts": [1, 2]}, {"test": {"2": 1.0}},
+        {"draft": {"1": math.nan}}, {"spread": 0.5}, {"spread": None}, {"layer": [[10**400] * len(first.rows)] * 2},
+        {"layer": [[0.0] * len(first.rows)] * 2}, {"head": [-1.0] * len(first.rows)},
     )  # fmt: skip
     damages = [
         "",
@@ -316,7 +314,7 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ]
     for damage in damages:
         path.write_text(damage)
-        assert all(0 < value < math.inf for value in cached(FusedModel(model, "none"), tmp_path).layer)
+        assert all(0 < value < math.inf for value in cached(FusedModel(model, "none"), tmp_path).layer[0])
     assert len(measured) == 1 + len(damages)
     before = len(measured)
     for change in ({"layer": 2}, {"gate": True}, {"output": "low_rank", "rank": 4}, {"kind": "block"}):
@@ -327,4 +325,4 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_directory_that_cannot_be_written_only_means_measuring_again(tmp_path: Path) -> None:
     (tmp_path / "costs").write_text("a file where the directory should be")
-    assert cached(FusedModel(tiny_model("llama"), "none"), tmp_path).layer[0] > 0
+    assert cached(FusedModel(tiny_model("llama"), "none"), tmp_path).layer[0][0] > 0

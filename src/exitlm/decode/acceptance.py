@@ -15,6 +15,7 @@ LOOKUP_PRIOR: Mapping[int, float] = {2: 0.35, 3: 0.5, 4: 0.65}
 _MEMORY, _TABLE_MEMORY = 0.985, 0.999
 _WEIGHT, _TABLE_WEIGHT, _LARGEST_WEIGHT = 4.0, 16.0, 16.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 256
+_PROBE = 0.99  # what a probe is taken for; 1 would be a certain token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +54,12 @@ class Acceptance:
     def odds(self, position: int, drafts: int = 0) -> tuple[float, float]:
         """The chances (firing, acceptance) to plan with at ``position``, behind ``drafts`` that are not verified.
 
-        A first draft is judged kindly: both are 1 for a probe, and while little was tried, its acceptance is put one
+        A first draft is judged kindly: a probe counts as right, and while little was tried, its acceptance is put one
         standard deviation higher, or a few early refusals would end drafting where it pays."""
         if drafts:
             return self.firing, self.rate
         if self.is_probe(position):
-            return 1.0, 1.0
+            return 1.0, _PROBE
         deviation = math.sqrt(self.rate * (1.0 - self.rate) / (_WEIGHT + self.trials))
         return self.firing, min(1.0, self.rate + deviation)
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from exitlm.decode.cache import KeyValueCache
-from exitlm.decode.costs import Costs, cached, choose_drafting, choose_exits
+from exitlm.decode.costs import Costs, choose_drafting, choose_exits
 from exitlm.decode.drafting import DraftPolicy
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
 from exitlm.decode.graphs import resolve_compile
+from exitlm.decode.measure_costs import cached
 from exitlm.decode.request import Request
 from exitlm.decode.rules import PATIENCE_REACHED, ExitRule
 from exitlm.decode.step import SequenceState

@@ -16,7 +16,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ CONTEXTS = (128, 2048)
 _REPEATS, _ROUNDS = 3, 4
 _PATIENCE = 3.0  # seconds after which no further round of measuring begins
 _CELL_SECONDS = 0.5  # what one part may take in one round, beyond its second run
+_MAX_PASS = 0.03  # seconds of a pass beyond which more rows are not timed
 _MAX_SWITCHES = 1  # how often the system may take the processor away while a pass is timed
 _DEVIATION = 1.5  # how far times relative to a kept table may lie from each other, or all of them from 1, squared
 
@@ -50,7 +51,7 @@ def ideal(fused: FusedModel) -> Costs:
         for e, h in fused.heads.items()
     }
     return Costs(
-        rows=(1, 16), layer=(1.0, 1.0), head=(head, head), test=dict.fromkeys(share, 0.0), draft=share,
+        rows=(1, 16), layer=((1.0, 1.0),), head=(head, head), test=dict.fromkeys(share, 0.0), draft=share,
         num_hidden_layers=config.num_hidden_layers,
     )  # fmt: skip
 
@@ -77,20 +78,25 @@ def _seconds(action: Callable[[], object], before: Callable[[], object], device:
 
 
 Part = tuple[str, int]
-"""What is timed: ``layers`` or ``head`` with a number of rows, ``test`` or ``gate`` with an exit's layer."""
+"""What is timed: ``layers`` or ``head`` with a number of rows, ``context`` with a number of tokens before one row,
+``test`` or ``gate`` with an exit's layer."""
+
+
+def _contexts(fused: FusedModel) -> tuple[int, ...]:
+    """The contexts to measure: both, or the model's longest in place of the second."""
+    return CONTEXTS[0], max(CONTEXTS[0] + 1, min(CONTEXTS[1], fused.config.max_position_embeddings - 1))
 
 
 def _parts(fused: FusedModel) -> dict[Part, tuple[Callable[[], object], Callable[[], object]]]:
     """What to time, and what to run before each time: another part, as in decoding, so that the processor's caches hold
-    the other's weights then."""
-    context = 128
-    state = SequenceState(fused, (), fused.new_cache(), context + _SIZES[-1])
-    state.depths.filled = [context]
-    tokens = [i % fused.config.vocab_size for i in range(_SIZES[-1])]
+    the other's weights then. Rows are those of one sequence."""
+    near, far = _contexts(fused)
+    state = SequenceState(fused, (), fused.new_cache(), max(near + SIZES[-1], far + 1))
+    tokens = [i % fused.config.vocab_size for i in range(SIZES[-1])]
     hidden = fused.embed(tokens)
 
-    def layers(rows: int) -> None:
-        state.truncate(context)
+    def layers(rows: int, context: int = near) -> None:
+        state.depths.filled = [context]
         state.advance(tokens[:rows])
 
     def final(rows: int) -> None:
@@ -101,9 +107,10 @@ def _parts(fused: FusedModel) -> dict[Part, tuple[Callable[[], object], Callable
 
     one = partial(layers, 1)
     parts: dict[Part, tuple[Callable[[], object], Callable[[], object]]] = {}
-    for rows in _SIZES:
-        parts["layers", rows] = partial(layers, rows), partial(final, rows)
-        parts["head", rows] = partial(final, rows), partial(layers, rows)
+    for rows in SIZES:
+        parts["layers", rows] = partial(layers, rows), partial(final, min(rows, 16))
+        parts["head", rows] = partial(final, rows), partial(layers, min(rows, 16))
+    parts["context", far] = partial(layers, 1, far), partial(final, 1)
     for e, exit_head in fused.heads.items():
         parts["test", e] = partial(test, exit_head), one
         if exit_head.has_gate:
@@ -123,31 +130,54 @@ def measure(fused: FusedModel) -> Costs:
     spread, begun = math.inf, time.perf_counter()
     for number in range(_ROUNDS):
         usual = dict.fromkeys(parts, math.inf)
+        too_long = False
         for part, (action, before) in parts.items():
             if time.perf_counter() - begun > _PATIENCE:
                 break
+            if too_long and part[0] in ("layers", "head"):
+                continue
             if times := _seconds(action, before, fused.device):
                 usual[part], best[part] = statistics.median(times), min([*times, best[part]])
-        if max(best.values()) < math.inf:
-            falls = [best["layers", few] / best["layers", more] for few, more in itertools.pairwise(_SIZES)]
-            spread = max(*(usual[part] / best[part] for part in parts), *falls) - 1.0
+                too_long = best[part] > _MAX_PASS and part[0] == "layers"
+        if max(best[part] for part in parts if part[1] == 1) < math.inf:
+            timed = [rows for rows in SIZES if best["layers", rows] < math.inf]
+            falls = [best["layers", few] / best["layers", more] for few, more in itertools.pairwise(timed)]
+            spread = max(*(usual[part] / best[part] for part in parts if best[part] < math.inf), *falls, 1.0) - 1.0
         if (number and spread <= STEADY) or time.perf_counter() - begun > _PATIENCE:
             break
-    if max(best.values()) == math.inf:  # not one pass had the processor to itself
+    if spread == math.inf:  # not one pass had the processor to itself
         guess = ideal(fused)
         return replace(guess, test=guess.draft, spread=math.inf, origin="guessed")
+    return _table(fused, best, spread)
+
+
+def _table(fused: FusedModel, best: Mapping[Part, float], spread: float) -> Costs:
+    """The table of the best times. More rows than were timed take proportionally long until passes tell; of another
+    context only one row is timed, and every further row, of another sequence, reads as much again."""
     L = fused.config.num_hidden_layers
-    # more rows never cost less: what is below is noise of the clock
-    layer = list(itertools.accumulate((best["layers", rows] / L for rows in _SIZES), max))
-    head = list(itertools.accumulate((best["head", rows] for rows in _SIZES), max))
+    layer = [seconds / L for seconds in _filled(best, "layers")]
+    near, far = _contexts(fused)
+    reading = max(0.0, best["context", far] / L - layer[0])
     # every token leaves its key in a block's cache
     block = {e: layer[0] if exit_head.block is not None else 0.0 for e, exit_head in fused.heads.items()}
     draft = {e: block[e] + best["test", e] for e in fused.heads}
     test = {e: block[e] + best.get(("gate", e), best["test", e]) for e in fused.heads}
     return Costs(
-        rows=_SIZES, layer=tuple(layer), head=tuple(head), test=test, draft=draft, num_hidden_layers=L, spread=spread,
-        origin="measured",
+        rows=SIZES, contexts=(near, far), num_hidden_layers=L, test=test, draft=draft, spread=spread, origin="measured",
+        layer=(tuple(layer), tuple(t + rows * reading for rows, t in zip(SIZES, layer, strict=True))),
+        head=tuple(_filled(best, "head")),
     )  # fmt: skip
+
+
+def _filled(best: Mapping[Part, float], name: str) -> list[float]:
+    """The times by rows. They never fall, since what is below is noise of the clock."""
+    found: list[float] = []
+    for rows in SIZES:
+        seconds = best[name, rows]
+        if seconds == math.inf:
+            seconds = found[-1] * rows / SIZES[len(found) - 1]
+        found.append(max([seconds, *found[-1:]]))
+    return found
 
 
 @torch.inference_mode()
@@ -158,7 +188,7 @@ def deviation(fused: FusedModel, costs: Costs) -> tuple[float, float]:
     L, found = costs.num_hidden_layers, []
     for name, rows in (("layers", 1), ("layers", 8), ("head", 1)):
         if times := _seconds(*parts[name, rows], fused.device):
-            found.append(min(times) / (costs.layers(L, rows) if name == "layers" else costs._at(costs.head, rows)))
+            found.append(min(times) / (costs.layers(L, rows) if name == "layers" else costs.final(rows)))
     return min(found, default=1.0), max(found, default=1.0)
 
 
@@ -198,12 +228,16 @@ def cached(fused: FusedModel, directory: Path) -> Costs:
 
 def _kept(data: Any, fused: FusedModel) -> Costs:
     """A stored table, checked. Raises one of Python's own errors for anything else."""
-    layer, head = (tuple(map(float, data[name])) for name in ("layer", "head"))
+    layer = tuple(tuple(map(float, column)) for column in data["layer"])
+    head = tuple(map(float, data["head"]))
     test, draft = ({int(e): float(v) for e, v in data[name].items()} for name in ("test", "draft"))
-    seconds = (*layer, *head, *test.values(), *draft.values())
+    seconds = (*itertools.chain(*layer), *head, *test.values(), *draft.values())
+    contexts = _contexts(fused)
     if (
-        data["rows"] != list(_SIZES)
-        or not len(layer) == len(head) == len(_SIZES)
+        data["rows"] != list(SIZES)
+        or data["contexts"] != list(contexts)
+        or len(layer) != len(contexts)
+        or not all(len(column) == len(SIZES) for column in (*layer, head))
         or not test.keys() == draft.keys() == fused.heads.keys()
         or not all(0.0 < value < math.inf for value in seconds)
         or not 0.0 <= float(data["spread"]) <= STEADY
@@ -211,8 +245,8 @@ def _kept(data: Any, fused: FusedModel) -> Costs:
         raise ValueError("this is no table of costs of this model")
     depth, spread = fused.config.num_hidden_layers, float(data["spread"])
     return Costs(
-        rows=_SIZES, layer=layer, head=head, test=test, draft=draft, num_hidden_layers=depth, spread=spread,
-        origin="kept",
+        rows=SIZES, contexts=contexts, layer=layer, head=head, test=test, draft=draft, num_hidden_layers=depth,
+        spread=spread, origin="kept",
     )  # fmt: skip
 
 

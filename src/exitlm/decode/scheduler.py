@@ -179,6 +179,9 @@ class _Prices:
     def deep(self, after: int, rows: float) -> float:
         return self.costs.deep(after, rows, self.context)
 
+    def tests(self, layer: int, rows: float) -> float:
+        return self.costs.tests(layer, rows) if layer in self.costs.draft else 0.0
+
     def step(self, front: int, rows: float, deep_rows: float) -> float:
         """Tokens' worth of running ``rows`` new rows up to ``front`` by themselves, and later beside ``deep_rows``."""
         later = self.deep(front, deep_rows + rows) - self.deep(front, deep_rows)
@@ -224,28 +227,29 @@ def _starts(
     del rows[max_rows:]
     if not rows:
         return {}
+    certain = sum(value >= 1.0 for value, _, _ in rows)
+    front, deep_rows = prices.costs.num_hidden_layers, 0
     if deep:
-        front = min(map(_front, deep))
-        deep_rows = sum(view.moving + len(view.worth) for view in deep)
-        tested = sum(view.mode == "threshold" for _, _, view in rows) / len(rows)
-    else:
-        front, deep_rows, tested = prices.costs.num_hidden_layers, 0, 0.0
-    certain = 0 if deep else sum(value >= 1.0 for value, _, _ in rows)
+        front, deep_rows, certain = min(map(_front, deep)), _rows_in_flight(deep), 0
+    tested = sum(view.mode == "threshold" for _, _, view in rows) / len(rows)
     best, count, gain = -math.inf if certain else 0.0, 0, 0.0
     for m, (value, _, _) in enumerate(rows, 1):
         gain += value
         if m < certain:
             continue
-        net = gain - prices.step(front, m, deep_rows)
-        if tested and front in prices.costs.draft:
-            net -= prices.second * prices.costs.tests(front, tested * m)
+        net = gain - prices.step(front, m, deep_rows) - prices.second * prices.tests(front, tested * m)
         if net > best * _ROUNDING:
             best, count = net, m
     chosen: dict[int, int] = {}
     for _, _, view in rows[:count]:
         chosen[view.key] = chosen.get(view.key, 0) + 1
-    seconds = prices.span(0, front, count) if deep else 0.0
+    seconds = prices.span(0, front, count) + prices.tests(front, count)
     return {} if _too_long(deep, chosen, seconds, max_wait) else chosen
+
+
+def _rows_in_flight(sequences: Iterable[SequenceView]) -> int:
+    """Rows that a deep pass over everything would take."""
+    return sum(view.moving + len(view.worth) for view in sequences)
 
 
 def _too_long(deep: Sequence[SequenceView], going: Container[int], seconds: float, max_wait: float) -> bool:
@@ -272,7 +276,7 @@ def _start_pass(
                 room -= members[-1][1]
     if not members:
         return None
-    rows = sum(view.moving + len(view.worth) for view in deep) + sum(count for _, count in members)
+    rows = _rows_in_flight(deep) + sum(count for _, count in members)
     newest = [(view, view.ready[count - 1]) for view, count in members if not view.prefill]
     return _pass(0, members, _tests(0, newest, prices, rate, rows, max_wait, len(sequences)), deep, prices)
 
@@ -285,56 +289,53 @@ def _deep_pass(
     limits: Limits,
     max_wait: float,
 ) -> Pass:
-    """The pass from the lowest boundary where a row must go on, with the drafts there that are worth their rows."""
-    end = prices.costs.num_hidden_layers
+    """The pass from the shallowest boundary where rows must go on or drafts are worth it."""
     layers = sorted({layer for view in deep for layer, _ in view.waiting})
     must = {layer: sum(_must(view, layer) for view in deep) for layer in layers}
-    front = min((layer for layer in layers if must[layer]), default=layers[0])
-    for first in layers:
-        drafts = sorted(
-            (
-                (worth, i)
-                for i, view in enumerate(deep)
-                for worth in view.at(first)[1]
-                if worth < 1.0
-            ),
-            key=lambda draft: (-draft[0], draft[1]),
-        )
-        n = must[first]
-        admitted, best, gain = 0, 0.0, 0.0
-        base = prices.deep(front, must[front])
-        for m, (worth, _) in enumerate(drafts, 1):
-            gain += worth
-            later = prices.deep(front, must[front] + m) - base
-            net = gain - prices.second * (prices.span(first, front, m) + later if first < front else later)
-            if net > best * _ROUNDING:
-                best, admitted = net, m
-        if first < front and _too_long(deep, {deep[i].key for _, i in drafts[:admitted]}, prices.span(first, front, admitted), max_wait):
-            admitted = 0
-        if first == front and not n:
-            admitted = max(admitted, 1)
-        if n or admitted:
+    front = next((layer for layer in layers if must[layer]), layers[-1])
+    for first in layers[: layers.index(front) + 1]:
+        admitted = _admitted(deep, first, front, must[front], prices)
+        seconds = prices.span(first, front, sum(admitted.values()))
+        if first == front or (admitted and not _too_long(deep, admitted, seconds, max_wait)):
             break
-    extra: dict[int, int] = {}
-    for _, i in drafts[:admitted]:
-        extra[i] = extra.get(i, 0) + 1
     members, room = [], limits.max_rows
-    for i, view in enumerate(deep):
-        rows = min(room, _must(view, first) + extra.get(i, 0))
+    for view in deep:
+        rows = min(room, _must(view, first) + admitted.get(view.key, 0))
         if rows:
             members.append((view, rows))
             room -= rows
     newest = []
     for view, rows in members:
-        last = _front(view) == first and rows == dict(view.waiting)[first]
-        if last and not view.ready and not view.prefill and not (view.is_drafting and view.moving):
+        is_last = _front(view) == first and rows == view.waiting[-1][1]
+        if is_last and not view.ready and not view.prefill and not (view.is_drafting and view.moving):
             newest.append((view, view.worth[-1] if view.worth else 1.0))
-    total = sum(view.moving + len(view.worth) for view in deep)
-    tests = _tests(first, newest, prices, rate, total, max_wait, len(sequences))
+    tests = _tests(first, newest, prices, rate, _rows_in_flight(deep), max_wait, len(sequences))
     found = _pass(first, members, tests, deep, prices)
-    if found.last < end or room <= 0:
+    if found.last < prices.costs.num_hidden_layers:
         return found
     return replace(found, members=(*found.members, *_riders(sequences, deep, first, found.rows, room, prices)))
+
+
+def _admitted(
+    deep: Sequence[SequenceView], first: int, front: int, rows: int, prices: _Prices
+) -> dict[int, int]:
+    """How many drafted rows of each sequence go on from ``first``, to join the ``rows`` rows that must at ``front``:
+    by falling worth, as many as are worth their seconds. One at least, where nothing else waits."""
+    drafts = [(worth, i, view.key) for i, view in enumerate(deep) for worth in view.at(first)[1] if worth < 1.0]
+    drafts.sort(key=lambda draft: (-draft[0], draft[1]))
+    best, count, gain = 0.0, 0, 0.0
+    base = prices.deep(front, rows)
+    for m, (worth, _, _) in enumerate(drafts, 1):
+        gain += worth
+        net = gain - prices.second * (prices.span(first, front, m) + prices.deep(front, rows + m) - base)
+        if net > best * _ROUNDING:
+            best, count = net, m
+    if first == front and not rows:
+        count = max(count, 1)
+    admitted: dict[int, int] = {}
+    for _, _, key in drafts[:count]:
+        admitted[key] = admitted.get(key, 0) + 1
+    return admitted
 
 
 def _must(view: SequenceView, layer: int) -> int:
@@ -346,16 +347,15 @@ def _must(view: SequenceView, layer: int) -> int:
 def _riders(
     sequences: Sequence[SequenceView], deep: Sequence[SequenceView], first: int, rows: int, room: int, prices: _Prices
 ) -> list[Member]:
-    """Pending rows of other sequences that cost nothing in this deep pass: they have to be computed some time."""
+    """Pending rows of other sequences that cost nothing in this pass to the end: they have to be computed some time."""
     going = {view.key for view in deep}
-    pending = {
-        view.key: view.waiting[-1][1]
+    pending = [
+        (view.waiting[0][1], view.key)
         for view in sequences
         if view.key not in going and len(view.waiting) == 1 and view.waiting[0][0] == first
-    }
-    limit = prices.span(first, prices.costs.num_hidden_layers, rows) * _ROUNDING
-    members = []
-    for key, count in sorted(pending.items(), key=lambda item: (-item[1], item[0])):
+    ]
+    limit, members = prices.span(first, prices.costs.num_hidden_layers, rows) * _ROUNDING, []
+    for count, key in sorted(pending, key=lambda one: (-one[0], one[1])):
         if count <= room and prices.span(first, prices.costs.num_hidden_layers, rows + count) <= limit:
             members.append(Member(key=key, rows=count))
             rows, room = rows + count, room - count
@@ -398,9 +398,9 @@ def _tests(
         expected = 0.0
         for j, chance in _firing_counts(n, firing):
             net = j * value - prices.step(layer, j, deep_rows)
-            if net > 0.0 and (j >= sequences or prices.span(0, layer, j) <= max_wait * _ROUNDING):
+            if net > 0.0 and (j >= sequences or prices.span(0, layer, j) + prices.tests(layer, j) <= max_wait * _ROUNDING):
                 expected += chance * net
-        if expected > prices.second * prices.costs.tests(layer, n):
+        if expected > prices.second * prices.tests(layer, n):
             tests.update((view.key, layer) for _, view, _ in group)
     return tests
 
