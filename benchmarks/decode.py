@@ -21,10 +21,10 @@ import torch
 from measure import interleave, ratios, save, seconds, spread, table
 
 import exitlm
-from exitlm.decode.measure_costs import measure
 from exitlm.decode.engine import Engine
 from exitlm.decode.fused import FusedHead
 from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.measure_costs import measure
 from exitlm.decode.rules import ExitRule
 from exitlm.decode.step import Fired, RuleTest, SequenceState
 from exitlm.model.exits import ExitConfig

@@ -15,10 +15,10 @@ from tests.decode.models import drafting_model, generate, greedy_reference, make
 from tests.decode.patterns import long_model, walk
 from tests.model.families import FAMILIES, tiny_model
 
-from exitlm.decode.measure_costs import measure
 from exitlm.decode.engine import Engine
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.graphs import attend_in_chunks
+from exitlm.decode.measure_costs import measure
 from exitlm.decode.step import SequenceState
 from exitlm.model import EarlyExitModel
 

@@ -1,4 +1,5 @@
-"""An engine without a model: rows are numbers, passes take what a table says, exits fire and drafts are right by chance.
+"""An engine without a model: rows are numbers, passes take the times of a table, exits fire and drafts are right by
+chance.
 
 Not a test: ``test_scheduler.py`` and ``benchmarks/scheduling.py`` import it. It does to the scheduler's views what the
 engine does, and keeps the invariants of rows (a row passes the boundaries in order, none overtakes an older one).
@@ -60,7 +61,9 @@ class Simulated:
     def __post_init__(self) -> None:
         self.rows: list[int] = []  # the boundary at which each row waits, oldest first
         self.moving = 0
-        self.drafts: list[tuple[Hashable, float, bool]] = []  # (source, estimate, right): all that are not verified, in order
+        self.drafts: list[
+            tuple[Hashable, float, bool]
+        ] = []  # (source, estimate, right): all that are not verified, in order
         self.ready = int(self.prompt == 0)  # rows that have not entered layer 0
         self.left = self.prompt
         self.prefill = self.prompt > 0
@@ -331,8 +334,17 @@ def best_predicted(
 
 
 def steady(
-    costs: Costs, sequences: int, mode: str, firing: float, acceptance: float = 1.0, *, tokens: int, wait: float | None,
-    seed: int = 0, layer: int = 1, **options: object,
+    costs: Costs,
+    sequences: int,
+    mode: str,
+    firing: float,
+    acceptance: float = 1.0,
+    *,
+    tokens: int,
+    wait: float | None,
+    seed: int = 0,
+    layer: int = 1,
+    **options: object,
 ) -> Simulation:
     """Sequences without end, all there from the start; see ``speed``."""
     limits = Limits(max_rows=4096, max_wait=float("inf") if wait is None else wait)
@@ -353,3 +365,41 @@ def speed(run: Simulation) -> float:
 def latencies(sequences: Sequence[Simulated]) -> float:
     """The seconds that the sequences took in all, from their arrivals to their ends."""
     return sum((one.finished or math.inf) - one.arrival for one in sequences)
+
+
+def fixed_plan(k: int, layer: int = 1) -> Callable[[Sequence[SequenceView], Costs, Rate, Limits], Pass]:
+    """The fixed policy of the design's formula for sequences in step with one exit: at most ``k`` shallow steps, then
+    one deep pass over everything that is pending."""
+
+    def plan(views: Sequence[SequenceView], costs: Costs, rate: Rate, limits: Limits) -> Pass:
+        end = costs.num_hidden_layers
+        pending = {view.key: sum(rows for _, rows in view.waiting) for view in views}
+        starting = [view for view in views if view.ready and not view.moving and pending[view.key] < k]
+        if starting:
+            last = layer if k > 1 else end
+            members = [
+                Member(key=v.key, rows=1, tested=k > 1 and (v.mode == "threshold" or pending[v.key] < k - 1))
+                for v in starting
+            ]
+            return Pass(first=0, last=last, members=tuple(members))
+        return Pass(first=layer, last=end, members=tuple(Member(key=k, rows=n) for k, n in pending.items() if n))
+
+    return plan
+
+
+def best_fixed(
+    costs: Costs, sequences: int, mode: str, firing: float, acceptance: float, tokens: int, most: int
+) -> float:
+    """The speed of the best fixed policy with at most ``most`` shallow steps, by trying them all."""
+    found = []
+    for k in range(1, most + 1):
+        run = Simulation(costs, Limits(max_rows=4096), plan=fixed_plan(k))
+        run.run(
+            [
+                Simulated(key=i, mode=mode, length=10**9, firing={1: firing}, right={1: acceptance}, known=True)
+                for i in range(sequences)
+            ],
+            tokens,
+        )
+        found.append(speed(run))
+    return max(found)

@@ -13,7 +13,7 @@ from exitlm.decode import costs as costs_module
 from exitlm.decode import measure_costs
 from exitlm.decode.costs import Costs, choose_drafting, choose_exits, threshold_speed
 from exitlm.decode.fused import FusedModel
-from exitlm.decode.measure_costs import CONTEXTS, SIZES, cached, ideal, measure
+from exitlm.decode.measure_costs import SIZES, cached, ideal, measure
 from exitlm.model.exits import ExitConfig
 from tests.decode.models import attach, new_state
 from tests.model.families import tiny_model
@@ -53,6 +53,48 @@ def test_the_speed_of_one_exit_has_a_closed_form(row: float, coverage: float, te
     head = 0.5 * coverage if test < 0.5 else 0.0
     expected = costs.full() / (e + test + head + deep)
     assert threshold_speed(costs, {e: coverage}, {e: test}) == pytest.approx(expected, rel=0.03)
+
+
+def test_costs_by_context() -> None:
+    near = table(0.5)
+    columns = (*near.layer, tuple(t + m for m, t in zip(near.rows, near.layer[0], strict=True)))
+    costs = dataclasses.replace(near, contexts=(100, 300), layer=columns)
+    assert [costs.span(2, 5, 2, context) for context in (0, 100, 200, 300, 500)] == pytest.approx(
+        [3 * t for t in (1.5, 1.5, 2.5, 3.5, 5.5)]
+    )
+    assert costs.span(0, 1, 3, 200) == pytest.approx(2.0 + 1.5)
+    assert costs.span(0, 1, 32, 300) == pytest.approx(2 * (8.5 + 16))
+    assert costs.full(4, 300) == pytest.approx(10 * 6.5 + 6)
+    assert costs.span(4, 4, 3) == costs.span(0, 4, 0) == costs.final(0) == 0.0
+
+
+def test_the_tests_of_many_rows_grow_as_the_final_head() -> None:
+    costs = table(test=0.1, draft=0.5)
+    assert costs.tests(3) == 0.5
+    assert costs.tests(3, 4) == pytest.approx(0.5 * 6 / 3)
+    assert costs.tests(3, 4, draft=False) == pytest.approx(0.1 * 6 / 3)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@pytest.mark.parametrize("factor", [0.25, 3.0])
+def test_passes_refresh_the_table(rows: int, factor: float) -> None:
+    """What passes of so many rows take is learnt; the table never falls with rows, and keeps its shape elsewhere."""
+    costs, goal = table(0.3), factor * table(0.3).span(0, 10, rows)
+    for _ in range(100):
+        costs = costs.observed(costs.span(0, 10, rows), goal, rows)
+        assert list(costs.layer[0]) == sorted(costs.layer[0])
+    assert costs.span(0, 10, rows) == pytest.approx(goal, rel=0.02)
+
+
+def test_a_slow_machine_changes_all_cells_alike_and_an_interrupted_pass_little() -> None:
+    before = table(0.3)
+    costs = before.observed(1.0, 1e6, 4)
+    assert costs.span(0, 10, 4) < 1.3 * before.span(0, 10, 4)
+    for _ in range(200):
+        for rows in (1, 2, 4, 8, 16):
+            costs = costs.observed(costs.span(0, 10, rows), 2.0 * before.span(0, 10, rows), rows)
+    for rows in range(1, 17):
+        assert costs.span(0, 10, rows) == pytest.approx(2.0 * before.span(0, 10, rows), rel=0.02)
 
 
 def test_speed_is_the_same_every_time() -> None:
@@ -299,7 +341,8 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert json.loads(path.read_text()).keys() == dataclasses.asdict(first).keys()
     whole = json.loads(path.read_text())
     changes: tuple[dict[str, Any], ...] = (
-        {"test": []}, {"draft": None}, {"layer": [[1.0]]}, {"head": []}, {"rows": ["a"]}, {"contexts": [1, 2]}, {"test": {"2": 1.0}},
+        {"test": []}, {"draft": None}, {"layer": [[1.0]]}, {"head": []}, {"rows": ["a"]}, {"contexts": [1, 2]},
+        {"test": {"2": 1.0}},
         {"draft": {"1": math.nan}}, {"spread": 0.5}, {"spread": None}, {"layer": [[10**400] * len(first.rows)] * 2},
         {"layer": [[0.0] * len(first.rows)] * 2}, {"head": [-1.0] * len(first.rows)},
     )  # fmt: skip

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from exitlm.decode.cache import rounded
-from exitlm.decode.measure_costs import measure
 from exitlm.decode.engine import Engine
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.graphs import (
@@ -22,6 +21,7 @@ from exitlm.decode.graphs import (
     resolve_compile,
     row_bucket,
 )
+from exitlm.decode.measure_costs import measure
 from exitlm.decode.step import SequenceState
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel

@@ -22,7 +22,7 @@ _PROBE = 0.99  # what a probe is taken for; 1 would be a certain token
 class Acceptance:
     """A source in one sequence: the chance that its test fires, and that a draft of it is accepted.
 
-    ``prior`` and ``firing_prior`` are what is believed before anything was seen, as strongly as after ``weight`` drafts.
+    ``prior`` and ``firing_prior`` are believed before anything was seen, as if ``weight`` drafts had told so.
     Positions are output positions.
     """
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 STEADY = 0.3  # the largest spread of a table that is kept: 0.1 on an idle machine, 0.8 to 50 on a busy one
 _MOST_EXITS, _LARGEST_SUBSET = 8, 4
-_SPEED_WEIGHT, _SHAPE_WEIGHT = 0.1, 0.03  # how far one pass moves all cells, and the cells next to it further
-_MAX_RATIO = 2.0  # a pass that was interrupted tells no more than this
+_SPEED_WEIGHT, _SHAPE_WEIGHT = 0.1, 0.1  # how far one pass moves all cells, and the cells next to it further
+_MAX_RATIO = 3.0  # a pass that was interrupted tells no more than this
 
 
 @dataclass(frozen=True, kw_only=True)

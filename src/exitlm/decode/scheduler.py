@@ -16,7 +16,7 @@ Boundaries are named by their layer: 0 are the embeddings, ``costs.num_hidden_la
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from exitlm.decode.costs import Costs
@@ -25,6 +25,7 @@ _MEMORY = 24.0  # plain steps over which the gain is averaged
 _WINDOW = 64.0  # plain steps that the guard compares
 _PRIOR_STEPS = 2.0
 _MIN_GAIN = 0.98
+_MAX_LOSS = 8.0  # plain steps below that gain at which the guard doesn't wait for the end of its window
 _LONGEST_PAUSE = 64 * 64.0
 _EXACT_ROWS = 8  # up to so many rows, the number that will fire is taken as random, not as its mean
 _ROUNDING = 1.0 + 1e-9
@@ -67,14 +68,14 @@ class SequenceView:
     waited: float = 0.0
 
     @property
-    def is_drafting(self) -> bool:
-        """Whether waiting rows are to be verified."""
+    def verifies(self) -> bool:
+        """Whether its waiting rows are drafts to be verified."""
         return self.mode == "lossless" and not self.prefill
 
     @property
     def must_go_deep(self) -> bool:
         """Whether rows wait for a deep pass: rows that move, or drafts."""
-        return bool(self.waiting) and (self.moving > 0 or self.is_drafting)
+        return bool(self.waiting) and (self.moving > 0 or self.verifies)
 
     def at(self, layer: int) -> tuple[int, tuple[float, ...]]:
         """The moving rows that wait at ``layer``, and the worth of the others there that are drafts."""
@@ -83,7 +84,7 @@ class SequenceView:
             if where == layer:
                 moving = min(max(self.moving - before, 0), rows)
                 behind = max(before - self.moving, 0)
-                return moving, self.worth[behind : behind + rows - moving] if self.is_drafting else ()
+                return moving, self.worth[behind : behind + rows - moving] if self.verifies else ()
             before += rows
         return 0, ()
 
@@ -157,185 +158,151 @@ class Rate:
         if self.paused > 0.0:
             return replace(after, paused=self.paused - done, window_done=0.0, window_spent=0.0)
         window_done, window_spent = self.window_done + done, self.window_spent + measured
-        if window_done < _WINDOW and window_spent < 2 * _WINDOW:
-            return replace(after, window_done=window_done, window_spent=window_spent)
-        if window_done < _MIN_GAIN * window_spent:
+        loss = _MIN_GAIN * window_spent - window_done
+        ended = window_done >= _WINDOW
+        if done and loss > (0.0 if ended else _MAX_LOSS):  # judged when tokens come, not between their drafts
             longer = min(2 * self.pause, _LONGEST_PAUSE)
             return replace(after, paused=self.pause, pause=longer, window_done=0.0, window_spent=0.0)
+        if not ended:
+            return replace(after, window_done=window_done, window_spent=window_spent)
         return replace(after, pause=_WINDOW, window_done=0.0, window_spent=0.0)
 
 
-@dataclass(frozen=True)
-class _Prices:
-    """Seconds and what they are worth, for the sequences of one call."""
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What the choices of one call depend on. ``deep`` are the sequences whose rows wait for a deep pass; ``second``
+    tells the tokens that a second is worth, ``max_wait`` seconds."""
 
+    sequences: Sequence[SequenceView]
+    deep: Sequence[SequenceView]
     costs: Costs
-    second: float  # tokens that a second is worth
+    rate: Rate
+    limits: Limits
     context: float
+    second: float
+    max_wait: float
+
+    @property
+    def rows_in_flight(self) -> int:
+        """Rows that a deep pass over everything would take."""
+        return sum(view.moving + len(view.worth) for view in self.deep)
 
     def span(self, first: int, last: int, rows: float) -> float:
+        """Seconds of a pass."""
         return self.costs.span(first, last, rows, self.context)
 
-    def deep(self, after: int, rows: float) -> float:
-        return self.costs.deep(after, rows, self.context)
+    def to_end(self, first: int, rows: float) -> float:
+        """Seconds of a pass to the end, with the final head."""
+        return self.costs.deep(first, rows, self.context)
 
     def tests(self, layer: int, rows: float) -> float:
+        """Seconds of testing rows at a boundary."""
         return self.costs.tests(layer, rows) if layer in self.costs.draft else 0.0
 
-    def step(self, front: int, rows: float, deep_rows: float) -> float:
-        """Tokens' worth of running ``rows`` new rows up to ``front`` by themselves, and later beside ``deep_rows``."""
-        later = self.deep(front, deep_rows + rows) - self.deep(front, deep_rows)
+    def price(self, front: int, rows: float, deep_rows: float) -> float:
+        """Tokens that it must bring to run ``rows`` new rows up to ``front`` by themselves, and on beside
+        ``deep_rows``."""
+        later = self.to_end(front, deep_rows + rows) - self.to_end(front, deep_rows)
         return self.second * (self.span(0, front, rows) + later)
+
+    def waits_too_long(self, seconds: float, going: Container[int]) -> bool:
+        """Whether a sequence that waits for a deep pass would exceed its bound if ``seconds`` passed without it."""
+        limit = self.max_wait * _ROUNDING
+        return any(view.key not in going and view.waited + seconds > limit for view in self.deep)
 
 
 def next_pass(sequences: Sequence[SequenceView], costs: Costs, rate: Rate, limits: Limits) -> Pass | None:
     """The next pass of these sequences, given in order of arrival; None if they have no rows."""
-    decoding = [view for view in sequences if not view.prefill]
+    decoding = max(1, sum(not view.prefill for view in sequences))
     context = sum(view.context for view in sequences) / max(1, len(sequences))
-    full = costs.full(max(1, len(decoding)), context)
-    prices = _Prices(costs, rate.gain * max(1, len(decoding)) / full, context)
-    deep = [view for view in sequences if view.must_go_deep]
-    starts = _starts(sequences, deep, prices, rate, limits.max_rows, limits.max_wait * full)
-    if starts or not deep:
-        return _start_pass(sequences, deep, starts, prices, rate, limits, limits.max_wait * full)
-    return _deep_pass(sequences, deep, prices, rate, limits, limits.max_wait * full)
+    full = costs.full(decoding, context)
+    state = _State(
+        sequences=sequences, deep=[view for view in sequences if view.must_go_deep], costs=costs, rate=rate,
+        limits=limits, context=context, second=rate.gain * decoding / full, max_wait=limits.max_wait * full,
+    )  # fmt: skip
+    starts = _starts(state)
+    return _start_pass(state, starts) if starts or not state.deep else _deep_pass(state)
 
 
-def _front(view: SequenceView) -> int:
-    """The shallowest boundary at which the sequence's rows wait."""
-    return view.waiting[-1][0]
-
-
-def _starts(
-    sequences: Sequence[SequenceView],
-    deep: Sequence[SequenceView],
-    prices: _Prices,
-    rate: Rate,
-    max_rows: int,
-    max_wait: float,
-) -> dict[int, int]:
-    """Rows to start by sequence: all certain ones where nothing must go deep, else those that are worth a pass of
+def _starts(state: _State) -> dict[int, int]:
+    """New rows by sequence: every certain one where nothing waits for a deep pass, else those that are worth a pass of
     their own; and the drafts behind them that are worth their rows."""
     rows = [
-        (value, i, view)
-        for i, view in enumerate(sequences)
+        (value, view)
+        for view in state.sequences
         if view.moving == 0 and not view.prefill
         for value in view.ready
-        if value >= 1.0 or rate.drafts
+        if value >= 1.0 or state.rate.drafts
     ]
-    rows.sort(key=lambda row: (-row[0], row[1]))
-    del rows[max_rows:]
+    rows.sort(key=lambda row: (-row[0], -row[1].waited))
+    del rows[state.limits.max_rows :]
     if not rows:
         return {}
-    certain = sum(value >= 1.0 for value, _, _ in rows)
-    front, deep_rows = prices.costs.num_hidden_layers, 0
-    if deep:
-        front, deep_rows, certain = min(map(_front, deep)), _rows_in_flight(deep), 0
-    tested = sum(view.mode == "threshold" for _, _, view in rows) / len(rows)
+    if state.deep:
+        front, deep_rows, certain = min(map(_front, state.deep)), state.rows_in_flight, 0
+    else:
+        front, deep_rows, certain = state.costs.num_hidden_layers, 0, sum(value >= 1.0 for value, _ in rows)
+    tested = sum(view.mode == "threshold" for _, view in rows) / len(rows)
     best, count, gain = -math.inf if certain else 0.0, 0, 0.0
-    for m, (value, _, _) in enumerate(rows, 1):
+    for m, (value, _) in enumerate(rows, 1):
         gain += value
         if m < certain:
             continue
-        net = gain - prices.step(front, m, deep_rows) - prices.second * prices.tests(front, tested * m)
+        net = gain - state.price(front, m, deep_rows) - state.second * state.tests(front, tested * m)
         if net > best * _ROUNDING:
             best, count = net, m
     chosen: dict[int, int] = {}
-    for _, _, view in rows[:count]:
+    for _, view in rows[:count]:
         chosen[view.key] = chosen.get(view.key, 0) + 1
-    seconds = prices.span(0, front, count) + prices.tests(front, count)
-    return {} if _too_long(deep, chosen, seconds, max_wait) else chosen
+    seconds = state.span(0, front, count) + state.tests(front, count)
+    return {} if state.waits_too_long(seconds, chosen) else chosen
 
 
-def _rows_in_flight(sequences: Iterable[SequenceView]) -> int:
-    """Rows that a deep pass over everything would take."""
-    return sum(view.moving + len(view.worth) for view in sequences)
-
-
-def _too_long(deep: Sequence[SequenceView], going: Container[int], seconds: float, max_wait: float) -> bool:
-    """Whether a sequence that waits for a deep pass would have waited too long after ``seconds`` more without it."""
-    return any(view.key not in going and view.waited + seconds > max_wait * _ROUNDING for view in deep)
-
-
-def _start_pass(
-    sequences: Sequence[SequenceView],
-    deep: Sequence[SequenceView],
-    starts: dict[int, int],
-    prices: _Prices,
-    rate: Rate,
-    limits: Limits,
-    max_wait: float,
-) -> Pass | None:
+def _start_pass(state: _State, starts: Mapping[int, int]) -> Pass | None:
     """The pass of new rows: decoding ones, and prompts unless rows outside of this pass wait."""
-    members = [(view, starts[view.key]) for view in sequences if view.key in starts]
-    room = min(limits.prefill_chunk, limits.max_rows - sum(starts.values()))
-    if all(view.key in starts for view in deep):
-        for view in sequences:
+    members = [(view, starts[view.key]) for view in state.sequences if view.key in starts]
+    newest = [(view, view.ready[count - 1]) for view, count in members]
+    room = min(state.limits.prefill_chunk, state.limits.max_rows - sum(starts.values()))
+    if all(view.key in starts for view in state.deep):
+        for view in state.sequences:
             if view.prompt and room > 0 and not view.waiting:
                 members.append((view, min(room, view.prompt)))
                 room -= members[-1][1]
     if not members:
         return None
-    rows = _rows_in_flight(deep) + sum(count for _, count in members)
-    newest = [(view, view.ready[count - 1]) for view, count in members if not view.prefill]
-    return _pass(0, members, _tests(0, newest, prices, rate, rows, max_wait, len(sequences)), deep, prices)
+    rows = state.rows_in_flight + sum(count for _, count in members)
+    return _pass(state, 0, members, _tests(state, 0, newest, rows))
 
 
-def _deep_pass(
-    sequences: Sequence[SequenceView],
-    deep: Sequence[SequenceView],
-    prices: _Prices,
-    rate: Rate,
-    limits: Limits,
-    max_wait: float,
-) -> Pass:
+def _deep_pass(state: _State) -> Pass:
     """The pass from the shallowest boundary where rows must go on or drafts are worth it."""
-    layers = sorted({layer for view in deep for layer, _ in view.waiting})
-    must = {layer: sum(_must(view, layer) for view in deep) for layer in layers}
+    end, layers = state.costs.num_hidden_layers, sorted({layer for view in state.deep for layer, _ in view.waiting})
+    must = {layer: sum(_must(view, layer) for view in state.deep) for layer in layers}
     front = next((layer for layer in layers if must[layer]), layers[-1])
     for first in layers[: layers.index(front) + 1]:
-        admitted = _admitted(deep, first, front, must[front], prices)
-        seconds = prices.span(first, front, sum(admitted.values()))
-        if first == front or (admitted and not _too_long(deep, admitted, seconds, max_wait)):
+        admitted = _admitted(state, first, front, must[front])
+        seconds = state.span(first, front, sum(admitted.values()))
+        if first == front or (admitted and not state.waits_too_long(seconds, admitted)):
             break
-    members, room = [], limits.max_rows
-    for view in deep:
+    members, newest, room = [], [], state.limits.max_rows
+    for view in sorted(state.deep, key=lambda view: -view.waited):
         rows = min(room, _must(view, first) + admitted.get(view.key, 0))
-        if rows:
-            members.append((view, rows))
-            room -= rows
-    newest = []
-    for view, rows in members:
-        is_last = _front(view) == first and rows == view.waiting[-1][1]
-        if is_last and not view.ready and not view.prefill and not (view.is_drafting and view.moving):
+        if not rows:
+            continue
+        members.append((view, rows))
+        room -= rows
+        undecided = not view.ready and not view.prefill and not (view.verifies and view.moving)
+        if undecided and view.waiting[-1] == (first, rows):
             newest.append((view, view.worth[-1] if view.worth else 1.0))
-    tests = _tests(first, newest, prices, rate, _rows_in_flight(deep), max_wait, len(sequences))
-    found = _pass(first, members, tests, deep, prices)
-    if found.last < prices.costs.num_hidden_layers:
+    found = _pass(state, first, members, _tests(state, first, newest, state.rows_in_flight))
+    if found.last < end:
         return found
-    return replace(found, members=(*found.members, *_riders(sequences, deep, first, found.rows, room, prices)))
+    return replace(found, members=(*found.members, *_riders(state, first, found.rows)))
 
 
-def _admitted(
-    deep: Sequence[SequenceView], first: int, front: int, rows: int, prices: _Prices
-) -> dict[int, int]:
-    """How many drafted rows of each sequence go on from ``first``, to join the ``rows`` rows that must at ``front``:
-    by falling worth, as many as are worth their seconds. One at least, where nothing else waits."""
-    drafts = [(worth, i, view.key) for i, view in enumerate(deep) for worth in view.at(first)[1] if worth < 1.0]
-    drafts.sort(key=lambda draft: (-draft[0], draft[1]))
-    best, count, gain = 0.0, 0, 0.0
-    base = prices.deep(front, rows)
-    for m, (worth, _, _) in enumerate(drafts, 1):
-        gain += worth
-        net = gain - prices.second * (prices.span(first, front, m) + prices.deep(front, rows + m) - base)
-        if net > best * _ROUNDING:
-            best, count = net, m
-    if first == front and not rows:
-        count = max(count, 1)
-    admitted: dict[int, int] = {}
-    for _, _, key in drafts[:count]:
-        admitted[key] = admitted.get(key, 0) + 1
-    return admitted
+def _front(view: SequenceView) -> int:
+    """The shallowest boundary at which the sequence's rows wait."""
+    return view.waiting[-1][0]
 
 
 def _must(view: SequenceView, layer: int) -> int:
@@ -344,65 +311,77 @@ def _must(view: SequenceView, layer: int) -> int:
     return moving + sum(value >= 1.0 for value in worth)
 
 
-def _riders(
-    sequences: Sequence[SequenceView], deep: Sequence[SequenceView], first: int, rows: int, room: int, prices: _Prices
-) -> list[Member]:
+def _admitted(state: _State, first: int, front: int, rows: int) -> dict[int, int]:
+    """How many drafted rows of each sequence go on from ``first``, to join the ``rows`` rows that must at ``front``:
+    by falling worth, as many as are worth their seconds. One at least, where nothing else waits."""
+    drafts = [(worth, view.key) for view in state.deep for worth in view.at(first)[1] if worth < 1.0]
+    drafts.sort(key=lambda draft: -draft[0])
+    best, count, gain = 0.0, 0, 0.0
+    base = state.to_end(front, rows)
+    for m, (worth, _) in enumerate(drafts, 1):
+        gain += worth
+        net = gain - state.second * (state.span(first, front, m) + state.to_end(front, rows + m) - base)
+        if net > best * _ROUNDING:
+            best, count = net, m
+    if first == front and not rows:
+        count = max(count, 1)
+    admitted: dict[int, int] = {}
+    for _, key in drafts[:count]:
+        admitted[key] = admitted.get(key, 0) + 1
+    return admitted
+
+
+def _riders(state: _State, first: int, rows: int) -> list[Member]:
     """Pending rows of other sequences that cost nothing in this pass to the end: they have to be computed some time."""
-    going = {view.key for view in deep}
+    end, members, room = state.costs.num_hidden_layers, [], state.limits.max_rows - rows
+    limit = state.span(first, end, rows) * _ROUNDING
     pending = [
         (view.waiting[0][1], view.key)
-        for view in sequences
-        if view.key not in going and len(view.waiting) == 1 and view.waiting[0][0] == first
+        for view in state.sequences
+        if not view.must_go_deep and len(view.waiting) == 1 and view.waiting[0][0] == first
     ]
-    limit, members = prices.span(first, prices.costs.num_hidden_layers, rows) * _ROUNDING, []
-    for count, key in sorted(pending, key=lambda one: (-one[0], one[1])):
-        if count <= room and prices.span(first, prices.costs.num_hidden_layers, rows + count) <= limit:
+    for count, key in sorted(pending, key=lambda one: -one[0]):
+        if count <= room and state.span(first, end, rows + count) <= limit:
             members.append(Member(key=key, rows=count))
             rows, room = rows + count, room - count
     return members
 
 
-def _tests(
-    first: int,
-    newest: Iterable[tuple[SequenceView, float]],
-    prices: _Prices,
-    rate: Rate,
-    deep_rows: float,
-    max_wait: float,
-    sequences: int,
-) -> dict[int, int]:
-    """The boundary behind ``first`` at which each sequence's newest row is tested. ``newest`` tells the expected tokens
-    of that row. ``threshold`` tests at all its exits; ``lossless`` where a draft is expected to be worth more than it
-    costs, the test included, with all sequences that would draft there together."""
+def _tests(state: _State, first: int, newest: Iterable[tuple[SequenceView, float]], deep_rows: float) -> dict[int, int]:
+    """The boundary behind ``first`` at which each sequence's newest row is tested, whose expected tokens ``newest``
+    tells. ``threshold`` tests at all its exits. ``lossless`` tests where it would go on drafting: where the sequences
+    that may draft there are together expected to bring more than their shallow pass, rows and tests cost."""
     tests: dict[int, int] = {}
-    groups: dict[int, list[tuple[float, SequenceView, Exit]]] = {}
+    groups: dict[int, list[tuple[float, float, int]]] = {}
     for view, value in newest:
-        for place in view.exits:
-            if place.layer <= first:
-                continue
-            if view.mode == "threshold":
-                tests[view.key] = place.layer
-                break
-            if view.mode == "lossless" and rate.drafts:
-                groups.setdefault(place.layer, []).append((value * place.acceptance, view, place))
+        ahead = [place for place in view.exits if place.layer > first]
+        if view.mode == "threshold" and ahead:
+            tests[view.key] = ahead[0].layer
+        elif view.mode == "lossless" and state.rate.drafts:
+            for place in ahead:
+                groups.setdefault(place.layer, []).append((value * place.acceptance, place.firing, view.key))
     for layer in sorted(groups):
-        group = [(value, view, place) for value, view, place in groups[layer] if view.key not in tests]
-        group.sort(key=lambda one: -one[0])
-        marginal = prices.step(layer, len(group) + 1, deep_rows) - prices.step(layer, len(group), deep_rows)
-        while group and group[-1][0] <= marginal * (1.0 - 1e-9):
-            group.pop()
-        if not group:
-            continue
+        group = [one for one in groups[layer] if one[2] not in tests]
         n = len(group)
-        value, firing = sum(one[0] for one in group) / n, sum(one[2].firing for one in group) / n
-        expected = 0.0
-        for j, chance in _firing_counts(n, firing):
-            net = j * value - prices.step(layer, j, deep_rows)
-            if net > 0.0 and (j >= sequences or prices.span(0, layer, j) + prices.tests(layer, j) <= max_wait * _ROUNDING):
-                expected += chance * net
-        if expected > prices.second * prices.tests(layer, n):
-            tests.update((view.key, layer) for _, view, _ in group)
+        marginal = state.price(layer, n + 1, deep_rows) - state.price(layer, n, deep_rows)
+        group = [one for one in group if one[0] * _ROUNDING > marginal]
+        if group and _drafting_gain(state, layer, group, deep_rows) > state.second * state.tests(layer, len(group)):
+            tests.update((key, layer) for _, _, key in group)
     return tests
+
+
+def _drafting_gain(state: _State, layer: int, group: Sequence[tuple[float, float, int]], deep_rows: float) -> float:
+    """Expected tokens, less the price, of the next drafts of a group: (tokens, chance to fire, key) of each. Those that
+    fire start their drafts together if that is worth it and no other sequence waits too long for it."""
+    n = len(group)
+    tokens, firing = sum(one[0] for one in group) / n, sum(one[1] for one in group) / n
+    expected = 0.0
+    for rows, chance in _firing_counts(n, firing):
+        net = rows * tokens - state.price(layer, rows, deep_rows)
+        alone = rows >= len(state.sequences)
+        if net > 0.0 and (alone or state.span(0, layer, rows) + state.tests(layer, rows) <= state.max_wait * _ROUNDING):
+            expected += chance * net
+    return expected
 
 
 def _firing_counts(rows: int, firing: float) -> list[tuple[float, float]]:
@@ -413,26 +392,14 @@ def _firing_counts(rows: int, firing: float) -> list[tuple[float, float]]:
     return [(j, math.comb(rows, j) * firing**j * (1.0 - firing) ** (rows - j)) for j in range(1, rows + 1)]
 
 
-def _pass(
-    first: int,
-    members: Sequence[tuple[SequenceView, int]],
-    tests: dict[int, int],
-    deep: Sequence[SequenceView],
-    prices: _Prices,
-) -> Pass:
+def _pass(state: _State, first: int, members: Sequence[tuple[SequenceView, int]], tests: Mapping[int, int]) -> Pass:
     """The pass up to the next boundary where a member is tested, or has rows that come along, or others wait to go
     deep."""
-    last = prices.costs.num_hidden_layers
-    keys = {view.key for view, _ in members}
-    for view, _ in members:
-        if view.key in tests:
-            last = min(last, tests[view.key])
-        for layer, _ in view.waiting:
-            if first < layer < last:
-                last = layer
-    for view in deep:
-        if view.key not in keys:
-            last = min([last, *(layer for layer, _ in view.waiting if layer > first)])
+    going = {view.key for view, _ in members}
+    stops = [tests[key] for key in going if key in tests]
+    for view in (*(view for view, _ in members), *(view for view in state.deep if view.key not in going)):
+        stops += [layer for layer, _ in view.waiting if layer > first]
+    last = min(stops, default=state.costs.num_hidden_layers)
     return Pass(
         first=first,
         last=last,
