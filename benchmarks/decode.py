@@ -25,9 +25,9 @@ from measure import interleave, ratios, save, seconds, spread, table
 from passes import Passes
 
 import exitlm
-from exitlm.decode.costs import measure
 from exitlm.decode.engine import Engine
 from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.measure_costs import measure
 from exitlm.decode.rules import ExitTest
 from exitlm.model.exits import ExitConfig
 
@@ -192,7 +192,7 @@ def forced(llm: exitlm.LLM, rounds: int, count: int, candidates: int, compile: s
             for e in [*layers, L]:
                 spent += costs.layers(e - at, carried)
                 if e == layer:
-                    spent += costs.draft[e] if e < L else costs.head[0]
+                    spent += costs.draft[e] if e < L else costs.final()
                     if e < L:
                         pending[e] += carried
                     break

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from exitlm.decode import costs as costs_module
+from exitlm.decode import measure_costs
 from exitlm.decode.block_table import BlockTable
-from exitlm.decode.costs import Costs, cached, choose_drafting, ideal, measure
+from exitlm.decode.costs import Costs, choose_drafting
 from exitlm.decode.fused import FusedModel
+from exitlm.decode.measure_costs import SIZES, cached, ideal, measure
 from exitlm.decode.runner import Runner
 from exitlm.model import Calibration, EarlyExitModel
 from exitlm.model.exits import ExitConfig
@@ -25,7 +26,7 @@ def table(row: float = 0.0, layers: int = 10, head: float = 3.0, test: float = 0
     """A layer costs 1 and ``row`` more for each row beyond the first."""
     sizes = (1, 2, 4, 8, 16)
     return Costs(
-        rows=sizes, layer=tuple(1 + row * (m - 1) for m in sizes), head=tuple(head + m - 1 for m in sizes),
+        rows=sizes, layer=(tuple(1 + row * (m - 1) for m in sizes),), head=tuple(head + m - 1 for m in sizes),
         test=dict.fromkeys(range(1, layers), test), draft=dict.fromkeys(range(1, layers), draft),
         num_hidden_layers=layers,
     )  # fmt: skip
@@ -38,6 +39,48 @@ def test_costs_between_and_beyond_the_measured_rows() -> None:
     assert costs.full(2) == pytest.approx(10 * 1.5 + 4)
     assert costs.deep(7, 4) == pytest.approx(3 * 2.5 + 6)
     assert costs.draft_cost(4) == pytest.approx(4 + 0.5 + (6 * 1.5 + 4) - (6 + 3))
+
+
+def test_costs_by_context() -> None:
+    near = table(0.5)
+    columns = (*near.layer, tuple(t + m for m, t in zip(near.rows, near.layer[0], strict=True)))
+    costs = dataclasses.replace(near, contexts=(100, 300), layer=columns)
+    assert [costs.span(2, 5, 2, context) for context in (0, 100, 200, 300, 500)] == pytest.approx(
+        [3 * t for t in (1.5, 1.5, 2.5, 3.5, 5.5)]
+    )
+    assert costs.span(0, 1, 3, 200) == pytest.approx(2.0 + 1.5)
+    assert costs.span(0, 1, 32, 300) == pytest.approx(2 * (8.5 + 16))
+    assert costs.full(4, 300) == pytest.approx(10 * 6.5 + 6)
+    assert costs.span(4, 4, 3) == costs.span(0, 4, 0) == costs.final(0) == 0.0
+
+
+def test_the_tests_of_many_rows_grow_as_the_final_head() -> None:
+    costs = table(test=0.1, draft=0.5)
+    assert costs.tests(3) == 0.5
+    assert costs.tests(3, 4) == pytest.approx(0.5 * 6 / 3)
+    assert costs.tests(3, 4, draft=False) == pytest.approx(0.1 * 6 / 3)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@pytest.mark.parametrize("factor", [0.25, 3.0])
+def test_passes_refresh_the_table(rows: int, factor: float) -> None:
+    """What passes of so many rows take is learnt; the table never falls with rows, and keeps its shape elsewhere."""
+    costs, goal = table(0.3), factor * table(0.3).span(0, 10, rows)
+    for _ in range(100):
+        costs = costs.observed(costs.span(0, 10, rows), goal, rows)
+        assert list(costs.layer[0]) == sorted(costs.layer[0])
+    assert costs.span(0, 10, rows) == pytest.approx(goal, rel=0.02)
+
+
+def test_a_slow_machine_changes_all_cells_alike_and_an_interrupted_pass_little() -> None:
+    before = table(0.3)
+    costs = before.observed(1.0, 1e6, 4)
+    assert costs.span(0, 10, 4) < 1.3 * before.span(0, 10, 4)
+    for _ in range(200):
+        for rows in (1, 2, 4, 8, 16):
+            costs = costs.observed(costs.span(0, 10, rows), 2.0 * before.span(0, 10, rows), rows)
+    for rows in range(1, 17):
+        assert costs.span(0, 10, rows) == pytest.approx(2.0 * before.span(0, 10, rows), rel=0.02)
 
 
 def test_the_threshold_from_which_drafting_gains_most() -> None:
@@ -65,8 +108,8 @@ def runner_of(model: EarlyExitModel) -> Runner:
 
 def any_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure on a busy machine, too, however long it takes."""
-    monkeypatch.setattr(costs_module, "_MAX_SWITCHES", math.inf)
-    monkeypatch.setattr(costs_module, "_PATIENCE", math.inf)
+    monkeypatch.setattr(measure_costs, "_MAX_SWITCHES", math.inf)
+    monkeypatch.setattr(measure_costs, "_PATIENCE", math.inf)
 
 
 def test_measured_costs_are_positive_and_never_fall_with_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,11 +117,13 @@ def test_measured_costs_are_positive_and_never_fall_with_rows(monkeypatch: pytes
     model = attach(tiny_model("llama"), [ExitConfig(layer=1, gate=True), ExitConfig(layer=2, kind="block")])
     found = measure(runner_of(model))
     assert found.num_hidden_layers == 4
-    assert list(found.layer) == sorted(found.layer)
+    assert found.rows == SIZES
+    assert all(list(column) == sorted(column) for column in found.layer)
+    assert all(near <= far for near, far in zip(*found.layer, strict=True))
     assert list(found.head) == sorted(found.head)
-    assert min(*found.layer, *found.head, *found.test.values(), *found.draft.values()) > 0
+    assert min(*found.layer[0], *found.head, *found.test.values(), *found.draft.values()) > 0
     assert set(found.test) == set(found.draft) == {1, 2}
-    assert found.draft[2] > found.layer[0]  # a block costs a layer
+    assert found.draft[2] > found.layer[0][0]  # a block costs a layer
 
 
 def test_measuring_leaves_nothing_behind_that_decoding_could_see() -> None:
@@ -102,7 +147,7 @@ def test_a_full_pool_gives_a_guess_and_loses_no_block() -> None:
     found = measure(runner)
     assert (found.origin, found.steady) == ("guessed", False)
     assert allocator.used == used
-    assert costs_module.deviation(runner, found) == (1.0, 1.0)
+    assert measure_costs.deviation(runner, found) == (1.0, 1.0)
 
 
 def test_ideal_costs_count_bytes() -> None:
@@ -120,8 +165,10 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *rounds: list[float], passes: tuple[float, float] = (1.0, 1.0)):
         self.rounds, self.passes, self.timed = list(rounds), passes, 0
-        monkeypatch.setattr(costs_module, "_seconds", self.seconds)
-        monkeypatch.setattr(costs_module, "deviation", lambda *_: self.passes)
+        monkeypatch.setattr(measure_costs, "_MAX_PASS", math.inf)
+        monkeypatch.setattr(measure_costs, "_MAX_PASS", math.inf)
+        monkeypatch.setattr(measure_costs, "_seconds", self.seconds)
+        monkeypatch.setattr(measure_costs, "deviation", lambda *_: self.passes)
 
     def seconds(self, action: Any, before: Any, device: Any) -> list[float]:
         """The times of one part."""
@@ -130,7 +177,7 @@ class Machine:
         self.timed += 1
         return self.rounds[min((self.timed - 1) // self.parts, len(self.rounds) - 1)]
 
-    parts = 2 * 5 + 1  # of a model with one exit
+    parts = 2 * len(SIZES) + 2  # of a model with one exit, and the second context
 
 
 QUIET, BUSY = [1.0, 1.1, 1.05, 1.0, 1.02], [1.5, 9.0, 2.0, 40.0, 3.0]
@@ -179,7 +226,8 @@ def test_a_part_that_was_slow_all_the_time_is_seen(monkeypatch: pytest.MonkeyPat
         first, second = timed == 1, (timed - 1) % Machine.parts == 0
         return [9.0] * 3 if first or (second and wrong == "twice") else [1.0] * 3
 
-    monkeypatch.setattr(costs_module, "_seconds", seconds)
+    monkeypatch.setattr(measure_costs, "_MAX_PASS", math.inf)
+    monkeypatch.setattr(measure_costs, "_seconds", seconds)
     found = measure(runner)
     assert found.steady == (wrong == "once")
     assert timed == (2 if wrong == "once" else 4) * Machine.parts
@@ -221,11 +269,11 @@ def test_a_kept_table_that_passes_deviate_from_is_measured_again(
 
 def test_deviation_is_that_of_the_fastest_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, times = some_runner(), iter([[0.5, 9.0], [], [0.25, 0.3]])
-    kept = dataclasses.replace(table(layers=4), layer=(0.25,) * 5, head=(1.0,) * 5)
-    monkeypatch.setattr(costs_module, "_seconds", lambda *_: next(times))
-    assert costs_module.deviation(runner, kept) == (0.25, 0.5)
-    monkeypatch.setattr(costs_module, "_seconds", lambda *_: [])
-    assert costs_module.deviation(runner, kept) == (1.0, 1.0)  # a busy machine says nothing
+    kept = dataclasses.replace(table(layers=4), layer=((0.25,) * 5,), head=(1.0,) * 5)
+    monkeypatch.setattr(measure_costs, "_seconds", lambda *_: next(times))
+    assert measure_costs.deviation(runner, kept) == (0.25, 0.5)
+    monkeypatch.setattr(measure_costs, "_seconds", lambda *_: [])
+    assert measure_costs.deviation(runner, kept) == (1.0, 1.0)  # a busy machine says nothing
 
 
 def test_times_in_which_the_processor_was_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,15 +284,15 @@ def test_times_in_which_the_processor_was_taken_away_do_not_count(monkeypatch: p
         def ru_nivcsw(self) -> int:
             return next(switches)
 
-    monkeypatch.setattr(costs_module.resource, "getrusage", lambda _: Usage())
-    found = costs_module._seconds(lambda: None, lambda: None, torch.device("cpu"))
+    monkeypatch.setattr(measure_costs.resource, "getrusage", lambda _: Usage())
+    found = measure_costs._seconds(lambda: None, lambda: None, torch.device("cpu"))
     assert len(found) == 2  # of four runs the first warms up, and one was interrupted
 
 
 def test_a_machine_without_a_quiet_pass_gives_a_guess_that_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs_module, "_seconds", lambda *_: [])
+    monkeypatch.setattr(measure_costs, "_seconds", lambda *_: [])
     found = cached(some_runner(), tmp_path)
     assert (found.origin, found.steady, found.spread) == ("guessed", False, math.inf)
     assert found.layer == ideal(some_runner().fused).layer
@@ -260,7 +308,7 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         return measure(runner)
 
     Machine(monkeypatch, QUIET)
-    monkeypatch.setattr(costs_module, "measure", count)
+    monkeypatch.setattr(measure_costs, "measure", count)
     first = cached(runner_of(model), tmp_path)
     assert cached(runner_of(model), tmp_path) == dataclasses.replace(first, origin="kept")
     assert len(measured) == 1
@@ -268,9 +316,10 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert json.loads(path.read_text()).keys() == dataclasses.asdict(first).keys()
     whole = json.loads(path.read_text())
     changes: tuple[dict[str, Any], ...] = (
-        {"test": []}, {"draft": None}, {"layer": [1.0]}, {"head": []}, {"rows": ["a"]}, {"test": {"2": 1.0}},
-        {"draft": {"1": math.nan}}, {"spread": 0.5}, {"spread": None}, {"layer": [10**400] * len(first.rows)},
-        {"layer": [0.0] * len(first.rows)}, {"head": [-1.0] * len(first.rows)},
+        {"test": []}, {"draft": None}, {"layer": [[1.0]]}, {"head": []}, {"rows": ["a"]}, {"contexts": [1, 2]},
+        {"test": {"2": 1.0}},
+        {"draft": {"1": math.nan}}, {"spread": 0.5}, {"spread": None}, {"layer": [[10**400] * len(first.rows)] * 2},
+        {"layer": [[0.0] * len(first.rows)] * 2}, {"head": [-1.0] * len(first.rows)},
     )  # fmt: skip
     damages = [
         "",
@@ -283,7 +332,7 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ]
     for damage in damages:
         path.write_text(damage)
-        assert all(0 < value < math.inf for value in cached(runner_of(model), tmp_path).layer)
+        assert all(0 < value < math.inf for value in cached(runner_of(model), tmp_path).layer[0])
     assert len(measured) == 1 + len(damages)
     before = len(measured)
     for change in ({"layer": 2}, {"gate": True}, {"output": "low_rank", "rank": 4}, {"kind": "block"}):
@@ -294,4 +343,4 @@ def test_costs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_directory_that_cannot_be_written_only_means_measuring_again(tmp_path: Path) -> None:
     (tmp_path / "costs").write_text("a file where the directory should be")
-    assert cached(runner_of(tiny_model("llama")), tmp_path).layer[0] > 0
+    assert cached(runner_of(tiny_model("llama")), tmp_path).layer[0][0] > 0

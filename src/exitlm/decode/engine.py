@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exitlm.decode.acceptance import DraftPolicy
 from exitlm.decode.batch import Batch
 from exitlm.decode.block_allocator import next_key
 from exitlm.decode.block_table import BlockTable
-from exitlm.decode.costs import Costs, cached
+from exitlm.decode.costs import Costs
+from exitlm.decode.drafting import DraftPolicy
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import (
@@ -50,6 +50,7 @@ from exitlm.decode.grammar import GrammarCompiler, GrammarState
 from exitlm.decode.graphs import resolve_compile
 from exitlm.decode.hidden_pool import HiddenPool
 from exitlm.decode.lookup import NgramIndex
+from exitlm.decode.measure_costs import cached
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.output import Output
 from exitlm.decode.planning import Exits, Plan, make_plan

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from exitlm.decode.acceptance import DraftPolicy
 from exitlm.decode.batch import Part
 from exitlm.decode.block_table import BlockTable
+from exitlm.decode.drafting import DraftPolicy
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.grammar import GrammarState, mask_logits
 from exitlm.decode.lookup import NgramIndex
