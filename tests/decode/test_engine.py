@@ -428,9 +428,9 @@ def test_drafting_thresholds_come_from_calibration_and_costs() -> None:
     assert plan(engine, mode="lossless", threshold=0.4)[1] == {1: 0.4, 2: 0.4, 3: 0.4}
     for settings, layer, prior in (({}, 2, 0.95), ({}, 3, 0.7), ({"rule": "margin", "threshold": 0.5}, 2, 0.7)):
         engine.add(PROMPT, GenerationConfig.of(settings))
-        policy = engine.waiting[-1].policy
-        assert policy is not None
-        assert policy.exits[layer].prior == prior
+        drafting = engine.waiting[-1].drafting
+        assert drafting is not None
+        assert drafting.sources[layer].prior == prior
 
 
 def test_costs_are_measured_only_where_they_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
