@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LAYERS, EXITS = 12, (4, 8)
-ORANGE = "#e8a33d"
+ORANGE = "#c26a00"
 # T(n) of the packed 4-bit format on a CPU with AVX512 (benchmarks/RESULTS.md, decode-rows), T(1) = 1.
 CPU_ROWS, CPU_TIMES = (1, 2, 4, 8, 16), (1.0, 1.134, 1.342, 2.011, 3.464)
 
@@ -134,9 +134,9 @@ def spied(engine: Engine, found: list[tuple[int, int, dict[int, tuple[int, int]]
         engine.runner.run = run  # type: ignore[method-assign]
 
 
-def record(engine: Engine, requests: Sequence[tuple[int, Sequence[int], GenerationConfig]]) -> tuple[
-    list[Recorded], dict[int, Generation]
-]:
+def record(
+    engine: Engine, requests: Sequence[tuple[int, Sequence[int], GenerationConfig]]
+) -> tuple[list[Recorded], dict[int, Generation]]:
     """Decode requests that arrive at given steps: the passes, and each key's generation."""
     frames: list[Recorded] = []
     generations: dict[int, Generation] = {}
@@ -196,7 +196,7 @@ def snapshot(axes: Axes, frame: Recorded, key: int, low: int, high: int) -> None
             depth = sum(position < filled for filled in state.filled)
             axes.plot(position, depth, "o", color=GREEN, markersize=8, markeredgecolor="white", zorder=3)
         drafted = position >= len(state.tokens)
-        fresh = drafted < (state.filled[0] <= position < frame.before[key].filled[0])
+        fresh = not drafted and state.filled[0] <= position < frame.before[key].filled[0]
         axes.text(position, -0.33, f"new t{position}" if fresh else f"t{position}", ha="center", va="center", fontsize=8,
                   color=ORANGE if drafted else INK, fontweight="bold" if drafted else "normal")  # fmt: skip
 
@@ -239,7 +239,7 @@ def pending() -> None:
             what = "nothing waits now"
         begin = (0, *EXITS, LAYERS)[frame.first] + 1
         head = f"pass {number}: {rows} row{'s' * (rows > 1)},\nlayers {begin}-{last};\n{what}"
-        axes.set_title(head, fontsize=9, color=INK)
+        axes.set_title(head, fontsize=9, color=INK, loc="left")
         if frame is shown[0]:
             axes.set_ylabel("layers", fontsize=9, color=INK)
     marks(top, [("computed in this pass", BLUE), ("before", PALE), ("not yet", "white")])
@@ -288,14 +288,14 @@ def verify() -> None:
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 1))
     first = frames[frames.index(shown[0])]
     snapshot(panels[0], first, key, low, high)
-    panels[0].set_title("the newest row reaches the exit,\nits rule fires: a first draft", fontsize=9)
+    panels[0].set_title("the newest row reaches the exit,\nits rule fires: a first draft", fontsize=9, loc="left")
     before = shown[-1]
     snapshot(panels[1], before, key, low, high)
-    panels[1].set_title(f"{drafted} drafts (bold); the last one's row\nis on its way, too", fontsize=9)
+    panels[1].set_title(f"{drafted} drafts (bold); the row of the last one\nis on its way, too", fontsize=9, loc="left")
     frame = frames[at]
     snapshot(panels[2], frame, key, low, high)
     panels[2].set_title(f"one deep pass over {frame.rows[key][1]} rows accepts {taken}, gives the\nnext token itself,"
-                        f" and drops the rows behind it", fontsize=9)  # fmt: skip
+                        " and drops the refused row", fontsize=9, loc="left")  # fmt: skip
     panels[0].set_ylabel("layers", fontsize=9, color=INK)
     marks(figure, [("computed in this pass", BLUE), ("before", PALE), ("not yet", "white"),
                    ("computed, then rolled back", RED)])  # fmt: skip
