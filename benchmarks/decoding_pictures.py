@@ -1,9 +1,9 @@
-"""The pictures of docs/decoding.md: recorded passes of the engine on a small random model, and formulas. Nothing is timed.
+"""The pictures of docs/decoding.md: recorded passes of the engine on a small random model, and formulas.
 
 python benchmarks/decoding_pictures.py
 
 The engine is the library's own; a spy around ``Runner.run`` notes which rows of which sequences each pass took. The
-model has random weights, so that its texts mean nothing, and exits after layers 4 and 8 of 12.
+model has random weights, so that its texts mean nothing, and exits after layers 4 and 8 of 12. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,7 +164,7 @@ def segments(axes: Axes, low: int, high: int) -> None:
     """Axes of positions by segments."""
     bounds = (0, *EXITS, LAYERS)
     axes.set(xlim=(low - 0.5, high + 0.5), ylim=(-0.62, len(bounds) - 1 + 0.35), facecolor="white")
-    axes.set_yticks([i + 0.5 for i in range(len(bounds) - 1)], [f"{a + 1}-{b}" for a, b in zip(bounds, bounds[1:])])
+    axes.set_yticks([i + 0.5 for i in range(len(bounds) - 1)], [f"{a + 1}-{b}" for a, b in pairwise(bounds)])
     axes.set_xticks([])
     axes.tick_params(length=0, labelsize=8, colors=GREY)
     for spine in axes.spines.values():
@@ -197,7 +198,7 @@ def snapshot(axes: Axes, frame: Recorded, key: int, low: int, high: int) -> None
             axes.plot(position, depth, "o", color=GREEN, markersize=8, markeredgecolor="white", zorder=3)
         drafted = position >= len(state.tokens)
         fresh = not drafted and state.filled[0] <= position < frame.before[key].filled[0]
-        axes.text(position, -0.33, f"new t{position}" if fresh else f"t{position}", ha="center", va="center", fontsize=8,
+        axes.text(position, -0.33, f"{'new ' * fresh}t{position}", ha="center", va="center", fontsize=8,
                   color=ORANGE if drafted else INK, fontweight="bold" if drafted else "normal")  # fmt: skip
 
 
@@ -256,8 +257,8 @@ def pending() -> None:
                 cell(axes, position, segment, GREEN if early and segment == 0 else BLUE if early else PALE, f"{number}",
                      "white" if early else INK)  # fmt: skip
     for left, layer in enumerate(found.exit_layers):
-        axes.text(prompt - 1 + left, -0.33, f"{layer}", ha="center", va="center", fontsize=8,
-                  color=GREEN if layer < LAYERS else INK, fontweight="bold" if layer < LAYERS else "normal")  # fmt: skip
+        looks = {"color": GREEN, "fontweight": "bold"} if layer < LAYERS else {"color": INK}
+        axes.text(prompt - 1 + left, -0.33, f"{layer}", ha="center", va="center", fontsize=8, **looks)
     axes.set_ylabel("layers", fontsize=9, color=INK)
     axes.set_xticks([])
     axes.set_title("the whole text: in which pass each position went through each layer, and (below) the layer whose "
