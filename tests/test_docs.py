@@ -79,7 +79,8 @@ def test_the_programs_of_python_md_run_on_a_small_model(
 @pytest.mark.timeout(3000)
 def test_the_programs_of_python_md_run_on_the_real_model(tmp_path: Path) -> None:
     program = "\n".join(programs("python.md"))
-    program = program.replace('"configs/', f'"{DOCS.parent}/configs/').replace("steps=500", "steps=20")
+    program = program.replace('"configs/', f'"{DOCS.parent}/configs/')
+    program = program.replace('"self:100000", steps=500', '"self:20000", steps=100')
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=dict(os.environ), check=True)
 
 
