@@ -22,25 +22,35 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from exitlm.decode.acceptance import DraftPolicy
 from exitlm.decode.batch import Batch
 from exitlm.decode.block_allocator import next_key
 from exitlm.decode.block_table import BlockTable
-from exitlm.decode.costs import Costs, cached
+from exitlm.decode.costs import Costs
+from exitlm.decode.drafting import DraftPolicy
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
-from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, failed, summarise
+from exitlm.decode.generation import (
+    Generation,
+    GenerationConfig,
+    Piece,
+    Stats,
+    TokenTrace,
+    failed,
+    mean_depth,
+    speed_of,
+)
 from exitlm.decode.grammar import GrammarCompiler, GrammarState
 from exitlm.decode.graphs import resolve_compile
 from exitlm.decode.hidden_pool import HiddenPool
 from exitlm.decode.lookup import NgramIndex
+from exitlm.decode.measure_costs import cached
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.output import Output
 from exitlm.decode.planning import Exits, Plan, make_plan
@@ -54,7 +64,7 @@ from exitlm.model.decoder import EarlyExitModel
 from exitlm.weights.store import cache_directory
 
 MEASURE_AGAIN = 30.0  # seconds from one measurement on a busy machine to the next
-MAX_PENDING = 64  # positions that wait at most where a request sets no cap; it changes no token
+MAX_PENDING = 64  # positions of a sequence that wait at most, if its request sets no lower cap; no token depends on it
 _EXPECTED_TOKENS = 512  # blocks beside each other are kept free for as many
 _FINAL_ROWS = 64  # rows of final logits at once
 Ids = collections.abc.Sequence[int]
@@ -292,8 +302,8 @@ class Engine:
         """An exit has decided the newest row: its token goes out or is drafted, and its rows stay pending."""
         test = self._tested(sequence)
         sequence.test = None
-        cap = sequence.config.max_pending
-        if sequence.config.mode == "lossless" or sequence.pending <= (MAX_PENDING if cap is None else cap):
+        cap = MAX_PENDING if sequence.config.max_pending is None else min(MAX_PENDING, sequence.config.max_pending)
+        if sequence.config.mode == "lossless" or sequence.pending <= cap:
             sequence.deep_end = 0
             sequence.tally.max_pending = max(sequence.tally.max_pending, sequence.pending)
         if sequence.config.mode == "lossless":
@@ -695,27 +705,29 @@ class Engine:
     def _result(self, sequence: Sequence) -> Generation:
         output, tally, rule = sequence.output, sequence.tally, sequence.plan.rule
         seconds = self._now() - tally.first
-        stats = {
-            "mode": sequence.config.mode,
-            "prompt_tokens": sequence.prompt_length,
-            **summarise(output.trace, seconds),
-            "prefill_seconds": tally.first - tally.begun,
-            "decode_seconds": seconds,
-            "rounds": tally.rounds,
-            "drafted": tally.drafted,
-            "accepted": tally.accepted,
-            "acceptance": tally.accepted / tally.drafted if tally.drafted else None,
-            "max_pending": tally.max_pending,
-            "layer_rows": tally.layer_rows,
-            "exits": sequence.plan.exits,
-            "rule": None if rule is None else rule.name,
-            "thresholds": {} if rule is None else dict(rule.thresholds),
-            "quant": self.quant,
-            "costs": None if self._costs is None else self._costs.origin,
-            "seed": sequence.seed,
-            "shared_tokens": tally.shared,
-            "preemptions": tally.preemptions,
-        }
+        stats = Stats(
+            mode=sequence.config.mode,
+            prompt_tokens=sequence.prompt_length,
+            tokens=len(output.trace),
+            tokens_per_second=speed_of(len(output.trace), seconds),
+            prefill_seconds=tally.first - tally.begun,
+            decode_seconds=seconds,
+            mean_layers=mean_depth(output.trace),
+            rounds=tally.rounds,
+            drafted=tally.drafted,
+            accepted=tally.accepted,
+            max_pending=tally.max_pending,
+            layer_rows=tally.layer_rows,
+            exits=sequence.plan.exits,
+            rule=None if rule is None else rule.name,
+            thresholds={} if rule is None else dict(rule.thresholds),
+            quant=self.quant,
+            costs=None if self._costs is None else self._costs.origin,
+            seed=sequence.seed,
+            shared_tokens=tally.shared,
+            preemptions=tally.preemptions,
+            exact=self.fused.dtype == torch.float64,
+        )
         return Generation(
             text=None if self.tokenizer is None else "".join(token.text for token in output.trace),
             token_ids=[token.id for token in output.trace],
@@ -728,34 +740,44 @@ class Engine:
 
     # ---- requests from start to end
 
-    def events(self, requests: collections.abc.Sequence[Request]) -> Generator[tuple[int, int, Event], None, None]:
-        """Decode some texts together: (index, choice, event) as they come, until all have ended. Whoever stops reading
-        aborts what is left. A request that can't be met, or that is an error already, ends by itself."""
+    def events(self, requests: Iterable[Request]) -> Generator[tuple[int, int, Event], None, None]:
+        """Decode some texts together: (index, choice, event) as they come, until all have ended. Requests are read as
+        there is room for them. Whoever stops reading aborts what is left. A request that can't be met, or that is an
+        error already, ends by itself."""
         sink: deque[Event] = deque()
         open_: dict[int, tuple[int, int]] = {}
+        coming = enumerate(requests)
         try:
-            for index, (prompt, config) in enumerate(requests):
-                try:
-                    if isinstance(prompt, UserError):
-                        raise prompt
-                    with self._lock:
-                        seed = _seed(config)
-                        for choice in range(config.n):
-                            open_[self._add(prompt, config, choice, seed, sink)] = index, choice
-                except UserError as error:
-                    yield index, 0, Event(-1, error=error)
-            while open_:
+            while True:
+                while len(open_) < 2 * self.options.max_sequences and (request := next(coming, None)) is not None:
+                    index, (prompt, config) = request
+                    try:
+                        for choice, key in enumerate(self._add_choices(prompt, config, sink)):
+                            open_[key] = index, choice
+                    except UserError as error:
+                        yield index, 0, Event(-1, error=error)
+                if not open_:
+                    return
                 while not sink:
                     with self._lock:
                         if not sink:
                             self._step()
-                event = sink.popleft()
-                yield *open_[event.key], event
-                if event.last:
-                    del open_[event.key]
+                while sink:
+                    event = sink.popleft()
+                    yield *open_[event.key], event
+                    if event.last:
+                        del open_[event.key]
         finally:
             for key in open_:
                 self.abort(key)
+
+    def _add_choices(self, prompt: Ids | UserError, config: GenerationConfig, sink: deque[Event]) -> list[int]:
+        """All texts of a request, or none of them."""
+        if isinstance(prompt, UserError):
+            raise prompt
+        with self._lock:
+            seed = _seed(config)
+            return [self._add(prompt, config, choice, seed, sink) for choice in range(config.n)]
 
     def stream(self, prompt: Ids, config: GenerationConfig) -> Iterator[Piece]:
         """Decode ``prompt`` and yield pieces as they become certain (in lossless mode: after verification)."""
@@ -770,7 +792,7 @@ class Engine:
                 raise piece.error
             yield piece
 
-    def stream_all(self, requests: collections.abc.Sequence[Request]) -> Iterator[Piece]:
+    def stream_all(self, requests: Iterable[Request]) -> Iterator[Piece]:
         """Decode some prompts together; pieces carry the index of their prompt, and the error of one that failed."""
         for index, choice, event in self.events(requests):
             if event.error is not None and not isinstance(event.error, UserError):
@@ -786,27 +808,34 @@ class Engine:
             raise found.error
         return found
 
-    def generate_all(self, requests: collections.abc.Sequence[Request]) -> list[Generation]:
+    def generate_all(self, requests: Iterable[Request]) -> list[Generation]:
         """Decode some prompts together, to the end. One that failed has an ``error``."""
         found = dict(self.finished(requests))
-        return [found[index] for index in range(len(requests))]
+        return [found[index] for index in range(len(found))]
 
-    def finished(self, requests: collections.abc.Sequence[Request]) -> Generator[tuple[int, Generation], None, None]:
+    def finished(self, requests: Iterable[Request]) -> Generator[tuple[int, Generation], None, None]:
         """Decode some prompts together: (index, generation) as they finish. One that failed has an ``error``."""
+        configs: list[GenerationConfig] = []
         texts: dict[int, dict[int, Generation]] = {}
         broken: set[int] = set()
-        with contextlib.closing(self.events(requests)) as events:
+
+        def read() -> Iterator[Request]:
+            for request in requests:
+                configs.append(request[1])
+                yield request
+
+        with contextlib.closing(self.events(read())) as events:
             for index, choice, event in events:
                 if event.error is not None:
                     if not isinstance(event.error, UserError):
                         raise event.error
                     if index not in broken:  # one of its choices is enough
                         broken.add(index)
-                        yield index, failed(event.error)
+                        yield index, failed(event.error, configs[index].mode)
                 elif event.generation is not None:
                     choices = texts.setdefault(index, {})
                     choices[choice] = event.generation
-                    if len(choices) == requests[index][1].n and index not in broken:
+                    if len(choices) == configs[index].n and index not in broken:
                         found = choices[0]
                         found.choices = [choices[i] for i in range(len(choices))] if len(choices) > 1 else []
                         yield index, texts.pop(index)[0]

@@ -43,10 +43,14 @@ class Rows:
 
     def __init__(self, fused: FusedModel, batch: Batch, pool: KVPool) -> None:
         self.batch, self.parts, self.count = batch, batch.parts, batch.count
-        self.rotations = fused.rotations(batch)
         self.pool, self._fused = pool, fused
         self._slots: dict[int, Tensor] = {}
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+
+    @functools.cached_property
+    def rotations(self) -> Rotations:
+        """Rotations of these rows; a static pass has its own."""
+        return self._fused.rotations(self.batch)
 
     def write(self, entry: int, new_M2Kd: Tensor) -> None:
         """Store keys and values of these rows in a cache entry."""

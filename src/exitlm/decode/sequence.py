@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from exitlm.decode.acceptance import DraftPolicy
 from exitlm.decode.batch import Part
 from exitlm.decode.block_table import BlockTable
+from exitlm.decode.drafting import DraftPolicy
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.grammar import GrammarState, mask_logits
 from exitlm.decode.lookup import NgramIndex
@@ -103,6 +103,8 @@ class Sequence:
         self.prepared = False
         self.deep_end = 0
         self.prefill_end = max(self.prompt_length, len(self.ids) - 1)
+        if not self.generated:
+            self.output.prompt_logprobs.clear()
 
     # ---- where its rows are
 
