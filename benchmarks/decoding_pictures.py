@@ -20,7 +20,7 @@ import transformers
 from drawing import BLUE, GREEN, OUT, PALE, RED, VIOLET, Drawing, shrink
 
 from exitlm.decode.batch import Batch
-from exitlm.decode.costs import ideal
+from exitlm.decode.measure_costs import ideal
 from exitlm.decode.engine import Engine
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import Generation, GenerationConfig

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from exitlm import GenerationConfig
+from exitlm import Generation, GenerationConfig
+from exitlm.decode.generation import Stats
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.rules import RULES
 from tests.checkpoints import write_checkpoint
@@ -94,6 +95,13 @@ def test_the_tables_of_settings_are_those_of_the_code(config: type[Any]) -> None
     made = config()
     for name in names:
         assert ast.literal_eval(table[name][0].strip("`")) == getattr(made, name), name
+
+
+def test_the_table_of_statistics_is_that_of_the_code() -> None:
+    cells = re.findall(r"^\|(.*?)\|", section("python.md", "What comes back"), re.MULTILINE)
+    names = set(re.findall(r"`(\w+)`", " ".join(cells))) - {"Generation"}
+    known = {field.name for field in dataclasses.fields(Generation)} | set(Stats(mode="full").to_json())
+    assert names == known
 
 
 def test_the_table_of_rules_is_that_of_the_code() -> None:
