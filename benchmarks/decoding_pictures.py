@@ -20,10 +20,10 @@ import transformers
 from drawing import BLUE, GREEN, OUT, PALE, RED, VIOLET, Drawing, shrink
 
 from exitlm.decode.batch import Batch
-from exitlm.decode.measure_costs import ideal
 from exitlm.decode.engine import Engine
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import Generation, GenerationConfig
+from exitlm.decode.measure_costs import ideal
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.sampling.noise import noise
 from exitlm.evaluate.plots import BAND, GREY, INK, new_figure, save_figure
