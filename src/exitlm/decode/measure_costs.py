@@ -106,15 +106,17 @@ def _parts(fused: FusedModel) -> dict[Part, tuple[Callable[[], object], Callable
         probability(head.logits(hidden[:1], hidden[:1], hidden[:1])[0])
 
     one = partial(layers, 1)
-    parts: dict[Part, tuple[Callable[[], object], Callable[[], object]]] = {}
-    for rows in SIZES:
-        parts["layers", rows] = partial(layers, rows), partial(final, min(rows, 16))
-        parts["head", rows] = partial(final, rows), partial(layers, min(rows, 16))
-    parts["context", far] = partial(layers, 1, far), partial(final, 1)
+    parts: dict[Part, tuple[Callable[[], object], Callable[[], object]]] = {
+        ("layers", 1): (one, partial(final, 1)), ("head", 1): (partial(final, 1), one),
+        ("context", far): (partial(layers, 1, far), partial(final, 1)),
+    }  # fmt: skip
     for e, exit_head in fused.heads.items():
         parts["test", e] = partial(test, exit_head), one
         if exit_head.has_gate:
             parts["gate", e] = partial(exit_head.gate, hidden[0]), one
+    for rows in SIZES[1:]:  # last, as a table can do without them
+        parts["layers", rows] = partial(layers, rows), partial(final, min(rows, 16))
+        parts["head", rows] = partial(final, rows), partial(layers, min(rows, 16))
     return parts
 
 
@@ -139,7 +141,7 @@ def measure(fused: FusedModel) -> Costs:
             if times := _seconds(action, before, fused.device):
                 usual[part], best[part] = statistics.median(times), min([*times, best[part]])
                 too_long = best[part] > _MAX_PASS and part[0] == "layers"
-        if max(best[part] for part in parts if part[1] == 1) < math.inf:
+        if max(best[name, n] for name, n in parts if n == 1 or name not in ("layers", "head")) < math.inf:
             timed = [rows for rows in SIZES if best["layers", rows] < math.inf]
             falls = [best["layers", few] / best["layers", more] for few, more in itertools.pairwise(timed)]
             spread = max(*(usual[part] / best[part] for part in parts if best[part] < math.inf), *falls, 1.0) - 1.0
