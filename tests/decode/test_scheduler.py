@@ -128,6 +128,7 @@ def drawn_company(rng: random.Random) -> tuple[Costs, list[dict[str, Any]], floa
     modes = rng.choice(MODES)
     pattern, count = rng.choice(("together", "staggered", "random", "burst")), rng.choice((1, 2, 4, 8, 16, 40))
     gap, firing, right = rng.choice((0.3, 3.0, 20.0)), rng.random(), rng.random()
+    copied = (rng.random(), 4, rng.random()) if rng.random() < 0.3 else (0.0, 0, 0.0)
     sequences, at = [], 0.0
     for i in range(count):
         if pattern == "staggered":
@@ -138,11 +139,11 @@ def drawn_company(rng: random.Random) -> tuple[Costs, list[dict[str, Any]], floa
             at = 0.0 if i < count // 2 else 50.0
         sequences.append(
             dict(
-                key=i, mode=rng.choice(modes), length=rng.choice((300, 500)), arrival=at,
+                key=i, mode=rng.choice(modes), length=rng.choice((500, 800)), arrival=at,
                 prompt=0 if pattern == "together" else rng.choice((0, 5, 40, 300)), prior=rng.choice((0.3, 0.5, 0.7)),
                 firing={e: min(1.0, firing * rng.uniform(0.8, 1.2)) for e in exits},
                 right={e: min(1.0, right * rng.uniform(0.8, 1.2)) for e in exits},
-                copied=(rng.random(), 4, rng.random()) if rng.random() < 0.3 else (0.0, 0, 0.0),
+                copied=copied,
             )
         )  # fmt: skip
     tests = sum(costs.test[e] for e in exits) / costs.full() if "threshold" in modes else 0.0
@@ -150,7 +151,7 @@ def drawn_company(rng: random.Random) -> tuple[Costs, list[dict[str, Any]], floa
 
 
 def check_against_plain(seed: int) -> None:
-    """By the time that decoding took, and where all have one mode also by latencies from arrival to end."""
+    """By the time that decoding took, and where all are alike also by latencies from arrival to end."""
     costs, sequences, tests = drawn_company(random.Random(seed))
     ones, plain = ([Simulated(**{**one, **over}) for one in sequences] for over in ({}, {"mode": "full"}))
     run, reference = Simulation(costs, seed=seed), Simulation(costs, seed=seed)
@@ -163,13 +164,13 @@ def check_against_plain(seed: int) -> None:
     assert run.max_wait <= WAIT * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 def test_never_below_plain_decoding(seed: int) -> None:
     check_against_plain(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12, 200))
+@pytest.mark.parametrize("seed", range(10, 100))
 def test_never_below_plain_decoding_in_any_company(seed: int) -> None:
     check_against_plain(seed)
 
@@ -325,7 +326,7 @@ def test_pending_rows_of_others_ride_only_where_they_are_free() -> None:
     row = full(9, ready=(), waiting=((1, 1),), moving=1, waited=1.0)
     assert plan(fired, row, costs=TABLES["cpu"]).rows == 1
     assert plan(fired, row, costs=TABLES["gpu"]).rows == 6
-    assert plan(fired, row, costs=TABLES["gpu"], max_rows=4).rows == 1
+    assert plan(fired, row, costs=TABLES["gpu"], max_rows=4).rows == 4
     full_up = dataclasses.replace(fired, moving=5)  # the cap on pending rows
     assert plan(full_up, row).rows == 6
 

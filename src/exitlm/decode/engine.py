@@ -123,6 +123,8 @@ class Engine:
         matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
         self.quant = resolve_format(quant, matrices)
         self.config, self.tokenizer, self.options = model.config, tokenizer, options or EngineConfig()
+        if self.options.threads is not None:
+            torch.set_num_threads(self.options.threads)
         self.fused = FusedModel(model, self.quant, resolve_compile(compile, model.device))
         self.runner = Runner(self.fused, self.options)
         self.pool = self.runner.pool
@@ -320,9 +322,11 @@ class Engine:
         layers = self.runner.bounds[last] - self.runner.bounds[first]
         for sequence, count in members:
             end = sequence.filled[first] + count
+            # a draft goes deep if it is worth it, and pending rows may ride along; all other rows have to
+            goes = sequence.is_priced or sequence.moving if first else sequence.prefilling or not sequence.is_priced
             sequence.filled[first:last] = [end] * (last - first)
             sequence.waited = 0.0
-            if first or sequence.prefilling or not sequence.is_priced:
+            if goes:
                 sequence.deep_end = max(sequence.deep_end, end)
             if sequence.generated:
                 sequence.tally.layer_rows += count * layers

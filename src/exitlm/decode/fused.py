@@ -77,7 +77,12 @@ class Rows:
     def attend(self, entry: int, query_MHd: Tensor, window: int | None, scale: float) -> Tensor:
         """Attention of every row over the positions of its own sequence that it may see, ``[M, H * Dh]``."""
         if self._alone:
-            return self._attend_part(0, entry, query_MHd, self.count, window, scale)
+            place = self._read[self._group_of[entry]][0]
+            if self.count > 1 or place is None:
+                return self._attend_part(0, entry, query_MHd, self.count, window, scale)
+            H, Hkv, Dh = self._heads  # one row: as few operations as can be
+            seen, query = self.pool.stores[entry][place], query_MHd.view(1, Hkv, H // Hkv, Dh)
+            return F.scaled_dot_product_attention(query, seen[0], seen[1], scale=scale).view(1, H * Dh)
         found, at = [], 0
         for index, part in enumerate(self.parts):
             query = query_MHd[at : at + part.count]

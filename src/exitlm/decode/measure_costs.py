@@ -127,15 +127,17 @@ def _parts(runner: Runner) -> Iterator[dict[Part, Timed]]:
             probability(head.logits(hidden[:1], hidden[:1], hidden[:1])).tolist()
 
         one = partial(layers, 1)
-        parts: dict[Part, Timed] = {}
-        for rows in SIZES:
-            parts["layers", rows] = partial(layers, rows), partial(final, min(rows, 16))
-            parts["head", rows] = partial(final, rows), partial(layers, min(rows, 16))
-        parts["context", far] = partial(layers, 1, far), partial(final, 1)
+        parts: dict[Part, Timed] = {
+            ("layers", 1): (one, partial(final, 1)), ("head", 1): (partial(final, 1), one),
+            ("context", far): (partial(layers, 1, far), partial(final, 1)),
+        }  # fmt: skip
         for e, exit_head in fused.heads.items():
             parts["test", e] = partial(test, exit_head), one
             if exit_head.has_gate:
                 parts["gate", e] = partial(exit_head.gates, hidden[:1]), one
+        for rows in SIZES[1:]:  # last, as a table can do without them
+            parts["layers", rows] = partial(layers, rows), partial(final, min(rows, 16))
+            parts["head", rows] = partial(final, rows), partial(layers, min(rows, 16))
         yield parts
     finally:
         for table in tables:

@@ -276,7 +276,7 @@ def _start_pass(state: _State, starts: Mapping[int, int]) -> Pass | None:
 
 def _deep_pass(state: _State) -> Pass:
     """The pass from the shallowest boundary where rows must go on or drafts are worth it."""
-    end, layers = state.costs.num_hidden_layers, sorted({layer for view in state.deep for layer, _ in view.waiting})
+    layers = sorted({layer for view in state.deep for layer, _ in view.waiting})
     must = {layer: sum(_must(view, layer) for view in state.deep) for layer in layers}
     front = next((layer for layer in layers if must[layer]), layers[-1])
     for first in layers[: layers.index(front) + 1]:
@@ -295,9 +295,7 @@ def _deep_pass(state: _State) -> Pass:
         if undecided and view.waiting[-1] == (first, rows):
             newest.append((view, view.worth[-1] if view.worth else 1.0))
     found = _pass(state, first, members, _tests(state, first, newest, state.rows_in_flight))
-    if found.last < end:
-        return found
-    return replace(found, members=(*found.members, *_riders(state, first, found.rows)))
+    return replace(found, members=(*found.members, *_riders(state, first, found.last, found.rows)))
 
 
 def _front(view: SequenceView) -> int:
@@ -331,19 +329,24 @@ def _admitted(state: _State, first: int, front: int, rows: int) -> dict[int, int
     return admitted
 
 
-def _riders(state: _State, first: int, rows: int) -> list[Member]:
-    """Pending rows of other sequences that cost nothing in this pass to the end: they have to be computed some time."""
-    end, members, room = state.costs.num_hidden_layers, [], state.limits.max_rows - rows
-    limit = state.span(first, end, rows) * _ROUNDING
+def _riders(state: _State, first: int, last: int, rows: int) -> list[Member]:
+    """Pending rows of other sequences that cost nothing in this pass of ``rows`` rows. They have to be computed some
+    time, and where rows beyond a number cost their full price, they would cost it later."""
     pending = [
-        (view.waiting[0][1], view.key)
+        (dict(view.waiting).get(first, 0), view.key)
         for view in state.sequences
-        if not view.must_go_deep and len(view.waiting) == 1 and view.waiting[0][0] == first
+        if not view.must_go_deep and not any(first < layer < last for layer, _ in view.waiting)
     ]
+    limit = state.span(first, last, rows) * _ROUNDING
+    free, most = 0, min(state.limits.max_rows - rows, sum(count for count, _ in pending))
+    while free < most:  # bisection: more rows never cost less
+        middle = (free + most + 1) // 2
+        free, most = (middle, most) if state.span(first, last, rows + middle) <= limit else (free, middle - 1)
+    members = []
     for count, key in sorted(pending, key=lambda one: -one[0]):
-        if count <= room and state.span(first, end, rows + count) <= limit:
-            members.append(Member(key=key, rows=count))
-            rows, room = rows + count, room - count
+        if taken := min(count, free):
+            members.append(Member(key=key, rows=taken))
+            free -= taken
     return members
 
 
