@@ -134,6 +134,14 @@ class KVPool:
         """Bytes of all entries, touched or not."""
         return sum(store.numel() * store.element_size() for store in self.stores)
 
+    def copy(self, group: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the contents of some blocks to others, in every entry of a group."""
+        size, device = self.block_size, self.device
+        both = (torch.tensor(blocks, device=device)[:, None] * size for blocks in (sources, targets))
+        source, target = ((first + torch.arange(size, device=device)).flatten() for first in both)
+        for entry in self.groups[group].entries:
+            self.stores[entry].index_copy_(2, target, self.stores[entry].index_select(2, source))
+
     def clear(self, group: int, blocks: Sequence[int]) -> None:
         """Overwrite blocks whose contents may not be numbers: padded reads would meet them."""
         for entry in self.groups[group].entries:
