@@ -17,7 +17,8 @@ _PRIOR_WEIGHT = 4.0
 _TRIALS = 4
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 256
 LOOKUP_PRIOR = {2: 0.35, 3: 0.5, 4: 0.65}
-MAX_DRAFT = 15
+MAX_DRAFT = 15  # of a round, where a request names no other
+MOST_DRAFTS = 63  # with the newest token: rows of final logits at once, and rows that a windowed pool has room for
 
 
 @dataclass
@@ -64,7 +65,7 @@ class DraftPolicy:
     ) -> None:
         """``costs`` None means not adaptive: always draft, as long as ``max_draft`` allows."""
         self.costs = costs
-        self.limit = MAX_DRAFT if max_draft is None else max_draft
+        self.limit = min(MOST_DRAFTS, MAX_DRAFT if max_draft is None else max_draft)
         self.exit_limit = self.limit if max_pending is None else min(self.limit, max_pending)
         self.exits = {layer: Acceptance(prior) for layer, prior in priors.items()}
         self.lookups = {n: Acceptance(prior) for n, prior in LOOKUP_PRIOR.items()}

@@ -105,9 +105,13 @@ class KVPool:
             if group.window is None:
                 found.append(blocks)
                 continue
-            rows = group.window + max(self.options.max_rows, self.options.prefill_chunk) + _MAX_PENDING_ROWS
-            found.append(min(blocks, self.options.max_sequences * (rows // self.block_size + 2)))
+            found.append(min(blocks, self.options.max_sequences * self._held(group.window)))
         return found
+
+    def _held(self, window: int) -> int:
+        """Blocks of a windowed group that one text of any length holds at most."""
+        rows = window + max(self.options.max_rows, self.options.prefill_chunk) + _MAX_PENDING_ROWS
+        return rows // self.block_size + 2
 
     def _bytes(self, blocks: int) -> int:
         counts = self._per_group(blocks)
@@ -118,11 +122,21 @@ class KVPool:
         """Bytes of blocks that hold this many positions of one text."""
         return self._bytes(-(-positions // self.block_size))
 
+    def least_bytes(self, positions: int) -> int:
+        """The smallest budget with which one text can have this many positions."""
+        blocks = -(-positions // self.block_size)
+        if all(group.window is not None for group in self.groups):
+            blocks = min(blocks, max(self._held(group.window) for group in self.groups if group.window is not None))
+        return self._bytes(blocks)
+
     @property
     def capacity(self) -> int:
         """Positions that one text can have when it is alone."""
-        full = [count for group, count in zip(self.groups, self.blocks, strict=True) if group.window is None]
-        return min(full or self.blocks) * self.block_size if full else _UNBOUNDED
+        enough = [
+            g.window is not None and n >= self._held(g.window) for g, n in zip(self.groups, self.blocks, strict=True)
+        ]
+        counts = [count for count, any_length in zip(self.blocks, enough, strict=True) if not any_length]
+        return min(counts) * self.block_size if counts else _UNBOUNDED
 
     def nbytes(self) -> int:
         """Bytes of all entries, touched or not."""
