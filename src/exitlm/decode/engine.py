@@ -19,7 +19,6 @@ import collections.abc
 import contextlib
 import math
 import secrets
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -34,6 +33,7 @@ from exitlm.decode.batch import Batch
 from exitlm.decode.block_allocator import next_key
 from exitlm.decode.block_table import BlockTable
 from exitlm.decode.costs import Costs, cached
+from exitlm.decode.fair_lock import FairLock
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, failed, summarise
@@ -111,7 +111,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._windows = [group.window for group in self.pool.groups]
-        self._lock = threading.RLock()
+        self._lock = FairLock()
         self._sinks: dict[int, deque[Event]] = {}
         self._outbox: deque[Event] = deque()
         self._next_key = 0
@@ -135,9 +135,7 @@ class Engine:
     @torch.inference_mode()
     def _step(self) -> None:
         if self._in_step:
-            raise UserError(
-                "a logits_processor can't decode with the engine that calls it; give it an engine of its own"
-            )
+            raise UserError("a logits_processor that decodes needs an engine of its own")
         self._in_step, self._begun = True, time.perf_counter()
         try:
             self._admit()
