@@ -67,7 +67,7 @@ def closing(ids: list[int], logits: Tensor) -> Tensor:
 
 def config(mode: str = "full", form: Any = TIGHT, **over: Any) -> GenerationConfig:
     """Settings of a mode for a format."""
-    settings = {"max_new_tokens": 200, "logits_processor": closing, "response_format": form, **MODES[mode], **over}
+    settings = {"max_new_tokens": 450, "logits_processor": closing, "response_format": form, **MODES[mode], **over}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return GenerationConfig.of(settings)
@@ -81,10 +81,11 @@ def check_text(out: Generation, schema: Any) -> None:
     assert fits(json.loads(out.text), schema)
 
 
+@pytest.mark.parametrize("count", [8, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", MODES)
-def test_texts_fit_their_schemas(mode: str, seeds: int = 8) -> None:
+def test_texts_fit_their_schemas(mode: str, count: int) -> None:
     """In one company; greedy and sampled; a drafted text is the full one."""
-    schemas = [random_schema(random.Random(seed)) for seed in range(seeds)]
+    schemas = [random_schema(random.Random(seed)) for seed in range(count)]
     requests = []
     for seed, schema in enumerate(schemas):
         form = {"type": "json_schema", "json_schema": {"schema": schema}, "any_whitespace": seed % 2 == 0}
@@ -101,12 +102,6 @@ def test_texts_fit_their_schemas(mode: str, seeds: int = 8) -> None:
         assert sum(out.stats["accepted"] for out in outs) > 10
     if mode == "threshold":
         assert min(layer for out in outs for layer in out.exit_layers) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_texts_fit_many_schemas(mode: str) -> None:
-    test_texts_fit_their_schemas(mode, 80)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -146,9 +141,8 @@ def test_grammars_in_company_and_after_preemption(mode: str) -> None:
         assert tight.hidden.used == 0
         assert all(allocator.used == 0 for allocator in tight.pool.allocators)
         if "max_sequences" not in options:
-            assert sum(
-                out.stats["preemptions"] for out, (_, c) in zip(outs, requests, strict=True) if c.response_format
-            )
+            pairs = zip(outs, requests, strict=True)
+            assert sum(out.stats["preemptions"] for out, (_, chosen) in pairs if chosen.response_format) > 0
 
 
 def test_forced_tokens_are_drafts_that_are_accepted() -> None:
@@ -180,9 +174,9 @@ def test_all_sources_of_drafts_together() -> None:
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ({"type": "object", "properties": {"a": {"type": "strin"}}}, "response_format of type 'json_schema' can't be used"),
-        ({"type": "regex", "regex": "a("}, "response_format of type 'regex' can't be used"),
-        ({"type": "grammar", "grammar": "root := x"}, "response_format of type 'grammar' can't be used"),
+        ({"type": "object", "properties": {"a": {"type": "strin"}}}, "type 'json_schema' can't be used: Unsupported"),
+        ({"type": "regex", "regex": "a("}, "type 'regex' can't be used"),
+        ({"type": "grammar", "grammar": "root := x"}, "type 'grammar' can't be used"),
     ],
 )  # fmt: skip
 def test_a_format_that_is_refused_is_one_sentence_for_its_request_alone(form: Any, message: str) -> None:
@@ -256,9 +250,8 @@ def test_an_exit_none_of_whose_candidates_is_allowed_never_fires(rule: str) -> N
     head = made.exits["2"]
     assert head.candidate_ids is not None
     words = [tokenizer().decode([token]) for token in range(2, 300)]
-    unknown = [
-        w for token, w in enumerate(words, 2) if len(w) == 1 and w.isalnum() and token not in head.candidate_ids.tolist()
-    ]  # fmt: skip
+    known = set(head.candidate_ids.tolist())
+    unknown = [w for token, w in enumerate(words, 2) if len(w) == 1 and w.isalnum() and token not in known]
     form = {"type": "choice", "choice": [f"{a}{b}" for a in unknown[:4] for b in unknown[4:8]]}
     chosen = config("threshold", form, rule=rule, threshold=0.0, patience=1)
     out = make_engine(made, tokenizer=tokenizer()).generate([5, 6], chosen)
@@ -282,6 +275,6 @@ def test_choices_have_grammars_of_their_own() -> None:
     assert len({choice.text for choice in out.choices}) == 4
 
 
-def test_the_person_of_the_readme_fits() -> None:
+def test_a_schema_with_blanks_anywhere() -> None:
     out = engine().generate([5, 6], config("lossless", {"type": "json_schema", "json_schema": {"schema": PERSON}}))
     check_text(out, PERSON)
