@@ -337,3 +337,176 @@ def test_mistakes_in_load(checkpoint: Path, tmp_path: Path) -> None:
         exitlm.load(checkpoint, dtype="float31")
     with pytest.raises(UserError, match="int3"):
         exitlm.load(checkpoint, quant="int3").generate("x")
+
+
+# ---- lists of prompts
+
+SHORT: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True, "mode": "full"}
+MODES = ("full", "threshold", "lossless")
+
+
+def test_a_list_in_and_a_list_out(model_with_exits: exitlm.LLM) -> None:
+    prompts: list[Any] = ["hello", "Why do cats purr?", IDS, "hello"]
+    for mode in MODES:
+        settings = {**SHORT, "mode": mode, "threshold": 0.1}
+        alone = [model_with_exits.generate(prompt, **settings) for prompt in prompts]
+        for many in (prompts, tuple(prompts)):
+            outs = model_with_exits.generate(many, **settings)
+            assert isinstance(outs, list)
+            assert [out.token_ids for out in outs] == [out.token_ids for out in alone]
+            assert [out.text for out in outs] == [out.text for out in alone]
+    (one,) = model_with_exits.generate(["hello"], **SHORT)
+    assert one.token_ids == model_with_exits.generate("hello", **SHORT).token_ids
+
+
+def test_prompts_of_token_ids_in_any_form(model: exitlm.LLM) -> None:
+    expected = model.generate(IDS, **SHORT).token_ids
+    rows = [IDS, IDS]
+    for many in (rows, torch.tensor(rows), np.array(rows), [torch.tensor(IDS), np.array(IDS)], [tuple(IDS), "hello"]):
+        assert model.generate(many, **SHORT)[0].token_ids == expected
+
+
+def test_a_list_of_conversations(model: exitlm.LLM) -> None:
+    one = [{"role": "user", "content": "hi"}]
+    two = [*one, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "well?"}]
+    outs = model.generate([one, two, "hi"], chat=True, **SHORT)
+    assert [out.token_ids for out in outs] == [model.generate(c, **SHORT).token_ids for c in (one, two, one)]
+    assert model.generate([one, two], **SHORT)[1].token_ids == outs[1].token_ids
+
+
+def test_a_setting_for_each_prompt(model_with_exits: exitlm.LLM) -> None:
+    settings: dict[str, Any] = {
+        "mode": list(MODES), "max_new_tokens": (3, 5, 7), "temperature": [0.0, 1.0, 1.0], "seed": [1, 2, 3],
+        "threshold": [None, 0.0, 0.1], "logprobs": [0, 2, 0], "ignore_eos": True, "stop": ["zzz"], "exits": [1, 3],
+    }  # fmt: skip
+    prompts = ["hello", "you", "there"]
+    outs = model_with_exits.generate(prompts, **settings)
+    lists = {name for name in settings if name not in ("ignore_eos", "stop", "exits")}
+    for i, (prompt, out) in enumerate(zip(prompts, outs, strict=True)):
+        own = {name: value[i] if name in lists else value for name, value in settings.items()}
+        its = model_with_exits.generate(prompt, **own)
+        assert out.token_ids == its.token_ids
+        assert out.stats.mode == MODES[i]
+        assert len(out.token_ids) == (3, 5, 7)[i]
+        assert bool(out.trace[0].top_logprobs) == (i == 1)
+        assert out.exit_layers == its.exit_layers
+    pieces = list(model_with_exits.stream(prompts, **settings))
+    assert [[t for p in pieces if p.index == i for t in p.token_ids] for i in range(3)] == [o.token_ids for o in outs]
+
+
+def test_a_configuration_for_each_prompt(model: exitlm.LLM) -> None:
+    configs = [exitlm.GenerationConfig(mode="full", max_new_tokens=n, ignore_eos=True) for n in (2, 4)]
+    assert [len(out.token_ids) for out in model.generate(["a", "b"], config=configs)] == [2, 4]
+    assert [len(out.token_ids) for out in model.generate(["a", "b"], config=configs[1])] == [4, 4]
+    with pytest.raises(UserError, match="config has 2 values for 3 prompts; give one for each, or one for all"):
+        model.generate(["a", "b", "c"], config=configs)
+    with pytest.raises(UserError, match="must be a GenerationConfig"):
+        model.generate("a", config=configs)
+    with pytest.raises(UserError, match="must be a GenerationConfig"):
+        model.generate(["a", "b"], config=[configs[0], {"seed": 3}])
+    with pytest.raises(UserError, match="given twice"):
+        model.generate(["a", "b"], config=configs, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": ["full"]}, "mode has 1 values for 2 prompts; give one for each, or one for all"),
+        ({"seed": [1, 2, 3]}, "seed has 3 values for 2 prompts"),
+        ({"temperature": []}, "temperature has 0 values for 2 prompts"),
+        ({"temperature": [0.5, -1.0]}, "temperature"),
+        ({"mode": ["full", "lossles"]}, "did you mean 'lossless'"),
+        ({"treshold": [0.5, 0.5]}, "did you mean 'threshold'"),
+    ],
+)
+def test_settings_that_do_not_fit_a_list(model: exitlm.LLM, settings: dict[str, Any], message: str) -> None:
+    for call in (model.generate, model.stream):
+        with pytest.raises(UserError, match=message):
+            call(["a", "b"], **settings)
+    with pytest.raises(UserError):
+        model.generate("a", seed=[1, 2])
+
+
+def test_one_bad_prompt_fails_by_its_index(model: exitlm.LLM) -> None:
+    bad: list[tuple[Any, str]] = [
+        ("", "prompt is empty"), ([], "prompt is empty"), ([VOCAB], f"{VOCAB}"), ([1.5], "list of token ids"),
+        ("\ud800", "UTF-8"), ("x" * 65, "65 tokens"), (None, "the prompt"), (5, "the prompt"),
+        ([{"content": "hi"}], "message 1 has no role"),
+    ]  # fmt: skip
+    expected = model.generate("hello", **SHORT).token_ids
+    for prompt, message in bad:
+        for at in (1, 2):
+            prompts = ["hello", "hello"]
+            prompts.insert(at, prompt)
+            outs = model.generate(prompts, **SHORT)
+            assert [out.finish_reason == "error" for out in outs] == [i == at for i in range(3)]
+            assert message in str(outs[at].error)
+            assert all(out.token_ids == expected for i, out in enumerate(outs) if i != at)
+            errors = {piece.index: piece.error for piece in model.stream(prompts, **SHORT) if piece.error is not None}
+            assert list(errors) == [at]
+            assert message in str(errors[at])
+
+
+def test_a_list_whose_first_prompt_is_bad(model: exitlm.LLM) -> None:
+    outs = model.generate(["", "hello"], **SHORT)
+    assert [out.error is None for out in outs] == [False, True]
+    outs = model.generate([[], IDS], **SHORT)
+    assert [out.error is None for out in outs] == [False, True]
+
+
+def test_chat_with_a_prompt_of_token_ids_in_a_list(model: exitlm.LLM) -> None:
+    outs = model.generate(["hi", IDS], chat=True, **SHORT)
+    assert outs[0].error is None
+    assert "chat needs a prompt that is a text" in str(outs[1].error)
+
+
+def test_choices_of_a_list(model_with_exits: exitlm.LLM) -> None:
+    settings = {**SHORT, "temperature": 1.0, "seed": 4}
+    outs = model_with_exits.generate(["a", "b"], n=[3, 1], **settings)
+    assert [len(out.choices) for out in outs] == [3, 0]
+    assert outs[0].token_ids == model_with_exits.generate("a", **settings).token_ids
+    assert len({tuple(choice.token_ids) for choice in outs[0].choices}) == 3
+    texts: dict[tuple[int, int], str] = {}
+    for piece in model_with_exits.stream(["a", "b"], n=[3, 1], **settings):
+        texts[piece.index, piece.choice] = texts.get((piece.index, piece.choice), "") + piece.text
+    assert texts == {
+        **{(0, i): choice.text for i, choice in enumerate(outs[0].choices)}, (1, 0): outs[1].text,
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match="n has no effect without a temperature above 0"):
+        model_with_exits.generate(["a", "b"], n=2, **SHORT)
+
+
+def test_a_generation_within_a_stream_of_a_list(model_with_exits: exitlm.LLM) -> None:
+    settings = {**SHORT, "mode": "threshold", "threshold": 0.1}
+    expected = [out.token_ids for out in model_with_exits.generate(["a", "b"], **settings)]
+    found: dict[int, list[int]] = {0: [], 1: []}
+    for piece in model_with_exits.stream(["a", "b"], **settings):
+        found[piece.index] += piece.token_ids
+        assert model_with_exits.generate("b", **settings).token_ids == expected[1]
+    assert list(found.values()) == expected
+
+
+def test_engine_settings_of_a_model(checkpoint: Path) -> None:
+    small = exitlm.load(checkpoint, engine={"max_sequences": 2, "block_size": 4})
+    assert (small.engine.options.max_sequences, small.engine.options.block_size) == (2, 4)
+    assert len(small.generate(["a", "b", "c", "d"], **SHORT)) == 4
+    assert small.generate("hello there", **SHORT).stats.shared_tokens == 0
+    assert small.generate("hello there", **SHORT).stats.shared_tokens == 8
+    for engine, message in (
+        ({"max_sequence": 2}, "did you mean 'max_sequences'"),
+        (5, "engine is 5"),
+        ({"block_size": 0}, "0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            exitlm.load(checkpoint, engine=engine)
+
+
+def test_a_prompt_longer_than_the_memory_names_the_least(checkpoint: Path) -> None:
+    tiny = exitlm.load(checkpoint, engine={"kv_bytes": 1 << 13, "block_size": 4})
+    with pytest.raises(UserError, match=r"engine.kv_bytes holds \d+; shorten them, or set it to \d+ or more") as e:
+        tiny.generate("x" * 40, **SHORT)
+    least = int(str(e.value).split()[-3])
+    outs = tiny.generate(["x" * 40, "x"], **{**SHORT, "max_new_tokens": 1})
+    assert [out.error is None for out in outs] == [False, True]
+    enough = exitlm.load(checkpoint, engine={"kv_bytes": least, "block_size": 4})
+    assert len(enough.generate("x" * 40, **SHORT).token_ids) == 8

@@ -75,7 +75,9 @@ def test_one_text_can_be_as_long_as_the_pool_says(
     windows: list[int | None], block_size: int, budget: int, rows: int, data: st.DataObject
 ) -> None:
     """In passes of up to ``max_rows``, with pending rows, giving back what is out of the window."""
-    pool = make_pool(windows, block_size=block_size, kv_bytes=budget, max_rows=rows + 1, prefill_chunk=1, max_sequences=1)
+    pool = make_pool(
+        windows, block_size=block_size, kv_bytes=budget, max_rows=rows + 1, prefill_chunk=1, max_sequences=1
+    )
     tables = [BlockTable(allocator, block_size) for allocator in pool.allocators]
     end, deepest, longest = 0, 0, min(pool.capacity, 400)
     while end < longest:

@@ -9,7 +9,8 @@ from collections.abc import Hashable, Mapping
 
 from exitlm.decode.acceptance import LOOKUP_PRIOR, Acceptance, AcceptanceTable
 
-MAX_DRAFT = 15
+MAX_DRAFT = 15  # of a round, where a request names no other
+MOST_DRAFTS = 63  # with the newest token: rows of final logits at once, and rows that a windowed pool has room for
 
 
 class Drafting:
@@ -26,7 +27,7 @@ class Drafting:
         """``exits`` maps layers to the chances that tuning found: that the rule fires, and that it is right then.
         Without ``adaptive``, all is drafted that the limits allow."""
         self.adaptive = adaptive
-        self.limit = MAX_DRAFT if max_draft is None else max_draft
+        self.limit = min(MOST_DRAFTS, MAX_DRAFT if max_draft is None else max_draft)
         self.exit_limit = self.limit if max_pending is None else min(self.limit, max_pending)
         self.sources: dict[Hashable, Acceptance] = {
             layer: Acceptance(prior=right, firing_prior=firing) for layer, (firing, right) in exits.items()

@@ -19,7 +19,6 @@ import collections.abc
 import contextlib
 import math
 import secrets
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -35,6 +34,7 @@ from exitlm.decode.block_allocator import next_key
 from exitlm.decode.block_table import BlockTable
 from exitlm.decode.costs import Costs
 from exitlm.decode.drafting import Drafting
+from exitlm.decode.fair_lock import FairLock
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import (
@@ -57,7 +57,7 @@ from exitlm.decode.output import Output
 from exitlm.decode.planning import Exits, Plan, make_plan
 from exitlm.decode.rules import SCORES, ExitTest, fires
 from exitlm.decode.runner import Arrived, Runner
-from exitlm.decode.sampling.sampler import finite_rows
+from exitlm.decode.sampling.sampler import NoTokenLeft, finite_rows
 from exitlm.decode.scheduler import Exit, Limits, Rate, SequenceView, next_pass
 from exitlm.decode.sequence import Draft, Sequence
 from exitlm.decode.text import TextStream, Tokenizer
@@ -137,10 +137,11 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._windows = [group.window for group in self.pool.groups]
-        self._lock = threading.RLock()
+        self._lock = FairLock()
         self._sinks: dict[int, deque[Event]] = {}
         self._outbox: deque[Event] = deque()
         self._next_key = 0
+        self._in_step, self._to_abort = False, list[int]()
         self._busy, self._begun = 0.0, 0.0
         self._compiler: GrammarCompiler | None = None
         self._rate, self._acceptance = Rate(), AcceptanceTable()
@@ -163,7 +164,9 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        self._begun = time.perf_counter()
+        if self._in_step:
+            raise UserError("a logits_processor that decodes needs an engine of its own")
+        self._in_step, self._begun = True, time.perf_counter()
         try:
             self._admit()
             chosen = self._next_pass()
@@ -173,6 +176,9 @@ class Engine:
             self._drop_all(error)
             raise
         finally:
+            self._in_step = False
+            while self._to_abort:
+                self.abort(self._to_abort.pop())
             self._busy = self._now()
             self._begun = time.perf_counter()
 
@@ -381,13 +387,18 @@ class Engine:
         scores, best = self._scores(logits_TK, tested)
         for i, sequence in enumerate(tested):
             token = head.token(best[i])
-            if self._fires(sequence, layer, scores[i] * gates[i], token):
+            if not self._fires(sequence, layer, scores[i] * gates[i], token):
+                continue
+            if not sequence.plain:
                 try:
-                    if not sequence.plain:
-                        token = sequence.choose(expand(logits_TK[i], head.candidate_ids, self.config.vocab_size))
-                    self._fired(sequence, layer, token, raw_TK[i], head.candidate_ids)
+                    token = sequence.choose(expand(logits_TK[i], head.candidate_ids, self.config.vocab_size))
+                except NoTokenLeft:  # of those that this head knows: a deeper one decides
+                    continue
                 except UserError as error:
-                    self._fail(sequence, error)
+                    if sequence.config.mode != "lossless":  # drafts may lead where the text never comes
+                        self._fail(sequence, error)
+                    continue
+            self._fired(sequence, layer, token, raw_TK[i], head.candidate_ids)
 
     @staticmethod
     def _fires(sequence: Sequence, layer: int, score: float, token: int | None = None) -> bool:
@@ -472,7 +483,8 @@ class Engine:
             if sequence.tables:  # it still runs
                 self._publish(sequence)
                 self._leave_windows(sequence)
-                if sequence.output.finish_reason is not None:
+                if sequence.output.finish_reason is not None and sequence.filled[-1] >= sequence.prompt_length:
+                    sequence.tally.first = self._now()  # only prompt scores were wanted
                     self._tell(sequence)
 
     def _verify(self, sequence: Sequence, raw_RV: Tensor, best: list[int], finite: list[bool]) -> None:
@@ -549,7 +561,8 @@ class Engine:
         """Log-probabilities of the prompt's tokens that follow the rows ``at`` to ``at + count``."""
         most = sequence.config.prompt_logprobs or 0
         stop = min(begin + count, sequence.prompt_length - 1)
-        for cut in range(begin, stop, _FINAL_ROWS):
+        known = len(sequence.output.prompt_logprobs)  # kept when it was preempted
+        for cut in range(max(begin, known), stop, _FINAL_ROWS):
             positions = range(cut, min(cut + _FINAL_ROWS, stop))
             raw_RV = self.runner.final_logits(arrived, [at + position - begin for position in positions])
             for position, raw_V in zip(positions, raw_RV, strict=True):
@@ -657,10 +670,14 @@ class Engine:
     def abort(self, key: int) -> None:
         """Drop a text that is not finished; nothing more comes of it. An unknown key is none that runs."""
         with self._lock:
+            if self._in_step:  # by a processor, or by the end of a stream that nobody holds any more
+                self._to_abort.append(key)
+                return
             for sequence in [*self.running, *self.waiting]:
                 if sequence.key == key:
                     self._remove(sequence)
             self._sinks.pop(key, None)
+            self._outbox = deque(event for event in self._outbox if event.key != key)
 
     def _admit(self) -> None:
         """Let waiting texts in, in order, as long as there is room for what they have to compute."""
@@ -840,6 +857,7 @@ class Engine:
         output, generation = sequence.output, None
         if output.finish_reason is not None:
             generation = self._result(sequence)
+            self._publish(sequence)
             self._remove(sequence)
         self._send(Event(sequence.key, piece=output.take(), generation=generation))
 
@@ -1044,7 +1062,7 @@ class Engine:
         if length > self.pool.capacity:
             raise UserError(
                 f"prompt and answer have up to {length} tokens, but engine.kv_bytes holds {self.pool.capacity}; "
-                f"shorten them, or set it to {self.pool.bytes_for(length)} or more"
+                f"shorten them, or set it to {self.pool.least_bytes(length)} or more"
             )
 
 

@@ -39,7 +39,8 @@ class GenerationConfig:
     agree. ``exit_layer``: the layer of rule ``fixed`` (None: the deepest active exit). ``max_pending``: positions that
     may wait for the deeper layers (None: 64; it changes no token). ``min_exit_tokens``: tokens before the first exit
     may fire. ``draft``: the sources of drafts in lossless mode: exits, lookup (what followed the same words before) and
-    grammar (what ``response_format`` forces); ``max_draft`` caps one round;
+    grammar (what ``response_format`` forces); ``max_draft`` caps one round (at
+    most 63);
     ``adaptive`` lets measured acceptance and cost set the length of drafts. ``temperature`` (0: greedy) to
     ``logits_processor`` are those of :class:`exitlm.decode.sampling.sampler.Sampler`; ``bad_words`` are texts or token
     ids each, and ``seed`` decides all that is random (None: a fresh one).

@@ -108,7 +108,7 @@ class KVPool:
         ]
 
     def _held(self, window: int) -> int:
-        """Blocks that one text holds at most of a windowed group: a window, the rows of a pass and its pending rows."""
+        """Blocks of a windowed group that one text of any length holds at most."""
         rows = window + max(self.options.max_rows, self.options.prefill_chunk) + _MAX_PENDING_ROWS
         return rows // self.block_size + 2
 
@@ -120,6 +120,13 @@ class KVPool:
     def bytes_for(self, positions: int) -> int:
         """Bytes of blocks that hold this many positions of one text."""
         return self._bytes(-(-positions // self.block_size))
+
+    def least_bytes(self, positions: int) -> int:
+        """The smallest budget with which one text can have this many positions."""
+        blocks = -(-positions // self.block_size)
+        if all(group.window is not None for group in self.groups):
+            blocks = min(blocks, max(self._held(group.window) for group in self.groups if group.window is not None))
+        return self._bytes(blocks)
 
     @property
     def capacity(self) -> int:

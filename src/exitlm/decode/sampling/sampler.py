@@ -43,6 +43,10 @@ _RANGES = {  # name -> the least and the largest value
 }
 
 
+class NoTokenLeft(UserError):
+    """All logits are minus infinity: grammar, bans and processor together leave no token."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Draw:
     """Which noise decides a token: that of a seed (at most 64 bits), a choice, and a position in the output."""
@@ -272,7 +276,7 @@ class Sampler:
         """The token: the argmax if greedy, else the winner of the race; the lowest id of equals.
 
         The logits ``[V]`` went through :meth:`restrict` and :meth:`shape`; they have no NaN and no plus infinity. That
-        all of them are minus infinity is a :class:`UserError`: mask, bans and processor left no token.
+        all of them are minus infinity raises :class:`NoTokenLeft`: mask, bans and processor left none.
         """
         if self.greedy:
             token = _argmax(logits_V)
@@ -386,7 +390,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _some(largest: float) -> None:
     """Refuse logits of which the largest is minus infinity."""
     if largest == -math.inf:
-        raise UserError("no token is allowed: grammar, bad_words and logits_processor together forbid all; loosen one")
+        raise NoTokenLeft(
+            "no token is allowed: grammar, bad_words and logits_processor together forbid all; loosen one"
+        )
 
 
 def _biases(value: Any) -> dict[int, float]:
