@@ -141,6 +141,7 @@ class Engine:
         self._sinks: dict[int, deque[Event]] = {}
         self._outbox: deque[Event] = deque()
         self._next_key = 0
+        self._most = min(self.options.max_sequences, self.options.max_rows)
         self._in_step, self._to_abort = False, list[int]()
         self._busy, self._begun = 0.0, 0.0
         self._compiler: GrammarCompiler | None = None
@@ -194,7 +195,8 @@ class Engine:
         if moving:
             first = min(sequence.front for sequence in moving)
             return self._chosen(first, [(s, s.rows_at(first)) for s in moving if s.front == first])
-        room, ready = min(self.options.prefill_chunk, self.options.max_rows - len(self.running)), []
+        decoding = sum(not sequence.prefilling for sequence in self.running)
+        room, ready = min(self.options.prefill_chunk, self.options.max_rows - decoding), []
         for sequence in list(self.running):
             rows = sequence.rows_at(0)
             if sequence.filled[0] < sequence.prefill_end:
@@ -682,7 +684,7 @@ class Engine:
     def _admit(self) -> None:
         """Let waiting texts in, in order, as long as there is room for what they have to compute."""
         for sequence in list(self.waiting):
-            if len(self.running) >= self.options.max_sequences or (self.running and not self._fits(sequence)):
+            if len(self.running) >= self._most or (self.running and not self._fits(sequence)):
                 return
             if self._begins_like_another(sequence):
                 continue
