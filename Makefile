@@ -16,7 +16,7 @@ test: $(READY)  ## the fast tests
 test-slow: $(READY)  ## the tests that need the real model or minutes of time
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
 
-lint: $(READY)  ## style, types, and the floors of the house
+lint: $(READY)  ## style, types, and the layers of packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -3,9 +3,10 @@
     python benchmarks/decode.py [--adapter runs/demo] [--section full rows forced test modes] [--rounds 5]
 
 ``full``: greedy decoding, every weight format against transformers' float32 ``generate`` (and llama.cpp where
-``--llama-python`` names an interpreter that has llama_cpp). ``rows``: a pass over M rows against one row. ``forced``:
-random exit patterns forced on the engine against the bound of measured pass times. ``test``: what a test that does not
-fire costs. ``modes``: lossless and threshold against full, prompt set by prompt set (needs ``--adapter``).
+``--llama-python`` names an interpreter that has llama_cpp). ``rows``: a pass over M rows, of one sequence and of M,
+against one row. ``forced``: random exit patterns forced on the engine against the bound of measured pass times.
+``test``: what a test that does not fire costs. ``modes``: lossless and threshold against full, prompt set by prompt set
+(needs ``--adapter``).
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import json
 import random
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from measure import interleave, ratios, save, seconds, spread, table
+from passes import Passes
 
 import exitlm
-from exitlm.decode.costs import measure
 from exitlm.decode.engine import Engine
-from exitlm.decode.fused import FusedHead
 from exitlm.decode.generation import GenerationConfig
-from exitlm.decode.rules import ExitRule
-from exitlm.decode.step import Fired, RuleTest, SequenceState
+from exitlm.decode.measure_costs import measure
+from exitlm.decode.rules import ExitTest
 from exitlm.model.exits import ExitConfig
 
 QUESTION = "Explain in a few paragraphs how a bicycle stays upright and why it is harder at low speed."
@@ -94,7 +96,7 @@ def full_speed(llm: exitlm.LLM, rounds: int, count: int, llama_python: str | Non
     for quant in ("none", "fp16", "bf16", "int8", "int4"):
         engine = Engine(llm.model, quant=quant)
         name = f"exitlm {quant}{' (default)' if quant == auto else ''}"
-        actions[name] = lambda engine=engine: 1.0 / engine.generate(prompt, config).stats["tokens_per_second"]
+        actions[name] = lambda engine=engine: 1.0 / engine.generate(prompt, config).stats.tokens_per_second
     found = interleave(actions, rounds)
     base = found["transformers float32"]
     rows = [
@@ -121,24 +123,19 @@ def full_speed(llm: exitlm.LLM, rounds: int, count: int, llama_python: str | Non
 
 
 def row_costs(llm: exitlm.LLM, rounds: int) -> dict[str, Any]:
-    """Seconds of a whole pass (layers and final head) over M rows against one row, by format."""
+    """Seconds of a whole pass (layers and final head) over M rows against one row, by format: rows of one sequence, as
+    drafts are, and of M sequences with 128 positions each."""
     sizes, rows = (1, 2, 4, 8, 16), []
     for quant in ("fp16", "bf16", "int8", "int4"):
-        fused = Engine(llm.model, quant=quant).fused
-        state = SequenceState(fused, (), fused.new_cache(), 256)
-        state.advance(list(range(100, 228)))
-
-        @torch.inference_mode()
-        def run(count: int, state: SequenceState = state, fused: Any = fused) -> float:
-            state.truncate(128)
-            tokens = list(range(300, 300 + count))
-            return seconds(lambda: fused.final_logits(state.advance(tokens).final_RD).argmax(-1).tolist())
-
-        found = interleave({str(m): lambda m=m: run(m) for m in sizes}, rounds * 4)
-        row: dict[str, Any] = {"format": quant, "1 row, ms": spread([v * 1e3 for v in found["1"]])}
-        for m in sizes[1:]:
-            row[f"{m} rows"] = ratios(found[str(m)], found["1"])
-        rows.append(row)
+        passes = Passes(Engine(llm.model, quant=quant).runner, 128, sizes[-1], sizes[-1])
+        for whose, shape in (("one", lambda m: [m]), ("M", lambda m: [1] * m)):
+            found = interleave({str(m): partial(seconds, partial(passes.run, shape(m))) for m in sizes}, rounds * 4)
+            row: dict[str, Any] = {
+                "format": quant, "sequences": whose, "1 row, ms": spread([v * 1e3 for v in found["1"]])
+            }  # fmt: skip
+            for m in sizes[1:]:
+                row[f"{m} rows"] = ratios(found[str(m)], found["1"])
+            rows.append(row)
     print(table(rows))
     return {"rows": rows}
 
@@ -153,40 +150,41 @@ def with_timing_exits(llm: exitlm.LLM, candidates: int) -> list[int]:
     return layers
 
 
+class ForcedTest(ExitTest):
+    """Stands in for the test of a token: it leaves where ``pattern`` says, by its position, and is tested nowhere
+    else."""
+
+    pattern: tuple[int, ...] = ()
+
+    def tries(self, layer: int) -> bool:
+        """Whether the token leaves at this layer."""
+        return layer == self.pattern[self.position - 1]  # the first token belongs to the prefill
+
+
+def decode_seconds(engine: Engine, config: GenerationConfig) -> float:
+    """Seconds per token behind 128 positions, without the prefill."""
+    return 1.0 / engine.generate(list(range(100, 228)), config).stats.tokens_per_second
+
+
 def forced(llm: exitlm.LLM, rounds: int, count: int, candidates: int, compile: str = "auto") -> dict[str, Any]:
     """Speed-up of forced random exits over full against the bound from measured pass times."""
     layers, rows = with_timing_exits(llm, candidates), []
-    engine = Engine(llm.model, compile=compile)
-    fused, L = engine.fused, llm.num_layers
-    costs, cache = measure(fused), fused.new_cache()
+    engine, L = Engine(llm.model, compile=compile), llm.num_layers
+    costs, length = measure(engine.runner), {"max_new_tokens": count + 1, "ignore_eos": True}
+    full = GenerationConfig(mode="full", **length)
+    free = GenerationConfig(mode="threshold", rule="probability", threshold=0.0, exits=layers, **length)
     for share in (0.25, 0.5, 0.75):
         numbers = random.Random(0)
-        pattern = [numbers.choice(layers) if numbers.random() < share else L for _ in range(count)]
+        pattern = tuple(numbers.choice(layers) if numbers.random() < share else L for _ in range(count))
 
-        @torch.inference_mode()
-        def run(wanted: list[int]) -> float:
-            state = SequenceState(fused, layers if min(wanted) < L else (), cache, 128 + count)
-            state.prefill(list(range(100, 228)))
+        def run(pattern: tuple[int, ...] = pattern) -> float:
+            with (
+                mock.patch("exitlm.decode.engine.ExitTest", ForcedTest),
+                mock.patch.object(ForcedTest, "pattern", pattern),
+            ):
+                return decode_seconds(engine, free)
 
-            def decode() -> None:
-                token = 300
-                for layer in wanted:
-
-                    def test(head: FusedHead, hidden: Any, residual: Any, block: Any, layer: int = layer) -> Any:
-                        return (
-                            Fired(layer, head, head.logits(hidden, residual, block)[0]) if head.layer == layer else None
-                        )
-
-                    out = state.advance([token], test)
-                    if out.fired is None:
-                        assert out.final_RD is not None
-                        token = int(fused.final_logits(out.final_RD[-1:])[0].argmax())
-                    else:
-                        token = out.fired.head.token(int(out.fired.logits_K.argmax()))
-
-            return seconds(decode)
-
-        found = interleave({"full": lambda: run([L] * count), "forced": lambda p=pattern: run(p)}, rounds)
+        found = interleave({"full": lambda: decode_seconds(engine, full), "forced": run}, rounds)
         # the bound: every pass at its measured cost for the rows it carries, and one head per token
         pending, spent = dict.fromkeys(layers, 0), 0.0
         for layer in pattern:
@@ -194,7 +192,7 @@ def forced(llm: exitlm.LLM, rounds: int, count: int, candidates: int, compile: s
             for e in [*layers, L]:
                 spent += costs.layers(e - at, carried)
                 if e == layer:
-                    spent += costs.draft[e] if e < L else costs.head[0]
+                    spent += costs.draft[e] if e < L else costs.final()
                     if e < L:
                         pending[e] += carried
                     break
@@ -209,29 +207,17 @@ def forced(llm: exitlm.LLM, rounds: int, count: int, candidates: int, compile: s
 
 def cost_of_tests(llm: exitlm.LLM, rounds: int, count: int, candidates: int, compile: str = "auto") -> dict[str, Any]:
     """Time of three tests that never fire, as a share of a token, by rule and head."""
-    rows = []
+    rows, length = [], {"max_new_tokens": count + 1, "ignore_eos": True}
     for rule, rows_of_head in (("gate", candidates), ("probability", candidates), ("probability", 0)):
         layers = with_timing_exits(llm, rows_of_head)
         engine = Engine(llm.model, compile=compile)
-        fused, cache = engine.fused, engine.fused.new_cache()
-        never = ExitRule(name=rule, thresholds=dict.fromkeys(layers, 0.9999999))
+        plain = GenerationConfig(mode="full", **length)
+        never = GenerationConfig(mode="threshold", rule=rule, threshold=0.9999999, exits=layers, **length)
 
-        @torch.inference_mode()
-        def run(
-            tested: bool, fused: Any = fused, cache: Any = cache, layers: Any = layers, never: Any = never
-        ) -> float:
-            state = SequenceState(fused, layers if tested else (), cache, 128 + count)
-            state.prefill(list(range(100, 228)))
+        def run(config: GenerationConfig, engine: Engine = engine) -> float:
+            return decode_seconds(engine, config)
 
-            def decode() -> None:
-                for _ in range(count):
-                    out = state.advance([300], RuleTest(never) if tested else None)
-                    assert out.final_RD is not None
-                    fused.final_logits(out.final_RD).argmax().item()
-
-            return seconds(decode)
-
-        found = interleave({"plain": lambda: run(False), "tested": lambda: run(True)}, rounds)
+        found = interleave({"plain": lambda c=plain: run(c), "tested": lambda c=never: run(c)}, rounds)
         extra = spread([(t / p - 1) / len(layers) * 100 for t, p in zip(found["tested"], found["plain"], strict=True)])
         rows.append({"rule": rule, "candidates": rows_of_head or "all", "one test, % of a token": extra})
     print(table(rows))
@@ -267,8 +253,8 @@ def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
             config = GenerationConfig(**settings[mode], max_new_tokens=count)
             out = [engine.generate(prompt, config) for prompt in prompts]
             texts[mode] = [g.token_ids for g in out]
-            stats[mode] = {key: sum(g.stats[key] for g in out) for key in ("drafted", "accepted", "tokens")}
-            return sum(g.stats["decode_seconds"] for g in out) / sum(g.stats["tokens"] - 1 for g in out)
+            stats[mode] = {key: sum(getattr(g.stats, key) for g in out) for key in ("drafted", "accepted", "tokens")}
+            return sum(g.stats.decode_seconds for g in out) / sum(g.stats.tokens - 1 for g in out)
 
         found = interleave({mode: lambda mode=mode: run(mode) for mode in settings}, rounds)
         for mode, values in found.items():
@@ -287,7 +273,7 @@ def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
                 "acceptance": f"{s['accepted'] / s['drafted']:.2f} of {s['drafted']}" if s["drafted"] else "-",
             })  # fmt: skip
     print(table(rows))
-    agreement = ", ".join(f"{e}: {record.agreement:.1%}" for e, record in engine.records.items())
+    agreement = ", ".join(f"{e}: {record.agreement:.1%}" for e, record in engine.exits.records.items())
     held_out = {"agreement with the final head on held-out text, by exit": agreement}
     return {"tokens": count, "format": engine.quant, **held_out, "notes": engine.notes, "rows": rows}
 

@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,11 @@ def decoding(section: Section) -> None:
     section.part(
         "rows", lambda found: cost_of_rows(section, llm, found, (64,) if quick else (128, 1024), rounds * 5), 10
     )
+    section.part(
+        "together",
+        lambda found: together(section, llm, found, prompt, count // 2, (1, 2) if quick else (1, 4, 8, 16)),
+        12,
+    )
     if not quick:
         section.part("long text", lambda found: long_text(section, llm, found, count), 10)
     exits(section, llm, count, rounds)
@@ -235,7 +241,8 @@ def speed(
 
         return seconds(run)
 
-    engines = {f"exitlm {way}": Engine(llm.model, compile=way) for way in ("none", section.compile)}
+    options = room(llm, prompt + count)
+    engines = {f"exitlm {way}": Engine(llm.model, compile=way, options=options) for way in ("none", section.compile)}
     if section.device.type == "cuda":
         found["memory_of_weights_and_two_engines_gib"] = torch.cuda.memory_allocated() / 2**30
     config = GenerationConfig(mode="full", max_new_tokens=count, ignore_eos=True)
@@ -244,7 +251,7 @@ def speed(
     def ours(name: str) -> float:
         out = engines[name].generate(ids, config)
         texts[name] = out.token_ids
-        return 1.0 / float(out.stats["tokens_per_second"])
+        return 1.0 / float(out.stats.tokens_per_second)
 
     actions: dict[str, Callable[[], float]] = {"transformers": lambda: (generate(count) - generate(1)) / (count - 1)}
     actions |= {name: lambda name=name: ours(name) for name in engines}
@@ -262,7 +269,7 @@ def speed(
     if section.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
         section.row("peak memory with transformers' model over the same weights and two engines", peak, "GiB")
-        recorded = next(kept for key, kept in engine._free[0].graphs.items() if key[2] == 1)
+        recorded = next(kept for key, kept in engine.fused.static._passes.items() if key[2] == 1)
         found["pass_ms"] = spread([milliseconds(recorded.replay) for _ in range(5)])
         section.row("a recorded pass of one row, without the head and the host", found["pass_ms"], "ms")
         found["kernels"] = kernels(recorded.replay)
@@ -293,34 +300,75 @@ def kernels(action: Callable[[], Any]) -> Any:
 
 
 def cost_of_rows(section: Section, llm: Any, found: dict[str, Any], contexts: tuple[int, ...], rounds: int) -> None:
-    """A pass over M rows, head and argmax included, against one row."""
+    """A pass over M rows, head and argmax included, against one row: rows of one sequence, and of M sequences."""
+    from passes import Passes
+
     from exitlm.decode.engine import Engine
-    from exitlm.decode.step import SequenceState
 
-    sizes = (1, 2, 4, 8, 16, 32)
+    ours: dict[str, Callable[[int], list[int]]] = {"one sequence": lambda m: [m], "M sequences": lambda m: [1] * m}
+    sizes = {"one sequence": (1, 2, 4, 8, 16, 32), "M sequences": (1, 4, 8, 16)}
     for way in ("none", section.compile):
-        fused = Engine(llm.model, compile=way).fused
-        cache = fused.new_cache()
-        for context in contexts:
-            state = SequenceState(fused, (), cache, context + sizes[-1])
-
-            @torch.inference_mode()
-            def run(count: int, state: Any = state, fused: Any = fused, context: int = context) -> float:
-                state.truncate(context)
-                tokens = list(range(100, 100 + count))
-                return seconds(lambda: fused.final_logits(state.advance(tokens).final_RD).argmax(-1).tolist())
-
-            with torch.inference_mode():
-                state.prefill([100 + i % 300 for i in range(context)])
-            timed = interleave({str(m): lambda m=m: run(m) for m in sizes}, rounds)
+        runner = Engine(llm.model, compile=way, options=room(llm, 17 * (contexts[-1] + 32))).runner
+        for context, (whose, shape) in itertools.product(contexts, ours.items()):
+            passes = Passes(runner, context, max(len(shape(m)) for m in sizes[whose]))
+            timed = interleave({str(m): partial(seconds, partial(passes.run, shape(m))) for m in sizes[whose]}, rounds)
+            passes.release()
             figures = {
                 m: {"ms": spread([v * 1e3 for v in values]), "ratio": ratios(values, timed["1"])}
                 for m, values in timed.items()
             }
-            found[f"{way}, {context} positions"] = figures
-            section.row(f"1 row, {way}, {context} positions", figures["1"]["ms"], "ms")
-            for m in ("2", "4", "8", "16", "32"):
-                section.row(f"{m} rows against 1, {way}, {context} positions", figures[m]["ratio"], "x")
+            found[f"{way}, {whose}, {context} positions"] = figures
+            if whose == "one sequence":
+                section.row(f"1 row, {way}, {context} positions", figures["1"]["ms"], "ms")
+            for m in sizes[whose][1:]:
+                what = f"{m} rows of {whose.replace('M', str(m))} against 1, {way}, {context} positions"
+                section.row(what, figures[str(m)]["ratio"], "x")
+        assert runner.fused.static is None or not runner.fused.static.broken, "passes could not be recorded"
+
+
+def room(llm: Any, positions: int) -> Any:
+    """Settings of an engine whose pool holds so many positions: memory on a GPU is taken at once."""
+    from exitlm.decode.options import EngineConfig
+
+    config = llm.model.config
+    size = 2 * config.num_key_value_heads * config.head_dim * llm.model.lm_head.weight.element_size()
+    block = EngineConfig().block_size
+    blocks = -(-positions // block) + 32  # every sequence has an unfinished block
+    return EngineConfig(kv_bytes=config.num_hidden_layers * blocks * block * size)
+
+
+def together(
+    section: Section, llm: Any, found: dict[str, Any], prompt: int, count: int, counts: tuple[int, ...]
+) -> None:
+    """Tokens per second of B sequences that are decoded together, recorded (and the most of them eager), and how many
+    of their tokens are those of each alone: kernels of other shapes round otherwise."""
+    from tests.decode.models import random_ids
+
+    from exitlm.decode.engine import Engine
+    from exitlm.decode.generation import GenerationConfig
+
+    vocabulary = llm.model.config.vocab_size
+    prompts = [random_ids(prompt, i, vocabulary) for i in range(counts[-1])]
+    for way, sizes in (("none", counts[-1:]), (section.compile, counts)):
+        engine = Engine(llm.model, compile=way, options=room(llm, (prompt + count + 32) * counts[-1]))
+
+        def run(many: int, tokens: int, engine: Any = engine) -> list[list[int]]:
+            config = GenerationConfig(mode="full", max_new_tokens=tokens, ignore_eos=True)
+            events = engine.events([(each, config) for each in prompts[:many]])
+            out = {index: event.generation for index, _, event in events if event.generation is not None}
+            return [out[index].token_ids for index in range(many)]
+
+        config = GenerationConfig(mode="full", max_new_tokens=count, ignore_eos=True)
+        alone = [engine.generate(each, config).token_ids for each in prompts[: 1 if way == "none" else None]]
+        for many in sizes:
+            texts = run(many, count)
+            taken = min(seconds(lambda m=many: run(m, count)) - seconds(lambda m=many: run(m, 1)) for _ in range(2))
+            same = [a == b for mine, text in zip(texts, alone, strict=False) for a, b in zip(mine, text, strict=True)]
+            speed = many * (count - 1) / max(taken, 1e-9)
+            found[f"{way}, {many}"] = {"tokens_per_second": speed, "same_tokens": sum(same) / len(same)}
+            section.row(f"{many} sequences together, {way}", speed, "tokens/s")
+            section.row(f"their tokens that are those of each alone, {way}", sum(same) / len(same), "share")
+        assert engine.fused.static is None or not engine.fused.static.broken, "passes could not be recorded"
 
 
 def long_text(section: Section, llm: Any, found: dict[str, Any], count: int) -> None:
@@ -331,13 +379,14 @@ def long_text(section: Section, llm: Any, found: dict[str, Any], count: int) -> 
     from exitlm.decode.generation import GenerationConfig
 
     ids = random_ids(4000, vocab_size=llm.model.config.vocab_size)
-    engines = {way: Engine(llm.model, compile=way) for way in ("none", section.compile)}
+    options = replace(room(llm, len(ids) + count), prefix_sharing=False)  # the prefill is timed again and again
+    engines = {way: Engine(llm.model, compile=way, options=options) for way in ("none", section.compile)}
     prefill: list[float] = []
 
     def run(way: str) -> float:
         stats = engines[way].generate(ids, GenerationConfig(mode="full", max_new_tokens=count, ignore_eos=True)).stats
-        prefill.append(len(ids) / stats["prefill_seconds"])
-        return 1e3 / float(stats["tokens_per_second"])
+        prefill.append(len(ids) / stats.prefill_seconds)
+        return 1e3 / float(stats.tokens_per_second)
 
     for way, values in interleave({way: lambda way=way: run(way) for way in engines}, 2).items():
         found[way] = spread(values)
@@ -470,12 +519,12 @@ def attention(section: Section) -> None:
         heads, groups, size = shapes[name]
         options: dict[str, Any] = {"dtype": section.dtype, "device": section.device}
         for keys, rows in itertools.product(lengths, rows_of):
-            query = torch.randn(1, heads, groups * rows, size, **options)
-            seen = torch.randn(2, heads, keys, size, **options)
-            mask = torch.zeros(groups * rows, keys, **options)
-            mask[:, keys - 10 :] = -1e30
+            query = torch.randn(rows, heads, groups, size, **options)
+            store = torch.randn(2, heads, rows * keys, size, **options)
+            mask = torch.zeros(rows, groups, keys, **options)
+            mask[:, :, keys - 10 :] = -1e30
             times: dict[str, Any] = {}
-            for way, body in ways(query, seen, mask, attend_in_chunks).items():
+            for way, body in ways(query, store, mask, attend_in_chunks).items():
                 try:
                     times[way] = round(microseconds(body), 2)
                 except RuntimeError as error:  # a kernel that does not take the shape
@@ -492,27 +541,33 @@ def attention(section: Section) -> None:
 
 
 def ways(
-    query: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor, in_chunks: Callable[..., torch.Tensor]
+    query_MKGd: torch.Tensor, store_2KSd: torch.Tensor, mask_MGS: torch.Tensor, in_chunks: Callable[..., torch.Tensor]
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """What is compared, by name."""
+    """What is compared, by name: rows of M sequences with S keys each. ``gather`` is what brings these together."""
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    scale = query.shape[-1] ** -0.5
+    (M, heads, _, size), keys = query_MKGd.shape, mask_MGS.shape[-1]
+    scale, slots = size**-0.5, torch.arange(M * keys, device=query_MKGd.device)
+
+    def gather() -> torch.Tensor:
+        return store_2KSd.index_select(2, slots).view(2, heads, M, keys, size).transpose(1, 2)
+
+    seen = gather()
 
     def with_backend(backend: SDPBackend, attn_mask: torch.Tensor | None) -> torch.Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, seen[0][None], seen[1][None], attn_mask=attn_mask, scale=scale)
+            return F.scaled_dot_product_attention(query_MKGd, seen[0], seen[1], attn_mask=attn_mask, scale=scale)
 
-    found: dict[str, Callable[[], torch.Tensor]] = {}
-    if query.is_cuda:
-        found["efficient"] = lambda: with_backend(SDPBackend.EFFICIENT_ATTENTION, mask)
-        found["cudnn"] = lambda: with_backend(SDPBackend.CUDNN_ATTENTION, mask)
+    found: dict[str, Callable[[], torch.Tensor]] = {"gather": gather}
+    if query_MKGd.is_cuda:
+        found["efficient"] = lambda: with_backend(SDPBackend.EFFICIENT_ATTENTION, mask_MGS[:, None])
+        found["cudnn"] = lambda: with_backend(SDPBackend.CUDNN_ATTENTION, mask_MGS[:, None])
         found["flash, no mask"] = lambda: with_backend(SDPBackend.FLASH_ATTENTION, None)
-    found["math"] = lambda: with_backend(SDPBackend.MATH, mask)
+    found["math"] = lambda: with_backend(SDPBackend.MATH, mask_MGS[:, None])
     for count in (4, 16, 64):
-        if seen.shape[2] // count >= 64:
-            found[f"{count} chunks"] = lambda count=count: in_chunks(query, seen, mask, scale, count)
+        if keys // count >= 64:
+            found[f"{count} chunks"] = lambda count=count: in_chunks(query_MKGd, seen, mask_MGS, scale, count)
     return found
 
 

@@ -11,15 +11,16 @@ import random
 from typing import Any
 
 import torch
+from tests.decode.driver import Driver, advance_many, logits_of, make_runner
 from tests.decode.models import drafting_model, generate, greedy_reference, make_engine, random_ids, worst
 from tests.decode.patterns import long_model, walk
 from tests.model.families import FAMILIES, tiny_model
 
-from exitlm.decode.costs import measure
 from exitlm.decode.engine import Engine
 from exitlm.decode.fused import FusedModel
+from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.graphs import attend_in_chunks
-from exitlm.decode.step import SequenceState
+from exitlm.decode.measure_costs import measure
 from exitlm.model import EarlyExitModel
 
 Rows = list[dict[str, Any]]
@@ -49,14 +50,12 @@ def judged(rows: Rows) -> Rows:
 @torch.inference_mode()
 def decoded(fused: FusedModel, ids: list[int], start: int) -> torch.Tensor:
     """Logits of the positions from ``start - 1`` on, by a prefill and passes of one to five rows."""
-    state = SequenceState(fused, (), fused.new_cache(), len(ids))
-    found, rng, at = [fused.final_logits(state.prefill(ids[:start]))], random.Random(0), start
-    while at < len(ids):
-        count = min(rng.choice((1, 1, 2, 3, 5)), len(ids) - at)
-        hidden = state.advance(ids[at : at + count]).final_RD
-        assert hidden is not None
-        found.append(fused.final_logits(hidden))
-        at += count
+    runner = make_runner(fused, len(ids) + 64)
+    driver, rng = Driver(runner), random.Random(0)
+    found = [logits_of(runner, driver.advance(ids[:start]))[-1:]]
+    while driver.length < len(ids):
+        count = rng.choice((1, 1, 2, 3, 5))
+        found.append(logits_of(runner, driver.advance(ids[driver.length : driver.length + count])))
     return torch.cat(found)
 
 
@@ -80,7 +79,8 @@ def precision(device: torch.device, compile: str, quick: bool) -> Rows:
 
 
 def patterns(device: torch.device, compile: str, quick: bool) -> Rows:
-    """Random passes, exits and rollbacks, recorded against eager, within a bucket of keys and across boundaries."""
+    """Random passes, exits and rollbacks of several sequences, recorded against eager, within a bucket of keys and
+    across boundaries."""
     rows: Rows = []
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for start, steps in ((3, 12), (250, 6), (1018, 6)):
@@ -90,24 +90,53 @@ def patterns(device: torch.device, compile: str, quick: bool) -> Rows:
                 model = long_model(family, dtype, **sizes(family)).to(device)
                 pair = FusedModel(model, "none"), FusedModel(model, "none", compile)
                 with torch.inference_mode():
-                    found.append(walk(pair, [1, 2, 3, 4], start, steps, start))
+                    found.append(walk(pair, start, steps, start))
                 assert pair[1].static is not None
                 assert not pair[1].static.broken, "passes could not be recorded"
             rows.append({"what": f"patterns, {dtype}, from {start}", "value": max(found), "limit": LIMITS[dtype]})
     return judged(rows)
 
 
+def company(device: torch.device, compile: str, quick: bool) -> Rows:
+    """Logits of 1, 4, 8 and 16 rows of so many sequences, recorded, against the plain model's for each text alone; in
+    blocks that lie together and in scattered ones."""
+    rows: Rows = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for count in (1, 4, 8, 16):
+            found, plain = [0.0], [0.0]
+            for family in families(quick)[:: 1 if dtype == torch.float64 else 4]:
+                model = tiny_model(family, dtype, **sizes(family)).to(device)
+                runner = make_runner(FusedModel(model, "none", compile), 2 * count * 64)
+                texts = [random_ids(20 + i, i) for i in range(count)]
+                drivers = [Driver(runner, scatter=i % 3) for i in range(count)]
+                with torch.inference_mode():
+                    for driver, text in zip(drivers, texts, strict=True):
+                        driver.advance(text[:-3])
+                    for at in (-3, -2, -1):
+                        moves = [(driver, [text[at]]) for driver, text in zip(drivers, texts, strict=True)]
+                        out = [logits_of(runner, arrived)[0].double() for arrived in advance_many(moves)]
+                theirs = [model.logits(text)[0, -1].double() for text in texts]
+                exact = [model.double().logits(text)[0, -1] for text in texts]
+                found += [worst(a, b) for a, b in zip(out, exact, strict=True)]
+                plain += [worst(a, b) for a, b in zip(theirs, exact, strict=True)]
+                assert runner.fused.static is None or not runner.fused.static.broken, "passes could not be recorded"
+            limit = LIMITS[dtype] if dtype != torch.bfloat16 else 2 * max(plain) + 0.01
+            rows.append({"what": f"{count} sequences, {dtype}", "value": max(found), "limit": limit})
+    return judged(rows)
+
+
 def chunked_attention(device: torch.device, compile: str, quick: bool) -> Rows:
-    """Attention in chunks, some of them without a visible key, against float64."""
+    """Attention in chunks, some of them without a visible key, against float64; each row has keys of its own."""
     rows: Rows = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         generator = torch.Generator().manual_seed(0)
         found = [0.0]
-        for queries, size in ((4, 64), (12, 128), (128, 128)):
-            query = torch.randn(1, 2, queries, size, generator=generator).to(device, dtype)
-            seen = torch.randn(2, 2, 2048, size, generator=generator).to(device, dtype)[:, :, :1024]
-            mask = torch.zeros(queries, 1024, dtype=dtype, device=device)
-            mask[:, 400:] = max(-1e30, torch.finfo(dtype).min / 2)
+        for count, queries, size in ((1, 4, 64), (3, 12, 128), (16, 8, 128)):
+            query = torch.randn(count, 2, queries, size, generator=generator).to(device, dtype)
+            seen = torch.randn(2, count, 2, 1024, size, generator=generator).to(device, dtype)
+            mask = torch.zeros(count, queries, 1024, dtype=dtype, device=device)
+            for row in range(count):
+                mask[row, :, 400 - 20 * row :] = max(-1e30, torch.finfo(dtype).min / 2)
             exact = attend_in_chunks(query.double(), seen.double(), mask.double(), size**-0.5, 4)
             found.append(worst(attend_in_chunks(query, seen, mask, size**-0.5, 4).double(), exact))
         limit = 1e-3 if dtype == torch.float32 else 0.04
@@ -118,6 +147,17 @@ def chunked_attention(device: torch.device, compile: str, quick: bool) -> Rows:
 def on(model: EarlyExitModel, device: torch.device) -> EarlyExitModel:
     """A copy of a shared model on the device."""
     return copy.deepcopy(model).to(device)
+
+
+def together(engine: Engine, model: EarlyExitModel, way_of: list[dict[str, Any]], count: int) -> list[bool]:
+    """Whether texts that are decoded together, each in its own mode, are those of each alone."""
+    prompts = [random_ids(4 + i, 50 + i) for i in range(5)]
+    requests = [
+        (prompt, GenerationConfig.of({**way_of[i % len(way_of)], "max_new_tokens": count, "ignore_eos": True}))
+        for i, prompt in enumerate(prompts)
+    ]
+    out = {index: event.generation for index, _, event in engine.events(requests) if event.generation is not None}
+    return [out[i].token_ids == greedy_reference(model, prompt, count) for i, prompt in enumerate(prompts)]
 
 
 def texts(device: torch.device, compile: str, quick: bool) -> Rows:
@@ -134,6 +174,9 @@ def texts(device: torch.device, compile: str, quick: bool) -> Rows:
             reference = greedy_reference(model, prompt, 32)
             for engine in engines:
                 same += [generate(engine, prompt, **way, **settings).token_ids == reference for way in ways]
+            if seed == 0:
+                for engine in engines:
+                    same += together(engine, model, way_of=ways, count=32)
             settings |= {"mode": "threshold", "threshold": 0.5}
             for rule in ("probability", "gate"):
                 one, two = (generate(engine, prompt, rule=rule, **settings) for engine in engines)
@@ -174,9 +217,9 @@ def settings_of_generation(device: torch.device, compile: str, quick: bool) -> R
 def costs(device: torch.device, compile: str, quick: bool) -> Rows:
     """The costs that an engine measures are positive."""
     engine = Engine(on(drafting_model("llama"), device), compile=compile)
-    found = measure(engine.fused)
+    found = measure(engine.runner)
     assert all(value > 0 for value in (*found.layer, *found.head, *found.test.values(), *found.draft.values()))
     return [{"what": "seconds of a layer of a tiny model", "value": found.layer[0], "limit": 1.0}]
 
 
-CHECKS = (precision, patterns, chunked_attention, texts, settings_of_generation, costs)
+CHECKS = (precision, patterns, company, chunked_attention, texts, settings_of_generation, costs)

@@ -139,7 +139,7 @@ def test_every_setting_can_be_reached(run: Run, checkpoint: Path, adapter: Path)
         assert (code, json.loads(out)["token_ids"]) == (0, expected.token_ids), (words, err)
         if settings.get("mode") == "threshold":
             assert json.loads(out)["exit_layers"] == expected.exit_layers
-            assert json.loads(out)["stats"]["exits"] == expected.stats["exits"]
+            assert json.loads(out)["stats"]["exits"] == expected.stats.exits
     text = model.generate("hi", mode="full", max_new_tokens=9).text
     code, out, _ = run(*base[:-1], "--set", f"stop={json.dumps([text[4:6]])}", "mode=full", "max_new_tokens=9")
     assert (code, out) == (0, f"{text[: text.index(text[4:6])]}\n")

@@ -386,7 +386,7 @@ def test_a_setting_for_each_prompt(model_with_exits: exitlm.LLM) -> None:
         own = {name: value[i] if name in lists else value for name, value in settings.items()}
         its = model_with_exits.generate(prompt, **own)
         assert out.token_ids == its.token_ids
-        assert out.stats["mode"] == MODES[i]
+        assert out.stats.mode == MODES[i]
         assert len(out.token_ids) == (3, 5, 7)[i]
         assert bool(out.trace[0].top_logprobs) == (i == 1)
         assert out.exit_layers == its.exit_layers
@@ -490,8 +490,8 @@ def test_engine_settings_of_a_model(checkpoint: Path) -> None:
     small = exitlm.load(checkpoint, engine={"max_sequences": 2, "block_size": 4})
     assert (small.engine.options.max_sequences, small.engine.options.block_size) == (2, 4)
     assert len(small.generate(["a", "b", "c", "d"], **SHORT)) == 4
-    assert small.generate("hello there", **SHORT).stats["shared_tokens"] == 0
-    assert small.generate("hello there", **SHORT).stats["shared_tokens"] == 8
+    assert small.generate("hello there", **SHORT).stats.shared_tokens == 0
+    assert small.generate("hello there", **SHORT).stats.shared_tokens == 8
     for engine, message in (
         ({"max_sequence": 2}, "did you mean 'max_sequences'"),
         (5, "engine is 5"),

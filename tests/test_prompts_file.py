@@ -96,7 +96,7 @@ def test_each_line_is_what_generate_returns(llm: exitlm.LLM, tmp_path: Path) -> 
             assert answered_line[name] == getattr(expected, name)
         assert answered_line["mode"] == own.get("mode", "full")
         assert answered_line["stats"]["tokens"] == len(expected.token_ids)
-        assert answered_line["stats"]["prompt_tokens"] == expected.stats["prompt_tokens"]
+        assert answered_line["stats"]["prompt_tokens"] == expected.stats.prompt_tokens
         assert ("logprobs" in answered_line) == ("logprobs" in own)
     assert found[2]["exit_layers"] == [4, 1, 1]
     assert [len(entry["top"]) for entry in found[3]["logprobs"]] == [2, 2, 2]
@@ -165,17 +165,27 @@ def test_empty_lines_and_marks_are_skipped(tmp_path: Path) -> None:
 
 
 class Interrupting:
-    """A model that is interrupted at a call, and counts the calls; its answers are those of the model it stands for."""
+    """Decodes as ``decode_many``, counts the prompts that it is given, and is interrupted after some answers."""
 
-    def __init__(self, llm: exitlm.LLM, at: int | None = None) -> None:
-        self.llm, self.at, self.calls = llm, at, 0
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.prompts = at, 0
+        self.decode = prompts_file.decode_many
 
-    def generate(self, *prompt: Any, **options: Any) -> exitlm.Generation:
-        """As ``LLM.generate``."""
-        self.calls += 1
-        if self.calls - 1 == self.at:
-            raise KeyboardInterrupt
-        return self.llm.generate(*prompt, **options)
+    def __call__(self, llm: exitlm.LLM, prompts: Sequence[Any]) -> Iterator[Any]:
+        """Outcomes in the order of the prompts."""
+        self.prompts += len(prompts)
+        found = dict(self.decode(llm, prompts))
+        for count, line in enumerate(prompts):
+            if count == self.at:
+                raise KeyboardInterrupt
+            yield line.index, found[line.index]
+
+
+def answer_with(decode: Interrupting, *arguments: Any) -> prompts_file.Answered:
+    """``answer`` with another way of decoding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts_file, "decode_many", decode)
+        return answer(*arguments)
 
 
 @given(cut=st.floats(0, 1))
@@ -190,11 +200,11 @@ def test_a_file_cut_anywhere_is_finished_to_the_same_bytes(llm: exitlm.LLM, tmp_
     out.write_bytes(kept)
     before = answered(out, lines)
     assert (before.done, before.size) == (kept.count(b"\n"), kept.rfind(b"\n") + 1)
-    model = Interrupting(llm)
-    done = answer(model, lines, out)  # type: ignore[arg-type]
+    counting = Interrupting()
+    done = answer_with(counting, llm, lines, out)
     assert out.read_bytes() == whole
     assert (done.done, done.failed) == (7, 1)
-    assert model.calls == sum(line.index != 5 for line in lines[before.done :])
+    assert counting.prompts == sum(line.index != 5 for line in lines[before.done :])
 
 
 @pytest.mark.parametrize("at", range(5))
@@ -203,12 +213,12 @@ def test_an_interrupt_leaves_whole_lines(
 ) -> None:
     lines, out = read_prompts(write(tmp_path / "p.jsonl", *PROMPTS), SHORT), tmp_path / "a.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        answer(Interrupting(llm, at), lines, out)  # type: ignore[arg-type]
+        answer_with(Interrupting(at), llm, lines, out)
     assert f"stopped after {at} of 5 prompts; the same command continues\n" in capsys.readouterr().err
     assert len(read(out)) == at
-    model = Interrupting(llm)
-    assert answer(model, lines, out).done == 5  # type: ignore[arg-type]
-    assert model.calls == 5 - at
+    counting = Interrupting()
+    assert answer_with(counting, llm, lines, out).done == 5
+    assert counting.prompts == 5 - at
     assert [line["index"] for line in read(out)] == [0, 1, 2, 3, 4]
 
 

@@ -107,7 +107,6 @@ def test_no_value_of_another_type_counts_as_a_number_or_a_switch(model: exitlm.L
         ("threshold", torch.tensor(0.5), 0.5),
         ("threshold", np.float32(0.5), 0.5),
         ("threshold", 1, 1.0),
-        ("threshold", np.array([0.25, 0.5]), (0.25, 0.5)),
         ("threshold", {np.int64(1): torch.tensor(0.0), torch.tensor(3): np.float64(1.0)}, {1: 0.0, 3: 1.0}),
         ("temperature", torch.tensor(0.5), 0.5),
         ("temperature", 2, 2.0),
@@ -142,7 +141,7 @@ def test_prompts_and_token_ids(model: exitlm.LLM) -> None:
         model.encode, model.logits, model.exit_logits,
     ):  # fmt: skip
         said = refusals(call)
-        assert {"None", "1.5", "[True]", "[1.5]", "['x']", "b'x'"} <= said.keys()
+        assert {"None", "1.5", "[True]", "[1.5]", "b'x'"} <= said.keys()
     expected, text = model.logits(IDS), model.generate(IDS, max_new_tokens=3).token_ids
     for ids in (tuple(IDS), np.array(IDS), np.array(IDS, dtype=np.uint16), torch.tensor(IDS), list(map(np.int64, IDS))):
         assert torch.equal(model.logits(ids), expected)  # type: ignore[arg-type]

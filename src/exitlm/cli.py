@@ -132,10 +132,10 @@ def _answer_prompt(prompt: str, source: Mapping[str, Any], settings: Mapping[str
         warnings.warn("logprobs has no effect without --json or --prompts", stacklevel=2)
     llm = exitlm.load(**source)
     if json:
-        from exitlm.prompts_file import as_json, without_nan
+        from exitlm.prompts_file import as_json
 
         found = llm.generate(prompt, chat=chat, config=config)
-        print(json_format.dumps({**as_json(found), "stats": without_nan(found.stats)}))
+        print(json_format.dumps({**as_json(found), "stats": found.stats.to_json()}))
     elif config.n > 1:
         for number, choice in enumerate(llm.generate(prompt, chat=chat, config=config).choices, 1):
             print(f"[{number}] {choice.text}")
@@ -189,7 +189,7 @@ def _print_depth(llm: "LLM", prompt: str, chat: bool, config: "GenerationConfig"
     from rich.console import Console
 
     from exitlm import show
-    from exitlm.decode.generation import summarise
+    from exitlm.decode.generation import mean_depth, speed_of
     from exitlm.palette import palette
 
     console = Console(highlight=False, soft_wrap=True)
@@ -200,15 +200,15 @@ def _print_depth(llm: "LLM", prompt: str, chat: bool, config: "GenerationConfig"
         for token in piece.tokens:
             console.print(show.token(token.text, token.exit_layer, colours), end="")
         trace += piece.tokens
-    figures = summarise(trace, time.perf_counter() - started)
-    speed = "" if math.isnan(figures["tokens_per_second"]) else f"{figures['tokens_per_second']:.1f} tokens/s, "
+    speed = speed_of(len(trace), time.perf_counter() - started)
     console.print("\n")
     console.print(show.legend(colours))
-    console.print(
-        f"{figures['tokens']} token{'s' * (figures['tokens'] != 1)}, {speed}"
-        f"{figures['mean_layers']:.1f} of {llm.num_layers} layers on average",
-        style="dim",
-    )
+    if trace:
+        console.print(
+            f"{len(trace)} token{'s' * (len(trace) != 1)}, {'' if math.isnan(speed) else f'{speed:.1f} tokens/s, '}"
+            f"{mean_depth(trace):.1f} of {llm.num_layers} layers on average",
+            style="dim",
+        )
 
 
 def inspect(path: str) -> int:

@@ -81,12 +81,12 @@ class Setting:
     @property
     def acceptance(self) -> float | None:
         """The share of drafts that the full model accepted; None where nothing was drafted."""
-        drafted = sum(answer.stats["drafted"] for answer in self.answers)
-        return sum(answer.stats["accepted"] for answer in self.answers) / drafted if drafted else None
+        drafted = sum(answer.stats.drafted for answer in self.answers)
+        return sum(answer.stats.accepted for answer in self.answers) / drafted if drafted else None
 
 
 def _speed(answer: Generation) -> float:
-    seconds: float = answer.stats["decode_seconds"]
+    seconds: float = answer.stats.decode_seconds
     return max(len(answer.token_ids) - 1, 1) / max(seconds, 1e-9)
 
 

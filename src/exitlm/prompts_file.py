@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -223,13 +222,15 @@ def in_order(llm: LLM, lines: Sequence[Line]) -> Iterator[tuple[Line, Outcome]]:
 
 def decode_many(llm: LLM, prompts: Sequence[PromptLine]) -> Generator[tuple[int, Outcome], None, None]:
     """The index of each prompt with its generation, or with the error that ended it, in the order they finish in."""
-    requests: list[tuple[list[int] | UserError, GenerationConfig]] = []
-    for line in prompts:
-        try:
-            requests.append((llm.encode(line.prompt, chat=line.chat), line.config))
-        except UserError as error:
-            requests.append((error, line.config))
-    with contextlib.closing(llm.engine.finished(requests)) as outcomes:
+
+    def requests() -> Iterator[tuple[list[int] | UserError, GenerationConfig]]:
+        for line in prompts:
+            try:
+                yield llm.encode(line.prompt, chat=line.chat), line.config
+            except UserError as error:
+                yield error, line.config
+
+    with contextlib.closing(llm.engine.finished(requests())) as outcomes:
         for index, found in outcomes:
             yield prompts[index].index, found if found.error is None else found.error
 
@@ -237,8 +238,8 @@ def decode_many(llm: LLM, prompts: Sequence[PromptLine]) -> Generator[tuple[int,
 def _answer(line: Line, outcome: Outcome) -> dict[str, Any]:
     if isinstance(outcome, UserError):
         return {**line.head(), "error": f"line {line.number}: {outcome}"}
-    stats = {name: outcome.stats[name] for name in _STATS}
-    return {**line.head(), "finish_reason": outcome.finish_reason, **as_json(outcome), "stats": without_nan(stats)}
+    stats = {name: value for name, value in outcome.stats.to_json().items() if name in _STATS}
+    return {**line.head(), "finish_reason": outcome.finish_reason, **as_json(outcome), "stats": stats}
 
 
 def as_json(found: Generation) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def as_json(found: Generation) -> dict[str, Any]:
         "text": found.text,
         "token_ids": found.token_ids,
         "exit_layers": found.exit_layers,
-        "mode": found.stats["mode"],
+        "mode": found.stats.mode,
     }
     if found.choices:
         answer["choices"] = [{**as_json(one), "finish_reason": one.finish_reason} for one in found.choices[1:]]
@@ -257,11 +258,6 @@ def as_json(found: Generation) -> dict[str, Any]:
     if any(token.logprob is not None for token in found.trace):
         answer["logprobs"] = [{"logprob": token.logprob, "top": token.top_logprobs} for token in found.trace]
     return answer
-
-
-def without_nan(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures with None where there is none, since JSON has no NaN."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in stats.items()}
 
 
 def _dump(value: Mapping[str, Any]) -> bytes:

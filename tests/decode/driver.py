@@ -16,6 +16,8 @@ from exitlm.decode.options import EngineConfig
 from exitlm.decode.runner import Arrived, Runner
 
 BLOCK_SIZE = 8
+MAX_ROLLBACK = 4
+"""How far a sequence that gives blocks back can be rolled back behind what it had."""
 
 
 def make_runner(fused: FusedModel, positions: int = 1024, block_size: int = BLOCK_SIZE) -> Runner:
@@ -33,13 +35,13 @@ class Driver:
 
     def __init__(self, runner: Runner, *, scatter: int = 0, total: int = 0, leave_windows: bool = False) -> None:
         """``scatter``: after so many blocks the next one is not their neighbour (0: never). ``total``: the length of
-        the text, which decides longrope's rotations. ``leave_windows``: give back blocks that no row can see."""
+        the text, which decides longrope's rotations. ``leave_windows``: give back blocks that no row will see."""
         self.runner, self.scatter, self.leave_windows = runner, scatter, leave_windows
         original = runner.fused.original_context
         self.stretched = original is not None and total > original
         pool = runner.pool
         self.tables = [BlockTable(allocator, pool.block_size) for allocator in pool.allocators]
-        self.length = 0
+        self.length = self.floor = 0  # no rollback goes below the floor
         self.filled = [0] * runner.segments
         hidden_0D = torch.zeros(
             0, runner.fused.config.hidden_size, dtype=runner.fused.dtype, device=runner.fused.device
@@ -88,7 +90,8 @@ class Driver:
         if self.leave_windows:
             for group, table in zip(self.runner.pool.groups, self.tables, strict=True):
                 if group.window is not None:
-                    table.free_before(max(0, self.filled[group.segment] - group.window + 1))
+                    self.floor = max(self.floor, self.filled[group.segment] - MAX_ROLLBACK)
+                    table.free_before(max(0, self.floor - group.window + 1))
 
     def advance(self, tokens: Sequence[int], last: int | None = None) -> Arrived:
         """New rows to a boundary (None: the end), with all rows that wait before it. What the last pass brought there;
@@ -103,6 +106,7 @@ class Driver:
 
     def truncate(self, length: int) -> None:
         """Forget the positions from ``length`` on."""
+        assert length >= self.floor, "the blocks that the next row would see are gone"
         self.length = min(self.length, length)
         before = self.length
         for boundary, held in enumerate(self.held):

@@ -84,7 +84,7 @@ def some_costs(model: EarlyExitModel, layer: float = 1.0, head: float = 4.0, row
     exits = list(model.exit_heads())
     return Costs(
         rows=sizes,
-        layer=tuple(layer * (1 + row * (m - 1)) for m in sizes),
+        layer=(tuple(layer * (1 + row * (m - 1)) for m in sizes),),
         head=tuple(head * (1 + row * (m - 1)) for m in sizes),
         test=dict.fromkeys(exits, 0.2 * layer),
         draft=dict.fromkeys(exits, 0.2 * layer),

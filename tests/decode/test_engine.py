@@ -55,12 +55,12 @@ def test_the_result(engine: Engine, mode: str) -> None:
     assert out.text == "".join(f"[{i}]" for i in out.token_ids)
     assert [token.text for token in out.trace] == [f"[{i}]" for i in out.token_ids]
     stats = out.stats
-    assert stats["mode"] == mode
-    assert (stats["tokens"], stats["prompt_tokens"]) == (20, 5)
-    assert stats["mean_layers"] == sum(out.exit_layers) / 20
-    assert stats["tokens_per_second"] == pytest.approx(19 / stats["decode_seconds"])
-    assert stats["prefill_seconds"] > 0
-    assert stats["quant"] == "none"
+    assert stats.mode == mode
+    assert (stats.tokens, stats.prompt_tokens) == (20, 5)
+    assert stats.mean_layers == sum(out.exit_layers) / 20
+    assert stats.tokens_per_second == pytest.approx(19 / stats.decode_seconds)
+    assert stats.prefill_seconds > 0
+    assert stats.quant == "none"
     first = out.trace[0]
     assert (first.exit_layer, first.source, first.confidence, first.drafted) == (4, "final", {}, False)
     for token in out.trace:
@@ -68,25 +68,25 @@ def test_the_result(engine: Engine, mode: str) -> None:
         assert token.drafted == (mode == "lossless" and token.source != "final")
         assert all(0 <= score <= 1 for score in token.confidence.values())
     if mode == "full":
-        assert stats["exits"] == []
-        assert stats["rule"] is None
-        assert stats["acceptance"] is None
-        assert stats["layer_rows"] == 19 * 4
+        assert stats.exits == []
+        assert stats.rule is None
+        assert stats.acceptance is None
+        assert stats.layer_rows == 19 * 4
         assert not any(token.confidence for token in out.trace)
     else:
-        assert stats["exits"] == [1, 2, 3]
-        assert stats["rule"] == "gate"
-        assert stats["max_pending"] > 0
+        assert stats.exits == [1, 2, 3]
+        assert stats.rule == "gate"
+        assert stats.max_pending > 0
         tried = [token for token in out.trace[1:] if token.source == "exit"]
         assert tried
         for token in tried:
             assert max(token.confidence) == token.exit_layer
-            assert token.confidence[token.exit_layer] >= stats["thresholds"][token.exit_layer]
+            assert token.confidence[token.exit_layer] >= stats.thresholds[token.exit_layer]
     if mode == "threshold":
-        assert stats["drafted"] == 0
-        assert stats["layer_rows"] <= sum(out.exit_layers[1:]) + 4 * stats["max_pending"]
+        assert stats.drafted == 0
+        assert stats.layer_rows <= sum(out.exit_layers[1:]) + 4 * stats.max_pending
     if mode == "lossless":
-        assert stats["acceptance"] == stats["accepted"] / stats["drafted"]
+        assert stats.acceptance == stats.accepted / stats.drafted
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 3, "top_k": 5, "repetition_penalty": 1.3}])
@@ -172,8 +172,8 @@ def test_a_stop_string_inside_of_a_piece_of_several_tokens(mode: str) -> None:
         seen = "".join(f"[{i}]" for i in out.token_ids)
         assert word in seen
         assert word not in "".join(f"[{i}]" for i in out.token_ids[:-1])
-        assert len(out.trace) == len(out.exit_layers) == out.stats["tokens"] == len(out.token_ids)
-        assert out.stats["accepted"] == sum(token.drafted for token in out.trace)
+        assert len(out.trace) == len(out.exit_layers) == out.stats.tokens == len(out.token_ids)
+        assert out.stats.accepted == sum(token.drafted for token in out.trace)
         streamed = list(engine.stream(PROMPT, GenerationConfig.of({"stop": [word], **settings, **FREE})))
         assert "".join(piece.text for piece in streamed) == expected
         assert [i for piece in streamed for i in piece.token_ids] == out.token_ids
@@ -217,7 +217,7 @@ def test_a_stream_gives_what_generate_gives(engine: Engine, mode: str) -> None:
     assert [i for piece in pieces for i in piece.token_ids] == out.token_ids
     assert [layer for piece in pieces for layer in piece.exit_layers] == out.exit_layers
     assert "".join(piece.text for piece in pieces) == out.text
-    assert len(pieces) == out.stats["rounds"] + 1
+    assert len(pieces) == out.stats.rounds + 1
     if mode != "lossless":
         assert all(len(piece.tokens) == 1 for piece in pieces)
 
@@ -376,14 +376,14 @@ def test_exits_that_tuning_found_not_worth_a_test_are_off_by_default_and_this_is
     assert len(engine.notes) == 1
     assert "exits [1, 3], by what tuning measured; name them to use them: --exits 1,3" in engine.notes[0]
     out = generate(engine, PROMPT, mode="threshold", **FREE)
-    assert out.stats["exits"] == [2]
+    assert out.stats.exits == [2]
 
 
 def test_what_is_tested_by_default_depends_on_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "cached", lambda *_: 1 / 0)
     engine = make_engine(recorded(e1=NEVER, e2=SURE), costs=None)
     assert plan(engine, mode="threshold")[0] == [2, 3]
-    assert generate(engine, PROMPT, mode="threshold", **FREE).stats["exits"] == [2, 3]
+    assert generate(engine, PROMPT, mode="threshold", **FREE).stats.exits == [2, 3]
 
 
 def test_of_an_adapter_that_does_not_say_exits_with_a_threshold_below_1_are_tested() -> None:
@@ -428,9 +428,9 @@ def test_drafting_thresholds_come_from_calibration_and_costs() -> None:
     assert plan(engine, mode="lossless", threshold=0.4)[1] == {1: 0.4, 2: 0.4, 3: 0.4}
     for settings, layer, prior in (({}, 2, 0.95), ({}, 3, 0.7), ({"rule": "margin", "threshold": 0.5}, 2, 0.7)):
         engine.add(PROMPT, GenerationConfig.of(settings))
-        policy = engine.waiting[-1].policy
-        assert policy is not None
-        assert policy.exits[layer].prior == prior
+        drafting = engine.waiting[-1].drafting
+        assert drafting is not None
+        assert drafting.sources[layer].prior == prior
 
 
 def test_costs_are_measured_only_where_they_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,8 +458,8 @@ def test_a_measured_engine_and_a_given_table_write_the_same_text(tmp_path: Path)
 
 def test_speed_of_one_token_is_not_a_number(engine: Engine) -> None:
     out = generate(engine, PROMPT, max_new_tokens=1)
-    assert math.isnan(out.stats["tokens_per_second"])
-    assert out.stats["tokens"] == 1
+    assert math.isnan(out.stats.tokens_per_second)
+    assert out.stats.tokens == 1
 
 
 # ---- numbers that are none
@@ -518,7 +518,7 @@ def test_costs_of_a_busy_machine_are_named_and_measured_again(monkeypatch: pytes
     engine = make_engine(model, costs=None)
     settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
     for _ in range(2):  # a table serves for a while, whatever it is
-        assert generate(engine, PROMPT, **settings).stats["costs"] == "measured"
+        assert generate(engine, PROMPT, **settings).stats.costs == "measured"
         assert len(tables) == 1
         (note,) = engine.notes
         assert "this machine is busy (equal passes took up to 1.9 times as long)" in note
@@ -535,9 +535,9 @@ def test_a_table_that_was_measured_again_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine_module, "cached", lambda *_: replace(some_costs(model), origin=origin))
     engine = make_engine(model, costs=None)
     settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
-    assert generate(engine, PROMPT, **settings).stats["costs"] == origin
+    assert generate(engine, PROMPT, **settings).stats.costs == origin
     assert engine.notes == [f"the costs of passes were {origin}"]
-    assert generate(make_engine(model), PROMPT, mode="full").stats["costs"] == "given"
+    assert generate(make_engine(model), PROMPT, mode="full").stats.costs == "given"
 
 
 def test_a_machine_that_interrupts_every_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,7 +546,7 @@ def test_a_machine_that_interrupts_every_pass_is_named(monkeypatch: pytest.Monke
     monkeypatch.setattr(engine_module, "cached", lambda *_: guess)
     engine = make_engine(model, costs=None)
     settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
-    assert generate(engine, PROMPT, **settings).stats["costs"] == "guessed"
+    assert generate(engine, PROMPT, **settings).stats.costs == "guessed"
     assert "this machine is busy (equal passes were interrupted)" in engine.notes[0]
 
 

@@ -176,7 +176,7 @@ def test_a_whole_model_in_a_format(quant: str, family: str) -> None:
     model = drafting_model(family, dtype=torch.float32)
     engine = Engine(model, quant=quant, costs=some_costs(model))
     out = generate(engine, random_ids(5), max_new_tokens=12, threshold=0.05, ignore_eos=True, logprobs=1)
-    assert out.stats["quant"] == quant
+    assert out.stats.quant == quant
     text = [*random_ids(5), *out.token_ids]
     expected = torch.log_softmax(model.logits(text)[0], -1)
     found = torch.tensor([token.logprob for token in out.trace])

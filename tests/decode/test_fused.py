@@ -96,7 +96,7 @@ def test_longrope_rotates_anew_where_the_text_passes_the_original_length(mode: s
     found = generate(make_engine(model), prompt, mode=mode, max_new_tokens=14, ignore_eos=True, adaptive=False, **never)
     assert found.token_ids == expected
     if mode == "lossless":
-        assert found.stats["drafted"] > 3
+        assert found.stats.drafted > 3
 
 
 def test_longrope_does_not_depend_on_how_long_the_text_may_become() -> None:

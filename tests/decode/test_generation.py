@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, summarise
+from exitlm.decode.generation import Generation, GenerationConfig, Piece, Stats, TokenTrace, mean_depth, speed_of
 from exitlm.decode.sampling.sampler import Sampler
 from exitlm.errors import UserError
 from exitlm.palette import palette
@@ -29,7 +29,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rule": "margn"}, "did you mean 'margin'"),
     ({"draft": ("exits", "look-up")}, "did you mean 'lookup'"),
     ({"draft": "exit"}, "did you mean 'exits'"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"max_new_tokens": -1}, "max_new_tokens is -1"),
     ({"max_new_tokens": 1.5}, "whole number"),
     ({"max_new_tokens": "5"}, "whole number"),
     ({"patience": 0}, "patience"),
@@ -140,16 +140,17 @@ def test_a_configuration_does_not_change() -> None:
 
 def test_a_summary() -> None:
     trace = [TokenTrace(id=1, exit_layer=layer, source="exit") for layer in (4, 2, 3)]
-    assert summarise(trace, 0.5) == {"tokens": 3, "tokens_per_second": 4.0, "mean_layers": 3.0}
-    assert math.isnan(summarise(trace[:1], 0.0)["tokens_per_second"])
-    assert summarise([], 0.0)["tokens"] == 0
+    assert (speed_of(3, 0.5), mean_depth(trace)) == (4.0, 3.0)
+    assert math.isnan(speed_of(1, 0.5))
+    assert math.isnan(speed_of(3, 0.0))
+    assert math.isnan(mean_depth([]))
 
 
 def test_a_piece_and_a_generation_are_plain_data() -> None:
     trace = [TokenTrace(id=7, exit_layer=2, source="exit", confidence={2: 0.5}, text="a")]
     piece = Piece(text="a", tokens=trace)
     assert (piece.token_ids, piece.exit_layers) == ([7], [2])
-    stats = {"mode": "threshold", "exits": [1, 2]}
+    stats = Stats(mode="threshold", exits=[1, 2])
     out = Generation(text="a", token_ids=[7], exit_layers=[2], trace=trace, stats=stats, finish_reason="length")
     assert json.loads(json.dumps(dataclasses.asdict(out)))["trace"][0]["id"] == 7
 
@@ -163,7 +164,7 @@ def generation(words: list[str], layers: list[int], text: bool = True) -> Genera
         token_ids=[token.id for token in trace],
         exit_layers=layers,
         trace=trace,
-        stats={"mode": "threshold", "exits": [2, 3]},
+        stats=Stats(mode="threshold", exits=[2, 3]),
         finish_reason="length",
     )
 

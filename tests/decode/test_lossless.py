@@ -98,8 +98,8 @@ class Tally:
     def count(self, out: Generation) -> None:
         """Add one generation."""
         self.cases += 1
-        self.drafted += out.stats["drafted"]
-        self.accepted += out.stats["accepted"]
+        self.drafted += out.stats.drafted
+        self.accepted += out.stats.accepted
         self.stopped += out.finish_reason == "stop"
         for token in out.trace:
             self.sources[token.source] += 1
@@ -148,11 +148,11 @@ def check_trace(out: Generation, engine: Engine, settings: dict[str, Any]) -> No
         else:
             assert token.exit_layer == depth
     if settings["max_draft"] == 0:
-        assert out.stats["drafted"] == 0
+        assert out.stats.drafted == 0
     if settings["max_pending"] is not None:
-        assert out.stats["max_pending"] <= settings["max_pending"]
+        assert out.stats.max_pending <= settings["max_pending"]
     kept = sum(token.drafted for token in out.trace)
-    assert out.stats["accepted"] == kept <= out.stats["drafted"]
+    assert out.stats.accepted == kept <= out.stats.drafted
     assert out.exit_layers == [token.exit_layer for token in out.trace]
 
 
@@ -175,9 +175,9 @@ def test_many_drafts_are_accepted_in_one_round(family: str) -> None:
         engine, random_ids(4), max_new_tokens=41, threshold=0.0, draft="exits", max_draft=4, adaptive=False,
         ignore_eos=True,
     )  # fmt: skip
-    assert out.stats["accepted"] == out.stats["drafted"] == 32
-    assert out.stats["rounds"] == 8
-    assert out.stats["max_pending"] == 4
+    assert out.stats.accepted == out.stats.drafted == 32
+    assert out.stats.rounds == 8
+    assert out.stats.max_pending == 4
     assert out.exit_layers == [4, *[2, 2, 2, 2, 4] * 8]
 
 
@@ -207,7 +207,7 @@ def test_max_new_tokens_inside_of_drafts(limit: int) -> None:
         assert out.token_ids == full.token_ids
         assert out.finish_reason == "length"
         if draft == "exits":  # no draft that could not be used
-            assert out.stats["drafted"] == out.stats["accepted"] == limit - len(set(range(0, limit, 6)) | {limit - 1})
+            assert out.stats.drafted == out.stats.accepted == limit - len(set(range(0, limit, 6)) | {limit - 1})
 
 
 def test_drafts_are_penalised_for_the_drafts_before_them() -> None:
@@ -217,7 +217,7 @@ def test_drafts_are_penalised_for_the_drafts_before_them() -> None:
     full = generate(engine, [5, 6, 7], mode="full", **settings)
     out = generate(engine, [5, 6, 7], threshold=0.0, max_draft=6, draft="exits", adaptive=False, **settings)
     assert out.token_ids == full.token_ids
-    assert out.stats["accepted"] == out.stats["drafted"] == 30
+    assert out.stats.accepted == out.stats.drafted == 30
 
 
 def test_every_rule_drafts() -> None:
@@ -228,15 +228,15 @@ def test_every_rule_drafts() -> None:
             engine, random_ids(5), rule=rule, threshold=threshold, draft="exits", adaptive=False, max_new_tokens=40,
             ignore_eos=True,
         )  # fmt: skip
-        assert out.stats["drafted"] > 5, rule
-        assert out.stats["rule"] == rule
+        assert out.stats.drafted > 5, rule
+        assert out.stats.rule == rule
 
 
 @pytest.mark.parametrize("rule", ["probability", "margin", "entropy", "gate", "patience", "fixed", "decay"])
 def test_threshold_one_drafts_nothing_at_exits(rule: str) -> None:
     engine = make_engine(drafting_model("qwen3"))
     out = generate(engine, random_ids(5), rule=rule, threshold=1.0, draft="exits", max_new_tokens=10)
-    assert out.stats["drafted"] == 0
+    assert out.stats.drafted == 0
     assert set(out.exit_layers) == {4}
 
 
@@ -246,7 +246,7 @@ def test_a_model_without_exits_drafts_from_the_text() -> None:
     full = generate(engine, prompt, mode="full", max_new_tokens=30, ignore_eos=True)
     out = generate(engine, prompt, max_new_tokens=30, ignore_eos=True)
     assert out.token_ids == full.token_ids
-    assert out.stats["drafted"] > 0
+    assert out.stats.drafted > 0
 
 
 def compare_in_low_precision(dtype: torch.dtype, quant: str) -> tuple[int, int, int]:
@@ -260,7 +260,7 @@ def compare_in_low_precision(dtype: torch.dtype, quant: str) -> tuple[int, int, 
             full = generate(engine, prompt, mode="full", max_new_tokens=40, ignore_eos=True, logprobs=2)
             found = generate(engine, prompt, threshold=0.05, max_new_tokens=40, ignore_eos=True, adaptive=False)
             texts += 1
-            drafted += found.stats["drafted"]
+            drafted += found.stats.drafted
             if found.token_ids == full.token_ids:
                 continue
             differ += 1

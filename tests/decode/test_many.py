@@ -454,8 +454,8 @@ def test_scores_of_a_prompt_are_those_of_the_model(family: str, monkeypatch: pyt
             assert list(tops) == best.indices.tolist()
             assert list(tops.values()) == pytest.approx(best.values.tolist(), abs=1e-11)
         assert outs[3].prompt_logprobs == []
-        assert out.stats["prefill_seconds"] > 0
-        assert out.stats["tokens"] == 0
+        assert out.stats.prefill_seconds > 0
+        assert out.stats.tokens == 0
         alone = make_engine(model).generate(*busy)
         assert outs[0].token_ids == alone.token_ids
         check_idle(engine)
@@ -482,7 +482,7 @@ def test_scores_are_listed_once_when_a_prompt_is_preempted() -> None:
     outs = engine.generate_all(
         [(random_ids(10), config(max_new_tokens=30)), (prompt, config(max_new_tokens=3, prompt_logprobs=0))]
     )
-    assert outs[1].stats["preemptions"] > 0
+    assert outs[1].stats.preemptions > 0
     log_p = torch.log_softmax(model.logits(prompt)[0], -1)
     assert [value for value, _ in outs[1].prompt_logprobs] == pytest.approx(
         [float(log_p[at, prompt[at + 1]]) for at in range(34)], abs=1e-11
@@ -493,7 +493,7 @@ def test_a_prompt_without_new_tokens_and_without_scores_is_computed(engine: Engi
     """So that texts that begin like it share its keys."""
     out = engine.generate(random_ids(70), config(max_new_tokens=0))
     assert (out.token_ids, out.prompt_logprobs, out.finish_reason) == ([], [], "length")
-    assert engine.generate(random_ids(70), config()).stats["shared_tokens"] == 64
+    assert engine.generate(random_ids(70), config()).stats.shared_tokens == 64
 
 
 def test_drafts_of_a_round_are_as_many_as_rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,7 +511,7 @@ def test_drafts_of_a_round_are_as_many_as_rows_of_logits(monkeypatch: pytest.Mon
             make_engine(model), random_ids(4) * 5, max_new_tokens=90, threshold=0.0, max_draft=99, draft=draft,
             adaptive=False, ignore_eos=True,
         )  # fmt: skip
-        assert out.stats["drafted"] >= 63
+        assert out.stats.drafted >= 63
     assert max(rows) == 64
 
 

@@ -58,11 +58,11 @@ def sharing(model: EarlyExitModel, **over: Any) -> Engine:
 def check_alike(mine: Generation, its: Generation) -> None:
     """The same text, and scores to rounding."""
     assert mine.token_ids == its.token_ids
-    if mine.stats["mode"] != "lossless":
+    if mine.stats.mode != "lossless":
         assert mine.exit_layers == its.exit_layers
     for a, b in zip(mine.trace, its.trace, strict=True):
         assert a.logprob == pytest.approx(b.logprob, abs=1e-12)
-        if mine.stats["mode"] != "lossless":
+        if mine.stats.mode != "lossless":
             assert a.confidence == pytest.approx(b.confidence, abs=1e-12)
 
 
@@ -86,9 +86,9 @@ def test_a_prompt_that_begins_like_a_finished_text_computes_only_the_rest(
         whole = min(first, len(prompt) - 1) // SIZE * SIZE  # the newest token always runs
         rows.clear()
         out = engine.generate(prompt, config(mode, logprobs=1))
-        assert out.stats["shared_tokens"] >= whole  # more, where texts of the turns before went on alike
-        assert rows[0] == len(prompt) - out.stats["shared_tokens"]
-        assert out.stats["shared_tokens"] < len(prompt)
+        assert out.stats.shared_tokens >= whole  # more, where texts of the turns before went on alike
+        assert rows[0] == len(prompt) - out.stats.shared_tokens
+        assert out.stats.shared_tokens < len(prompt)
         check_alike(out, alone(model, prompt, config(mode, logprobs=1)))
         check_idle(engine)
 
@@ -118,8 +118,8 @@ def test_a_prompt_that_begins_like_a_running_text(family: str, mode: str, rows: 
     for key, prompt in begun.items():
         check_alike(found[key], alone(model, prompt, chosen))
         if key != first:
-            assert found[key].stats["shared_tokens"] >= 20
-            assert found[key].stats["shared_tokens"] % SIZE == 0
+            assert found[key].stats.shared_tokens >= 20
+            assert found[key].stats.shared_tokens % SIZE == 0
     assert min(rows) < SIZE + 3
     check_idle(engine)
 
@@ -137,8 +137,8 @@ def test_generated_tokens_are_shared_as_well(family: str, mode: str, rows: list[
         if turn:
             known = len(text) - 3  # that is what this turn adds; the last token of the turn before has no keys
             pending = 2 if mode == "threshold" else 0
-            assert out.stats["shared_tokens"] >= (known - 1 - pending) // SIZE * SIZE
-            assert rows[0] == len(text) - out.stats["shared_tokens"]
+            assert out.stats.shared_tokens >= (known - 1 - pending) // SIZE * SIZE
+            assert rows[0] == len(text) - out.stats.shared_tokens
         text = text + out.token_ids + random_ids(3, turn)
     assert engine.pool.allocators[0].cached > 10
 
@@ -148,7 +148,7 @@ def test_a_text_of_one_pass_is_shared(mode: str) -> None:
     engine = sharing(blocks_model("llama"))
     prompt = random_ids(20)
     for shared in (0, 16, 16):
-        assert engine.generate(prompt, config(mode, max_new_tokens=1)).stats["shared_tokens"] == shared
+        assert engine.generate(prompt, config(mode, max_new_tokens=1)).stats.shared_tokens == shared
 
 
 def test_tokens_that_are_pending_or_refused_are_not_shared() -> None:
@@ -176,7 +176,7 @@ def test_equal_prompts_that_come_together_share_where_they_are_choices(rows: lis
     """The others wait until the first has computed the prompt."""
     engine = sharing(blocks_model("llama"))
     out = engine.generate(random_ids(21), config("full", temperature=1.0, seed=1, n=5))
-    assert [choice.stats["shared_tokens"] for choice in out.choices] == [0, 20, 20, 20, 20]
+    assert [choice.stats.shared_tokens for choice in out.choices] == [0, 20, 20, 20, 20]
     assert rows[:2] == [21, 1 + 4]
 
 
@@ -188,20 +188,20 @@ def test_what_was_evicted_is_computed_again(family: str, rows: list[int]) -> Non
     engine = sharing(model, kv_bytes=room, prefill_chunk=16, max_rows=16)
     expected = alone(model, stem, chosen)
     engine.generate(stem, chosen)
-    assert engine.generate(stem, chosen).stats["shared_tokens"] == 24
+    assert engine.generate(stem, chosen).stats.shared_tokens == 24
     seen = set()
     for other in range(2, 12):
         engine.generate(random_ids(5 * (other % 5 + 1), other), chosen)
         out = engine.generate(stem, chosen)
         check_alike(out, expected)
-        seen.add(out.stats["shared_tokens"])
+        seen.add(out.stats.shared_tokens)
         check_idle(engine)
     assert len(seen) > 1
     engine.generate(random_ids(35, 99), chosen)
     rows.clear()
     out = engine.generate(stem, chosen)
     check_alike(out, expected)
-    assert sum(rows[: 2 if out.stats["shared_tokens"] < 12 else 1]) == 28 - out.stats["shared_tokens"]
+    assert sum(rows[: 2 if out.stats.shared_tokens < 12 else 1]) == 28 - out.stats.shared_tokens
 
 
 def test_nothing_is_shared_where_it_is_off_or_scores_are_wanted(rows: list[int]) -> None:
@@ -209,7 +209,7 @@ def test_nothing_is_shared_where_it_is_off_or_scores_are_wanted(rows: list[int])
     for engine, over in ((sharing(model, prefix_sharing=False), {}), (sharing(model), {"prompt_logprobs": 0})):
         for _ in range(2):
             rows.clear()
-            assert engine.generate(prompt, config("full", **over)).stats["shared_tokens"] == 0
+            assert engine.generate(prompt, config("full", **over)).stats.shared_tokens == 0
             assert rows[0] == 20
 
 
@@ -238,7 +238,7 @@ def test_stretched_texts_and_others_share_no_blocks(mode: str) -> None:
     chosen = config(mode, max_new_tokens=3, logprobs=1)
     for turn in range(2):
         outs = [engine.generate(prompt, chosen) for prompt in (short, long)]
-        assert [out.stats["shared_tokens"] for out in outs] == ([8, 28] if turn else [0, 0])
+        assert [out.stats.shared_tokens for out in outs] == ([8, 28] if turn else [0, 0])
         for out, prompt in zip(outs, (short, long), strict=True):
             check_alike(out, alone(model, prompt, chosen))
             assert out.token_ids == greedy_reference(model, prompt, 3)
@@ -258,11 +258,11 @@ def test_a_text_that_passes_the_original_context_is_computed_again(mode: str, le
         rows.clear()
         out = engine.generate(prompt, chosen)
         check_alike(out, expected)
-        assert out.stats["preemptions"] == (length <= ORIGINAL)
+        assert out.stats.preemptions == (length <= ORIGINAL)
         if length <= ORIGINAL and not turn:
             assert ORIGINAL in rows  # all but the newest, in other rotations
         if turn:
-            assert out.stats["shared_tokens"] >= length // SIZE * SIZE - SIZE
+            assert out.stats.shared_tokens >= length // SIZE * SIZE - SIZE
         check_idle(engine)
 
 

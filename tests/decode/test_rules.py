@@ -14,6 +14,7 @@ from exitlm.decode.rules import (
     RULES,
     SCORES,
     ExitRule,
+    ExitTest,
     check_threshold,
     decayed,
     entropy,
@@ -21,10 +22,11 @@ from exitlm.decode.rules import (
     margin,
     probability,
 )
-from exitlm.decode.step import RuleTest
 from exitlm.errors import UserError
 
-LOGITS = st.lists(st.floats(-30, 30), min_size=1, max_size=12).map(lambda row: torch.tensor(row, dtype=torch.float64))
+LOGITS = st.integers(1, 12).flatmap(
+    lambda size: st.lists(st.lists(st.floats(-30, 30), min_size=size, max_size=size), min_size=1, max_size=4)
+)
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -36,28 +38,49 @@ def softmax(row: list[float]) -> list[float]:
 
 @settings(deadline=None, derandomize=True, database=None)
 @given(LOGITS)
-def test_scores_are_what_they_say(logits: Tensor) -> None:
-    p = softmax(logits.tolist())
-    assert probability(logits) == pytest.approx(p[0], abs=1e-12)
-    assert margin(logits) == pytest.approx(p[0] - p[1] if len(p) > 1 else 1.0, abs=1e-12)
-    information = -sum(x * math.log(x) for x in p if x > 0)
-    expected = 1.0 if len(p) == 1 else 1.0 - information / math.log(len(p))
-    assert entropy(logits) == pytest.approx(expected, abs=1e-9)
-    assert all(0.0 <= score(logits) <= 1.0 for score in SCORES.values())
+def test_scores_are_what_they_say(rows: list[list[float]]) -> None:
+    logits_TK = torch.tensor(rows, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        p = softmax(row)
+        assert float(probability(logits_TK)[i]) == pytest.approx(p[0], abs=1e-12)
+        assert float(margin(logits_TK)[i]) == pytest.approx(p[0] - p[1] if len(p) > 1 else 1.0, abs=1e-12)
+        information = -sum(x * math.log(x) for x in p if x > 0)
+        expected = 1.0 if len(p) == 1 else 1.0 - information / math.log(len(p))
+        assert float(entropy(logits_TK)[i]) == pytest.approx(expected, abs=1e-9)
+    assert all(0.0 <= float(score) <= 1.0 for rule in SCORES.values() for score in rule(logits_TK))
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(LOGITS, st.data())
+def test_the_score_of_a_row_depends_on_no_other_row(rows: list[list[float]], data: st.DataObject) -> None:
+    """Not even on one that is not finite."""
+    logits_TK = torch.tensor(rows, dtype=torch.float64)
+    spoilt_TK = logits_TK.clone()
+    bad = data.draw(st.integers(0, len(rows) - 1))
+    spoilt_TK[bad] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    for rule in SCORES.values():
+        scores, spoilt = rule(logits_TK).tolist(), rule(spoilt_TK).tolist()
+        alone = [float(rule(row_K[None])) for row_K in logits_TK]
+        assert scores == pytest.approx(alone, abs=1e-12)
+        assert math.isnan(spoilt.pop(bad))
+        scores.pop(bad)
+        assert spoilt == pytest.approx(scores, abs=1e-12)
 
 
 def test_scores_of_logits_that_are_minus_infinity() -> None:
-    logits = torch.tensor([2.0, -torch.inf, 1.0])
-    assert probability(logits) == pytest.approx(1 / (1 + math.exp(-1)))
-    assert margin(logits) == pytest.approx((1 - math.exp(-1)) / (1 + math.exp(-1)))
-    assert 0.0 < entropy(logits) < 1.0
+    logits = torch.tensor([[2.0, -torch.inf, 1.0]])
+    assert probability(logits).tolist() == pytest.approx([1 / (1 + math.exp(-1))])
+    assert margin(logits).tolist() == pytest.approx([(1 - math.exp(-1)) / (1 + math.exp(-1))])
+    assert 0.0 < float(entropy(logits)) < 1.0
 
 
 @pytest.mark.parametrize("name", ["probability", "margin", "entropy"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_short_floats_are_computed_in_float32(name: str, dtype: torch.dtype) -> None:
-    logits = (torch.randn(2000, generator=torch.Generator().manual_seed(0)) + 24.0).to(dtype)
-    assert SCORES[name](logits) == pytest.approx(SCORES[name](logits.double()), rel=1e-3)
+    logits_TK = (torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)) + 24.0).to(dtype)
+    found, expected = SCORES[name](logits_TK), SCORES[name](logits_TK.double())
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
 
 
 @pytest.mark.parametrize("score", [0.0, 0.3, 1.0])
@@ -73,10 +96,10 @@ def test_a_score_at_the_threshold_fires() -> None:
 
 
 def test_a_saturated_softmax_does_not_fire_at_one() -> None:
-    logits = torch.tensor([1000.0, 0.0, 0.0])
+    logits = torch.tensor([[1000.0, 0.0, 0.0]])
     for name in ("probability", "margin", "entropy"):
-        assert SCORES[name](logits) == 1.0
-        assert not fires(SCORES[name](logits), 1.0)
+        assert SCORES[name](logits).tolist() == [1.0]
+        assert not fires(float(SCORES[name](logits)), 1.0)
 
 
 def test_the_decaying_threshold() -> None:
@@ -89,36 +112,21 @@ def test_the_decaying_threshold() -> None:
     assert decayed(0.5, 0, 0) == pytest.approx(0.55)
 
 
-class Head:
-    """A stand-in for a head: logits and a gate score that are given."""
-
-    def __init__(self, layer: int, logits: Tensor, gate: float = 0.0) -> None:
-        self.layer, self.row, self.score = layer, logits, gate
-        self.reads = 0
-
-    def logits(self, *_: Any) -> Tensor:
-        """The given row, counted."""
-        self.reads += 1
-        return self.row[None]
-
-    def gate(self, _: Tensor) -> float:
-        """The given score."""
-        return self.score
-
-    def token(self, index: int) -> int:
-        """Ids are shifted by 10, as for candidates."""
-        return index + 10
+Exit = tuple[int, Tensor]
+"""The layer of an exit, and its logits ``[K]``."""
 
 
-ROW = torch.zeros(1, 4)
-
-
-def run(rule: ExitRule, heads: list[Head], **options: Any) -> tuple[int | None, RuleTest]:
-    """The layer that fires, and the test as it is left."""
-    test = RuleTest(rule, **options)
-    for head in heads:
-        if test(head, ROW, ROW, None) is not None:
-            return head.layer, test
+def run(
+    rule: ExitRule, exits: list[Exit], gates: dict[int, float] | None = None, **options: Any
+) -> tuple[int | None, ExitTest]:
+    """The layer that fires, and the test as it is left. As an engine does, with the best row of the logits as token."""
+    test = ExitTest(rule, **options)
+    for layer, logits_K in exits:
+        if not test.tries(layer):
+            continue
+        score = float(SCORES[rule.name](logits_K[None])) * (1.0 if gates is None else gates[layer])
+        if test.fires(layer, score, int(logits_K.argmax())):
+            return layer, test
     return None, test
 
 
@@ -129,37 +137,40 @@ def peaked(token: int, height: float) -> Tensor:
 
 @pytest.mark.parametrize("name", ["probability", "margin", "entropy"])
 def test_the_first_exit_that_is_sure_enough_fires(name: str) -> None:
-    heads = [Head(layer, peaked(1, height)) for layer, height in ((1, 1.0), (2, 3.0), (3, 6.0))]
-    scores = [SCORES[name](head.row) for head in heads]
+    exits = [(layer, peaked(1, height)) for layer, height in ((1, 1.0), (2, 3.0), (3, 6.0))]
+    scores = [float(SCORES[name](logits_K[None])) for _, logits_K in exits]
     assert scores == sorted(scores)
     for threshold, expected in ((0.0, 1), (scores[1], 2), (scores[1] + 1e-6, 3), (scores[2] + 1e-6, None), (1.0, None)):
-        layer, test = run(ExitRule(name=name, thresholds=dict.fromkeys((1, 2, 3), threshold)), heads)
+        layer, test = run(ExitRule(name=name, thresholds=dict.fromkeys((1, 2, 3), threshold)), exits)
         assert layer == expected
         tried = scores[: 3 if expected is None else expected]
         assert list(test.confidence.values()) == tried
 
 
-def test_each_exit_has_its_own_threshold_and_inactive_ones_are_not_read() -> None:
-    heads = [Head(layer, peaked(1, 3.0)) for layer in (1, 2, 3)]
-    layer, test = run(ExitRule(name="probability", thresholds={1: 1.0, 3: 0.2}), heads)
+def test_each_exit_has_its_own_threshold_and_inactive_ones_are_not_tried() -> None:
+    exits = [(layer, peaked(1, 3.0)) for layer in (1, 2, 3)]
+    layer, test = run(ExitRule(name="probability", thresholds={1: 1.0, 3: 0.2}), exits)
     assert layer == 3
     assert set(test.confidence) == {1, 3}
-    assert [head.reads for head in heads] == [1, 0, 1]
 
 
 def test_skipped_exits_are_not_tried() -> None:
-    heads = [Head(layer, peaked(1, 3.0)) for layer in (1, 2)]
-    layer, _ = run(ExitRule(name="probability", thresholds={1: 0.0, 2: 0.0}), heads, skip=frozenset({1}))
+    exits = [(layer, peaked(1, 3.0)) for layer in (1, 2)]
+    layer, test = run(ExitRule(name="probability", thresholds={1: 0.0, 2: 0.0}), exits, skip=frozenset({1}))
     assert layer == 2
-    assert heads[0].reads == 0
+    assert set(test.confidence) == {2}
 
 
-def test_a_gate_reads_no_matrix_until_it_fires() -> None:
-    heads = [Head(1, peaked(1, 9.0), 0.4), Head(2, peaked(2, 1.0), 0.7), Head(3, peaked(3, 1.0), 0.9)]
-    layer, test = run(ExitRule(name="gate", thresholds=dict.fromkeys((1, 2, 3), 0.6)), heads)
+def test_a_gate_has_its_own_score() -> None:
+    """Whatever the logits say, as long as they are finite; its logits need not be there where it does not fire."""
+    exits = [(1, peaked(1, 9.0)), (2, peaked(2, 1.0)), (3, peaked(3, 1.0))]
+    rule = ExitRule(name="gate", thresholds=dict.fromkeys((1, 2, 3), 0.6))
+    layer, test = run(rule, exits, {1: 0.4, 2: 0.7, 3: 0.9})
     assert layer == 2
-    assert [head.reads for head in heads] == [0, 1, 0]
     assert test.confidence == {1: 0.4, 2: 0.7}
+    quiet = ExitTest(rule)
+    assert not quiet.fires(1, 0.4)
+    assert quiet.confidence == {1: 0.4}
 
 
 @pytest.mark.parametrize(
@@ -176,19 +187,19 @@ def test_a_gate_reads_no_matrix_until_it_fires() -> None:
 def test_patience_counts_successive_exits_that_agree(
     tokens: tuple[int, ...], patience: int, expected: int | None
 ) -> None:
-    heads = [Head(layer, peaked(token, 1.0)) for layer, token in enumerate(tokens, 1)]
+    exits = [(layer, peaked(token, 1.0)) for layer, token in enumerate(tokens, 1)]
     thresholds = dict.fromkeys(range(1, 5), PATIENCE_REACHED)
-    layer, test = run(ExitRule(name="patience", thresholds=thresholds, patience=patience), heads)
+    layer, test = run(ExitRule(name="patience", thresholds=thresholds, patience=patience), exits)
     assert layer == expected
     assert test.confidence[1] == 1 / patience
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_keeps_what_zero_and_one_mean(name: str) -> None:
-    heads = [Head(layer, peaked(layer, 1e4), 1.0) for layer in (1, 2)]
+    exits = [(layer, peaked(layer, 1e4)) for layer in (1, 2)]
     for threshold, expected in ((0.0, 1), (1.0, None)):
         rule = ExitRule(name=name, thresholds=dict.fromkeys((1, 2), threshold), patience=2)
-        assert run(rule, heads)[0] == expected
+        assert run(rule, exits)[0] == expected
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -198,32 +209,23 @@ def test_every_rule_keeps_what_zero_and_one_mean(name: str) -> None:
 )
 def test_logits_that_are_not_finite_never_fire(name: str, threshold: float, bad: list[float]) -> None:
     rule = ExitRule(name=name, thresholds={1: threshold}, patience=1)
-    layer, test = run(rule, [Head(1, torch.tensor(bad), 1.0)])
+    layer, test = run(rule, [(1, torch.tensor(bad))])
     assert layer is None
     assert math.isnan(test.confidence[1])
 
 
 def test_an_exit_without_a_number_ends_a_streak() -> None:
     rows = [peaked(0, 3.0), torch.full((8,), math.nan), peaked(0, 3.0), peaked(0, 3.0)]
-    heads = [Head(layer, row) for layer, row in enumerate(rows, 1)]
     rule = ExitRule(name="patience", thresholds=dict.fromkeys(range(1, 5), PATIENCE_REACHED), patience=2)
-    assert run(rule, heads)[0] == 4
-
-
-def test_only_rules_on_logits_cost_a_projection_for_an_exit_that_does_not_fire() -> None:
-    heads = {name: Head(1, peaked(1, 1.0), 0.1) for name in RULES if name != "fixed"}
-    for name, head in heads.items():
-        assert run(ExitRule(name=name, thresholds={1: 0.9}, patience=3), [head])[0] is None
-    assert {name for name, head in heads.items() if head.reads} == {*heads} - {"gate"}
+    assert run(rule, list(enumerate(rows, 1)))[0] == 4
 
 
 def test_decay_uses_the_position() -> None:
-    heads = [Head(1, peaked(1, 3.0))]
-    score = probability(heads[0].row)
-    threshold = (score - 0.05) / 0.9
-    rule = ExitRule(name="decay", thresholds={1: threshold})
-    assert run(rule, heads, position=0, length=50)[0] is None
-    assert run(rule, heads, position=49, length=50)[0] == 1
+    exits = [(1, peaked(1, 3.0))]
+    score = float(probability(exits[0][1][None]))
+    rule = ExitRule(name="decay", thresholds={1: (score - 0.05) / 0.9})
+    assert run(rule, exits, position=0, length=50)[0] is None
+    assert run(rule, exits, position=49, length=50)[0] == 1
 
 
 @pytest.mark.parametrize("threshold", [math.nan, -0.1, 1.1, math.inf, "0.5", None])

@@ -91,8 +91,8 @@ def compare(family: str, count: int) -> Counter[str]:
                 raise AssertionError(f"{family}: {request}") from error
             for one in mine.choices or [mine]:
                 seen["cases"] += 1
-                seen["accepted"] += one.stats["accepted"]
-                seen["refused"] += one.stats["drafted"] - one.stats["accepted"]
+                seen["accepted"] += one.stats.accepted
+                seen["refused"] += one.stats.drafted - one.stats.accepted
                 seen["stopped"] += one.finish_reason == "stop"
     return seen
 
@@ -154,7 +154,7 @@ def test_a_processor_that_fails_behind_drafts_alone_ends_no_lossless_text() -> N
     assert only not in full.token_ids
     out = engine.generate([5, 6], GenerationConfig(threshold=0.0, adaptive=False, draft="exits", **settings))
     assert out.token_ids == full.token_ids
-    assert out.stats["drafted"] > 3
+    assert out.stats.drafted > 3
     with pytest.raises(Exception, match="such a text can't be"):
         engine.generate([5, only], GenerationConfig(threshold=0.0, adaptive=False, draft="exits", **settings))
 
@@ -190,7 +190,7 @@ def test_drafts_that_are_dropped_by_their_successors_confidence_do_not_bias_the_
     found = engine.generate_all([(p, GenerationConfig(seed=seed, **drafting, **settings)) for p, seed in prompts])
     for mine, its in zip(found, full, strict=True):
         assert mine.token_ids == its.token_ids
-        accepted += mine.stats["accepted"]
+        accepted += mine.stats.accepted
     assert len(dropped) > 100
     assert accepted > 30
 
@@ -339,8 +339,8 @@ def test_choices(mode: str) -> None:
         assert many.choices[0] is many
         assert many.token_ids == one.token_ids
         assert len({tuple(choice.token_ids) for choice in many.choices}) == n
-        assert {choice.stats["seed"] for choice in many.choices} == {11}
-        assert all(choice.stats["shared_tokens"] == 32 for choice in many.choices[1:])
+        assert {choice.stats.seed for choice in many.choices} == {11}
+        assert all(choice.stats.shared_tokens == 32 for choice in many.choices[1:])
     again = engine.generate(prompt, GenerationConfig(n=5, **settings))
     assert [choice.token_ids for choice in again.choices] == [choice.token_ids for choice in many.choices]
 
@@ -358,17 +358,17 @@ def test_a_seed_that_was_not_given_is_told_and_reproduces() -> None:
     engine = make_engine(drafting_model("llama"))
     config = GenerationConfig(n=2, **SAMPLED)
     outs = engine.generate_all([(random_ids(5), config)] * 4)
-    seeds = [out.stats["seed"] for out in outs]
+    seeds = [out.stats.seed for out in outs]
     assert len(set(seeds)) == 4
     for out, seed in zip(outs, seeds, strict=True):
-        assert {choice.stats["seed"] for choice in out.choices} == {seed}
+        assert {choice.stats.seed for choice in out.choices} == {seed}
         again = engine.generate(random_ids(5), dataclasses.replace(config, seed=seed))
         assert [choice.token_ids for choice in again.choices] == [choice.token_ids for choice in out.choices]
     key = engine.add(random_ids(5), config)
     (end,) = [event for _ in range(200) for event in engine.step() if event.last]
     assert end.key == key
     assert end.generation is not None
-    again = engine.generate(random_ids(5), dataclasses.replace(config, n=1, seed=end.generation.stats["seed"]))
+    again = engine.generate(random_ids(5), dataclasses.replace(config, n=1, seed=end.generation.stats.seed))
     assert again.token_ids == end.generation.token_ids
 
 

@@ -98,8 +98,8 @@ def test_texts_fit_their_schemas(mode: str, count: int) -> None:
     texts = [out.token_ids for out in engine(prefix_sharing=False).generate_all(full)]
     if mode == "lossless":
         assert [out.token_ids for out in outs] == texts
-        assert sum(out.stats["drafted"] - out.stats["accepted"] for out in outs) > 10
-        assert sum(out.stats["accepted"] for out in outs) > 10
+        assert sum(out.stats.drafted - out.stats.accepted for out in outs) > 10
+        assert sum(out.stats.accepted for out in outs) > 10
     if mode == "threshold":
         assert min(layer for out in outs for layer in out.exit_layers) == 1
 
@@ -142,7 +142,7 @@ def test_grammars_in_company_and_after_preemption(mode: str) -> None:
         assert all(allocator.used == 0 for allocator in tight.pool.allocators)
         if "max_sequences" not in options:
             pairs = zip(outs, requests, strict=True)
-            assert sum(out.stats["preemptions"] for out, (_, chosen) in pairs if chosen.response_format) > 0
+            assert sum(out.stats.preemptions for out, (_, chosen) in pairs if chosen.response_format) > 0
 
 
 def test_forced_tokens_are_drafts_that_are_accepted() -> None:
@@ -151,10 +151,10 @@ def test_forced_tokens_are_drafts_that_are_accepted() -> None:
     assert out.token_ids == full.token_ids
     check_text(out, SMALL)
     forced = [token for token in out.trace if token.source == "grammar"]
-    assert out.stats["accepted"] == len(forced) == sum(token.drafted for token in out.trace)
+    assert out.stats.accepted == len(forced) == sum(token.drafted for token in out.trace)
     assert len(forced) > 5
-    assert out.stats["accepted"] / out.stats["drafted"] > 0.5
-    assert out.stats["rounds"] <= len(out.token_ids) - len(forced)
+    assert out.stats.accepted / out.stats.drafted > 0.5
+    assert out.stats.rounds <= len(out.token_ids) - len(forced)
     assert {token.exit_layer for token in forced} == {4}
     none = engine().generate(random_ids(5, 3, 400), config("lossless", draft="exits"))
     assert none.token_ids == full.token_ids

@@ -81,12 +81,12 @@ def test_no_cap_on_pending_tokens_changes_a_token(family: str) -> None:
         }
         prompt = random_ids(5, rng.randrange(99))
         free = generate(engine, prompt, **FREE, **settings)
-        reached.append(free.stats["max_pending"])
+        reached.append(free.stats.max_pending)
         for cap in (0, 1, 2, 7):
             capped = generate(engine, prompt, max_pending=cap, **FREE, **settings)
             assert capped.token_ids == free.token_ids
             assert capped.exit_layers == free.exit_layers
-            assert capped.stats["max_pending"] <= cap
+            assert capped.stats.max_pending <= cap
     assert max(reached) > 2
 
 
@@ -107,7 +107,7 @@ def test_a_threshold_for_each_exit() -> None:
     engine = make_engine(drafting_model("llama"))
     by_layer = generate(engine, random_ids(5), threshold={1: 1.0, 3: 0.0}, exits=[1, 3], **FREE)
     assert by_layer.exit_layers == [4] + [3] * 23
-    assert by_layer.stats["thresholds"] == {1: 1.0, 3: 0.0}
+    assert by_layer.stats.thresholds == {1: 1.0, 3: 0.0}
 
 
 def test_an_exit_with_candidates_gives_only_those() -> None:

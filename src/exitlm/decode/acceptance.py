@@ -1,121 +1,110 @@
-"""How far to draft: acceptance as it was observed in this text, weighed against measured costs.
+"""How often the drafts of a source are right: decayed counts with a prior, for one sequence and for all.
 
-Every number here is a function of the tokens and of the costs table, never of the clock, so the same request makes the
-same choices. A source that does not pay is left alone for a while and then tried again; it always drafts before it may
-be left alone.
+A source is an exit, or n-gram lookup with a match of n tokens; a confidence bin can be part of its key. A source that
+the scheduler leaves alone would never be seen to have improved, so after a pause it is offered as if it were always
+right. A probe that is refused doubles the next pause, one that is accepted halves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 
-from exitlm.decode.costs import Costs
-
-_MEMORY = 0.97
-_PRIOR_WEIGHT = 4.0
-_TRIALS = 4
+LOOKUP_PRIOR: Mapping[int, float] = {2: 0.35, 3: 0.5, 4: 0.65}
+_MEMORY, _TABLE_MEMORY = 0.985, 0.999
+_WEIGHT, _TABLE_WEIGHT, _LARGEST_WEIGHT = 4.0, 16.0, 16.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 256
-LOOKUP_PRIOR = {2: 0.35, 3: 0.5, 4: 0.65}
-MAX_DRAFT = 15  # of a round, where a request names no other
-MOST_DRAFTS = 63  # with the newest token: rows of final logits at once, and rows that a windowed pool has room for
+_PROBE = 0.99  # what a probe is taken for; 1 would be a certain token
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Acceptance:
-    """A decayed estimate of the chance that the next draft of a source is accepted."""
+    """A source in one sequence: the chance that its test fires, and that a draft of it is accepted.
+
+    ``prior`` and ``firing_prior`` are believed before anything was seen, as if ``weight`` drafts had told so.
+    Positions are output positions.
+    """
 
     prior: float
-    tried: float = 0.0
+    firing_prior: float = 1.0
+    weight: float = _WEIGHT
+    drafted: float = 0.0
     accepted: float = 0.0
+    tested: float = 0.0
+    fired: float = 0.0
     trials: int = 0
+    last: int = 0
     pause: int = _FIRST_PAUSE
-    resume_at: int = 0
 
     @property
     def rate(self) -> float:
-        """The estimate, in (0, 1)."""
-        return (self.prior * _PRIOR_WEIGHT + self.accepted) / (_PRIOR_WEIGHT + self.tried)
+        """The estimated chance that the next draft is accepted, in (0, 1) for such a prior."""
+        return (self.prior * self.weight + self.accepted) / (self.weight + self.drafted)
 
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Count a round: the drafts up to the first refusal were tried."""
+    @property
+    def firing(self) -> float:
+        """The estimated chance that the next test fires."""
+        return (self.firing_prior * self.weight + self.fired) / (self.weight + self.tested)
+
+    def is_probe(self, position: int) -> bool:
+        """Whether the source was left alone so long that it should be tried whatever the estimates say."""
+        return position - self.last >= self.pause
+
+    def odds(self, position: int, drafts: int = 0) -> tuple[float, float]:
+        """The chances (firing, acceptance) to plan with at ``position``, behind ``drafts`` that are not verified.
+
+        A first draft is judged kindly: a probe counts as right, and while little was tried, its acceptance is put one
+        standard deviation higher, or a few early refusals would end drafting where it pays."""
+        if drafts:
+            return self.firing, self.rate
+        if self.is_probe(position):
+            return 1.0, _PROBE
+        deviation = math.sqrt(self.rate * (1.0 - self.rate) / (_WEIGHT + self.trials))
+        return self.firing, min(1.0, self.rate + deviation)
+
+    def after_test(self, position: int, fired: bool) -> Acceptance:
+        """Count a test; one that did not fire ends a probe."""
+        probe = self.is_probe(position)
+        after = replace(self, tested=self.tested * _MEMORY + 1.0, fired=self.fired * _MEMORY + fired)
+        if fired:
+            return after  # its verification ends the probe
+        return replace(after, last=position, pause=min(2 * self.pause, _LONGEST_PAUSE) if probe else self.pause)
+
+    def after_drafts(self, position: int, drafted: int, accepted: int) -> Acceptance:
+        """Count a verified draft of ``drafted`` tokens: those up to the first refused one were tried."""
+        tried, pause = min(drafted, accepted + 1), self.pause
+        if self.is_probe(position):
+            pause = max(pause // 2, _FIRST_PAUSE) if accepted else min(2 * pause, _LONGEST_PAUSE)
+        decay = _MEMORY**tried
+        return replace(
+            self, drafted=self.drafted * decay + tried, accepted=self.accepted * decay + accepted,
+            trials=self.trials + tried, last=position, pause=pause,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AcceptanceTable:
+    """What all sequences together tell of each source: the prior of the next one. It starts from what tuning stored."""
+
+    stored: Mapping[Hashable, float] = field(default_factory=dict)
+    counts: Mapping[Hashable, tuple[float, float]] = field(default_factory=dict)
+
+    def prior(self, key: Hashable, default: float = 0.5) -> tuple[float, float]:
+        """The acceptance to expect of a source, and what it weighs: more, the more was seen of it."""
+        drafted, accepted = self.counts.get(key, (0.0, 0.0))
+        rate = (self.stored.get(key, default) * _TABLE_WEIGHT + accepted) / (_TABLE_WEIGHT + drafted)
+        return min(max(rate, 0.01), 0.99), min(_WEIGHT + drafted / _TABLE_WEIGHT, _LARGEST_WEIGHT)
+
+    def inform(self, key: Hashable, source: Acceptance) -> Acceptance:
+        """A sequence's source with what all sequences tell by now as its prior."""
+        prior, weight = self.prior(key, source.prior)
+        return replace(source, prior=prior, weight=weight)
+
+    def observed(self, key: Hashable, drafted: int, accepted: int) -> AcceptanceTable:
+        """The table after a verified draft of any sequence."""
         tried = min(drafted, accepted + 1)
-        self.tried = self.tried * _MEMORY + tried
-        self.accepted = self.accepted * _MEMORY + accepted
-        self.trials += tried
-
-    def paused(self, position: int, pays: bool) -> bool:
-        """Whether to leave this source alone at this output position."""
-        if pays or self.trials < _TRIALS:
-            return False
-        if position < self.resume_at:
-            return True
-        if self.resume_at:
-            self.pause = min(self.pause * 2, _LONGEST_PAUSE)
-        first = self.resume_at == 0
-        self.resume_at = position + self.pause
-        return first
-
-
-class DraftPolicy:
-    """Decides per source whether a draft pays and how long it should be."""
-
-    def __init__(
-        self, costs: Costs | None, priors: dict[int, float], max_draft: int | None, max_pending: int | None
-    ) -> None:
-        """``costs`` None means not adaptive: always draft, as long as ``max_draft`` allows."""
-        self.costs = costs
-        self.limit = min(MOST_DRAFTS, MAX_DRAFT if max_draft is None else max_draft)
-        self.exit_limit = self.limit if max_pending is None else min(self.limit, max_pending)
-        self.exits = {layer: Acceptance(prior) for layer, prior in priors.items()}
-        self.lookups = {n: Acceptance(prior) for n, prior in LOOKUP_PRIOR.items()}
-
-    def lookup_length(self, n: int, rows: int, room: int, position: int) -> int:
-        """How many tokens of an n-gram match to verify beside ``rows`` other rows; 0 for none."""
-        limit = min(self.limit, room)
-        if self.costs is None or limit < 1:
-            return max(0, limit)
-        source = self.lookups[n]
-        rate, base = source.rate, self.costs.full(rows)
-        best, length, expected = 1.0, 0, 1.0
-        for k in range(1, limit + 1):
-            expected += rate**k
-            speed = expected * base / self.costs.full(rows + k)
-            if speed > best:
-                best, length = speed, k
-        if source.paused(position, length > 0):
-            return 0
-        return max(1, length)
-
-    def skipped(self, position: int) -> frozenset[int]:
-        """Exits that should not be tried at this output position because their drafts do not pay here."""
-        if self.costs is None:
-            return frozenset()
-        skip = set()
-        for layer, source in self.exits.items():
-            pays = source.rate * self.costs.full() > self.costs.draft_cost(layer)
-            if source.paused(position, pays):
-                skip.add(layer)
-        return frozenset(skip)
-
-    def skipped_behind(self, chain: Sequence[int], skip: frozenset[int]) -> frozenset[int]:
-        """``skip`` and the exits where one more draft, behind unverified ones from the exits in ``chain``, would lower
-        the expected tokens per second of this round: it counts only if all before it are accepted."""
-        if self.costs is None or not chain:
-            return skip
-        expected, survives, spent = 1.0, 1.0, self.costs.full()
-        for rows, layer in enumerate(chain, 1):
-            survives *= self.exits[layer].rate
-            expected += survives
-            spent += self.costs.draft_cost(layer, rows)
-        cost = {layer: self.costs.draft_cost(layer, len(chain) + 1) for layer in self.exits}
-        return skip | {e for e, source in self.exits.items() if survives * source.rate * spent <= expected * cost[e]}
-
-    def observe_exit(self, layer: int, accepted: bool) -> None:
-        """Count a verified draft of an exit."""
-        if layer in self.exits:
-            self.exits[layer].observe(1, int(accepted))
-
-    def observe_lookup(self, n: int, drafted: int, accepted: int) -> None:
-        """Count a verified n-gram draft."""
-        self.lookups[n].observe(drafted, accepted)
+        before = self.counts.get(key, (0.0, 0.0))
+        decay = _TABLE_MEMORY**tried
+        after = (before[0] * decay + tried, before[1] * decay + accepted)
+        return replace(self, counts={**self.counts, key: after})

@@ -35,12 +35,9 @@ class Part:
 
     def blocks(self, group: int, block_size: int) -> list[int]:
         """The block of every ``block_size`` positions up to the newest row; 0 for those that are not read any more."""
-        found, position = [0] * (self.firsts[group] // block_size), self.firsts[group]
-        for first, count in self.reads[group]:
-            for slot in range(first - first % block_size, first + count, block_size):
-                if position // block_size == len(found):
-                    found.append(slot // block_size)
-                position = (position // block_size + 1) * block_size
+        found = [0] * (self.firsts[group] // block_size)
+        for first, count in self.reads[group]:  # only the first run may begin, and the last one end, within a block
+            found += range(first // block_size, (first + count - 1) // block_size + 1)
         return found
 
 

@@ -1,66 +1,43 @@
-"""What passes cost on this machine, and which exits pay by that measure.
+"""What passes cost: a table of seconds by rows and context, plain data without any clock or tensor.
 
-Costs act only on what the user left at its default. They are measured once per machine and shape and kept in the user's
-cache directory, so that choices, and with them texts, are the same from run to run. A table is kept only if its times
-agreed with each other (``spread``): what a busy machine gave serves one process. A kept one is compared with a few
-passes before it is used, and measured again where they deviate. Bounds: EE-LLM section 4; arXiv
-2211.17192 for the expected number of accepted drafts.
+:mod:`exitlm.decode.measure_costs` fills a table; the scheduler, the draft policy and the simulator read it. The second
+half of this file weighs exits against a table. Bounds: EE-LLM section 4; arXiv 2211.17192 for the expected number of
+accepted drafts.
 """
 
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
-import json
-import math
-import os
-import platform
-import resource
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import torch
-
-from exitlm.decode.batch import Batch
-from exitlm.decode.batch import Part as Rows
-from exitlm.decode.block_table import BlockTable
-from exitlm.decode.fused import FusedHead, FusedModel
-from exitlm.decode.rules import probability
-from exitlm.decode.runner import Runner
 from exitlm.model.record import Calibration
 
-_FORMAT = 6  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
-_SIZES = (1, 2, 4, 8, 16)
-_REPEATS, _ROUNDS = 3, 4
-_PATIENCE = 3.0  # seconds after which no further round of measuring begins
-_CELL_SECONDS = 0.5  # what one part may take in one round, beyond its second run
-_MAX_SWITCHES = 1  # how often the system may take the processor away while a pass is timed
 STEADY = 0.3  # the largest spread of a table that is kept: 0.1 on an idle machine, 0.8 to 50 on a busy one
-_DEVIATION = 1.5  # how far times relative to a kept table may lie from each other, or all of them from 1, squared
 _LARGEST_SUBSET = 4
+_SPEED_WEIGHT, _SHAPE_WEIGHT = 0.1, 0.1  # how far one pass moves all cells, and the cells next to it further
+_MAX_RATIO = 3.0  # a pass that was interrupted tells no more than this
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds of a layer and of the final head for a number of rows (``rows``), and of each exit's test and draft.
+    """Seconds of a layer (``layer[context][rows]``), of the final head (by rows), and of each exit's test and draft.
 
-    ``spread`` says how much longer than at best a part took, as a share, or fewer rows than more of them; ``origin``
-    where a table came from.
+    ``rows`` and ``contexts`` are the axes: the rows of a pass, each of a sequence of its own with so many tokens before
+    it. ``test`` and ``draft`` hold seconds for one row by the exit's layer; a draft is a test that reads the exit's
+    vocabulary matrix. ``speed`` multiplies everything; it follows the machine. ``spread`` says how much longer than at
+    best a part took, as a share, or fewer rows than more of them; ``origin`` where a table came from.
     """
 
     rows: tuple[int, ...]
-    layer: tuple[float, ...]
+    layer: tuple[tuple[float, ...], ...]
     head: tuple[float, ...]
     test: Mapping[int, float]
     draft: Mapping[int, float]
     num_hidden_layers: int
+    contexts: tuple[int, ...] = (128,)
+    speed: float = 1.0
     spread: float = 0.0
     origin: str = "given"
 
@@ -69,248 +46,83 @@ class Costs:
         """Whether the times agreed, so that they tell of the machine and not of what else it did."""
         return self.spread <= STEADY
 
-    def _at(self, table: Sequence[float], rows: int) -> float:
+    def _cell(self, rows: float) -> tuple[int, float]:
+        """The measured row count at or below ``rows``, and how far ``rows`` lies on the way to the next one."""
+        right = bisect.bisect_left(self.rows, rows)
+        if right == 0 or self.rows[right] == rows:
+            return right, 0.0
+        low, high = self.rows[right - 1], self.rows[right]
+        return right - 1, (rows - low) / (high - low)
+
+    def _at(self, table: Sequence[float], rows: float) -> float:
         """Linear interpolation over the measured row counts; beyond the last, proportional growth."""
         if rows >= self.rows[-1]:
-            return table[-1] * rows / self.rows[-1]
-        right = bisect.bisect_left(self.rows, rows)
-        if self.rows[right] == rows:
-            return table[right]
-        low, high = self.rows[right - 1], self.rows[right]
-        share = (rows - low) / (high - low)
-        return table[right - 1] * (1 - share) + table[right] * share
+            return table[-1] * (rows / self.rows[-1]) * self.speed
+        left, share = self._cell(rows)
+        return (table[left] + share * (table[left + 1] - table[left]) if share else table[left]) * self.speed
+
+    def _layer(self, rows: float, context: float) -> float:
+        """Seconds of a layer: linear between contexts and beyond the longest, constant below the shortest."""
+        near = self._at(self.layer[0], rows)
+        if context <= self.contexts[0] or len(self.contexts) == 1:
+            return near
+        right = min(bisect.bisect_left(self.contexts, context), len(self.contexts) - 1)
+        low, high = self.contexts[right - 1], self.contexts[right]
+        if right > 1:
+            near = self._at(self.layer[right - 1], rows)
+        return near + (context - low) / (high - low) * (self._at(self.layer[right], rows) - near)
+
+    def span(self, first: int, last: int, rows: float, context: float = 0.0) -> float:
+        """Seconds of the layers from ``first`` up to ``last`` on ``rows`` rows with ``context`` tokens before each."""
+        return (last - first) * self._layer(rows, context) if rows and last > first else 0.0
+
+    def final(self, rows: float = 1) -> float:
+        """Seconds of the final head on ``rows`` rows."""
+        return self._at(self.head, rows) if rows else 0.0
+
+    def tests(self, layer: int, rows: float = 1, *, draft: bool = True) -> float:
+        """Seconds of the test of the exit at ``layer`` on ``rows`` rows, with its token where ``draft`` says so.
+
+        Only one row is measured; a vocabulary matrix is taken to grow with rows as the final head does."""
+        one = self.draft[layer] if draft else self.test[layer]
+        growth = self._at(self.head, rows) / self.head[0] if rows > 1 and self.head[0] else self.speed
+        return one * growth if rows else 0.0
 
     def layers(self, count: int, rows: int) -> float:
         """Seconds of ``count`` layers on ``rows`` rows."""
-        return count * self._at(self.layer, rows)
+        return self.span(0, count, rows)
 
-    def full(self, rows: int = 1) -> float:
+    def full(self, rows: float = 1, context: float = 0.0) -> float:
         """Seconds of all layers and the final head on ``rows`` rows."""
-        return self.layers(self.num_hidden_layers, rows) + self._at(self.head, rows)
+        return self.deep(0, rows, context)
 
-    def deep(self, after: int, rows: int) -> float:
+    def deep(self, after: int, rows: float, context: float = 0.0) -> float:
         """Seconds of the layers behind layer ``after`` and the final head on ``rows`` rows."""
-        return self.layers(self.num_hidden_layers - after, rows) + self._at(self.head, rows)
+        return self.span(after, self.num_hidden_layers, rows, context) + self.final(rows)
 
     def draft_cost(self, layer: int, rows: int = 1) -> float:
         """Seconds that one more draft from the exit at ``layer`` adds to a round that verifies ``rows`` rows so far."""
-        return self.layers(layer, 1) + self.draft[layer] + self.deep(layer, rows + 1) - self.deep(layer, rows)
+        return self.layers(layer, 1) + self.tests(layer) + self.deep(layer, rows + 1) - self.deep(layer, rows)
 
+    def observed(self, predicted: float, seconds: float, rows: int, context: float = 0.0) -> Costs:
+        """The table after a pass of ``rows`` rows that took ``seconds`` where the table said ``predicted``.
 
-def ideal(fused: FusedModel) -> Costs:
-    """Costs by bytes alone, in units of a layer at any number of rows: the bound of a machine where rows are free."""
-    config = fused.config
-    layer = 4 * config.hidden_size * config.num_attention_heads * config.head_dim
-    layer += 3 * config.hidden_size * config.intermediate_size
-    head = config.hidden_size * config.vocab_size / layer
-    share = {
-        e: head if h.candidate_list is None else head * len(h.candidate_list) / config.vocab_size
-        for e, h in fused.heads.items()
-    }
-    return Costs(
-        rows=(1, 16), layer=(1.0, 1.0), head=(head, head), test=dict.fromkeys(share, 0.0), draft=share,
-        num_hidden_layers=config.num_hidden_layers,
-    )  # fmt: skip
-
-
-def _seconds(action: Callable[[], object], before: Callable[[], object], device: torch.device) -> list[float]:
-    """Times of ``action``, each time after ``before``, which is not timed; the first one only warms up. A time in which
-    the system took the processor away is left out, so that a busy machine may leave none: two threads that share a core
-    give times that are equal, and a hundred times too long."""
-    found: list[float] = []
-    begun, count = time.perf_counter(), 0
-    while count < 2 or (count <= _REPEATS and time.perf_counter() - begun < _CELL_SECONDS):
-        before()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken, begin = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw, time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - begin
-        if count and resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - taken <= _MAX_SWITCHES:
-            found.append(seconds)
-        count += 1
-    return found
-
-
-Part = tuple[str, int]
-Timed = tuple[Callable[[], object], Callable[[], object]]
-"""What is timed: ``layers`` or ``head`` with a number of rows, ``test`` or ``gate`` with an exit's layer."""
-
-
-@contextmanager
-def _parts(runner: Runner) -> Iterator[dict[Part, Timed]]:
-    """What to time, and what to run before each time: another part, as in decoding, so that the processor's caches hold
-    the other's weights then. Borrows blocks of the pool; a pool that has none left gives nothing to time."""
-    fused, pool, context = runner.fused, runner.pool, 128
-    context = min(context, fused.config.max_position_embeddings - _SIZES[-1])
-    tables = [BlockTable(allocator, pool.block_size) for allocator in pool.allocators]
-    try:
-        if context < 1 or not all(table.ensure(context + _SIZES[-1]) for table in tables):
-            yield {}
-            return
-        for group, table in enumerate(tables):
-            pool.clear(group, table.blocks)
-        reads = [group.window for group in pool.groups]
-        tokens = [i % fused.config.vocab_size for i in range(_SIZES[-1])]
-        hidden = fused.embed(tokens)
-
-        def batch(rows: int) -> Batch:
-            firsts = tuple(0 if window is None else max(0, context + 1 - window) for window in reads)
-            seen = tuple(tuple(t.slots(at, context + rows - at)) for t, at in zip(tables, firsts, strict=True))
-            writes = tuple(tuple(table.slots(context, rows)) for table in tables)
-            return Batch.of((Rows(context, rows, firsts, seen, writes),))
-
-        batches = {rows: batch(rows) for rows in _SIZES}
-
-        def layers(rows: int) -> None:
-            runner.run(0, runner.segments, batches[rows], fused.embed(tokens[:rows]))
-
-        def final(rows: int) -> None:
-            fused.final_logits(hidden[:rows]).argmax(-1).tolist()
-
-        def test(head: FusedHead) -> None:
-            probability(head.logits(hidden[:1], hidden[:1], hidden[:1])).tolist()
-
-        one = partial(layers, 1)
-        parts: dict[Part, Timed] = {}
-        for rows in _SIZES:
-            parts["layers", rows] = partial(layers, rows), partial(final, rows)
-            parts["head", rows] = partial(final, rows), partial(layers, rows)
-        for e, exit_head in fused.heads.items():
-            parts["test", e] = partial(test, exit_head), one
-            if exit_head.has_gate:
-                parts["gate", e] = partial(exit_head.gates, hidden[:1]), one
-        yield parts
-    finally:
-        for table in tables:
-            table.release()
-
-
-@torch.inference_mode()
-def measure(runner: Runner) -> Costs:
-    """Time layers, heads and exits twice (a second or two for a small model), and again as long as a part took more
-    than ``STEADY`` longer than at best, for some seconds at most. The best times count.
-
-    One round can't tell a busy machine from a slow one: all times of a part may be too long by the same factor.
-    """
-    with _parts(runner) as parts:
-        best, spread = _rounds(parts, runner.fused.device)
-    fused = runner.fused
-    if not parts or max(best.values()) == math.inf:  # not one pass had the processor to itself
-        guess = ideal(fused)
-        return replace(guess, test=guess.draft, spread=math.inf, origin="guessed")
-    L = fused.config.num_hidden_layers
-    # more rows never cost less: what is below is noise of the clock
-    layer = list(itertools.accumulate((best["layers", rows] / L for rows in _SIZES), max))
-    head = list(itertools.accumulate((best["head", rows] for rows in _SIZES), max))
-    # every token leaves its key in a block's cache
-    block = {e: layer[0] if exit_head.block is not None else 0.0 for e, exit_head in fused.heads.items()}
-    draft = {e: block[e] + best["test", e] for e in fused.heads}
-    test = {e: block[e] + best.get(("gate", e), best["test", e]) for e in fused.heads}
-    return Costs(
-        rows=_SIZES, layer=tuple(layer), head=tuple(head), test=test, draft=draft, num_hidden_layers=L, spread=spread,
-        origin="measured",
-    )  # fmt: skip
-
-
-def _rounds(
-    parts: Mapping[Part, tuple[Callable[[], object], Callable[[], object]]], device: torch.device
-) -> tuple[dict[Part, float], float]:
-    """The best time of each part, and how far its usual times lie above it in the last round."""
-    best = dict.fromkeys(parts, math.inf)
-    spread, begun = math.inf, time.perf_counter()
-    for number in range(_ROUNDS if parts else 0):
-        usual = dict.fromkeys(parts, math.inf)
-        for part, (action, before) in parts.items():
-            if time.perf_counter() - begun > _PATIENCE:
-                break
-            if times := _seconds(action, before, device):
-                usual[part], best[part] = statistics.median(times), min([*times, best[part]])
-        if max(best.values()) < math.inf:
-            falls = [best["layers", few] / best["layers", more] for few, more in itertools.pairwise(_SIZES)]
-            spread = max(*(usual[part] / best[part] for part in parts), *falls) - 1.0
-        if (number and spread <= STEADY) or time.perf_counter() - begun > _PATIENCE:
-            break
-    return best, spread
-
-
-@torch.inference_mode()
-def deviation(runner: Runner, costs: Costs) -> tuple[float, float]:
-    """The least and the largest time of a few passes, as a multiple of what the table says; 1 where the machine is too
-    busy to say."""
-    L, found = costs.num_hidden_layers, []
-    with _parts(runner) as parts:
-        for name, rows in (("layers", 1), ("layers", 8), ("head", 1)):
-            if parts and (times := _seconds(*parts[name, rows], runner.fused.device)):
-                found.append(min(times) / (costs.layers(L, rows) if name == "layers" else costs._at(costs.head, rows)))
-    return min(found, default=1.0), max(found, default=1.0)
-
-
-def cached(runner: Runner, directory: Path) -> Costs:
-    """The table that is kept in ``directory`` for this machine and these shapes, if a few passes take what it says;
-    else :func:`measure`, kept if the times agreed. ``origin`` says which."""
-    fused = runner.fused
-    exits = {e: repr(head.config) for e, head in fused.heads.items()}
-    shape = {k: v for k, v in asdict(fused.config).items() if isinstance(v, (int, float, str))}
-    machine = (platform.processor(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__,
-               str(fused.device), fused.compile, _device_name(fused.device))  # fmt: skip
-    identity = (_FORMAT, shape, exits, fused.quant, machine, str(fused.dtype))
-    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
-    path = directory / "costs" / f"{key}.json"
-    try:
-        kept = _kept(json.loads(path.read_text()), fused)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        kept = None  # absent or damaged
-    origin = "measured"
-    if kept is not None:
-        least, most = deviation(runner, kept)
-        if most / least <= _DEVIATION and _DEVIATION**-2 <= least <= most <= _DEVIATION**2:
-            return kept
-        origin = f"measured again, since passes take {least:.2f} to {most:.2f} times as long as was kept"
-    costs = measure(runner)
-    if not costs.steady:  # a kept table was steady when it was measured
-        return costs if kept is None else replace(kept, origin=origin.replace("measured again, since", "kept, though"))
-    costs = replace(costs, origin=origin)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(asdict(costs)))
-        partial.replace(path)
-    except OSError:
-        pass  # a cache that can't be written only means measuring again
-    return costs
-
-
-def _kept(data: Any, fused: FusedModel) -> Costs:
-    """A stored table, checked. Raises one of Python's own errors for anything else."""
-    layer, head = (tuple(map(float, data[name])) for name in ("layer", "head"))
-    test, draft = ({int(e): float(v) for e, v in data[name].items()} for name in ("test", "draft"))
-    seconds = (*layer, *head, *test.values(), *draft.values())
-    if (
-        data["rows"] != list(_SIZES)
-        or not len(layer) == len(head) == len(_SIZES)
-        or not test.keys() == draft.keys() == fused.heads.keys()
-        or not all(0.0 < value < math.inf for value in seconds)
-        or not 0.0 <= float(data["spread"]) <= STEADY
-    ):
-        raise ValueError("this is no table of costs of this model")
-    depth, spread = fused.config.num_hidden_layers, float(data["spread"])
-    return Costs(
-        rows=_SIZES, layer=layer, head=head, test=test, draft=draft, num_hidden_layers=depth, spread=spread,
-        origin="kept",
-    )  # fmt: skip
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+        Most of a deviation is the machine's (another program, another clock rate) and moves every cell alike, which
+        changes no decision; what remains moves the cells next to the pass. More rows never cost less: the pass is right
+        and older cells give way.
+        """
+        ratio = min(max(seconds / predicted, 1 / _MAX_RATIO), _MAX_RATIO)
+        left, share = self._cell(min(rows, self.rows[-1]))
+        change = ratio**_SHAPE_WEIGHT
+        column = min(range(len(self.contexts)), key=lambda c: abs(self.contexts[c] - context))
+        cells = list(self.layer[column])
+        for i, weight in ((left, 1.0 - share), (left + 1, share)):
+            if weight:
+                cells[i] *= 1.0 + weight * (change - 1.0)
+        falling = itertools.accumulate(reversed(cells[: left + 1]), min)
+        cells[: left + 1] = reversed(list(falling))
+        layer = (*self.layer[:column], tuple(itertools.accumulate(cells, max)), *self.layer[column + 1 :])
+        return replace(self, layer=layer, speed=self.speed * ratio**_SPEED_WEIGHT)
 
 
 def choose_drafting(

@@ -21,32 +21,44 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from exitlm.decode.acceptance import DraftPolicy
+from exitlm.decode.acceptance import AcceptanceTable
 from exitlm.decode.batch import Batch
 from exitlm.decode.block_allocator import next_key
 from exitlm.decode.block_table import BlockTable
-from exitlm.decode.costs import Costs, cached
+from exitlm.decode.costs import Costs
+from exitlm.decode.drafting import Drafting
 from exitlm.decode.fair_lock import FairLock
 from exitlm.decode.formats import resolve_format
 from exitlm.decode.fused import FusedModel
-from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace, failed, summarise
+from exitlm.decode.generation import (
+    Generation,
+    GenerationConfig,
+    Piece,
+    Stats,
+    TokenTrace,
+    failed,
+    mean_depth,
+    speed_of,
+)
 from exitlm.decode.grammar import GrammarCompiler, GrammarState
 from exitlm.decode.graphs import resolve_compile
 from exitlm.decode.hidden_pool import HiddenPool
 from exitlm.decode.lookup import NgramIndex
+from exitlm.decode.measure_costs import cached
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.output import Output
 from exitlm.decode.planning import Exits, Plan, make_plan
 from exitlm.decode.rules import SCORES, ExitTest, fires
 from exitlm.decode.runner import Arrived, Runner
 from exitlm.decode.sampling.sampler import NoTokenLeft, finite_rows
+from exitlm.decode.scheduler import Exit, Limits, Rate, SequenceView, next_pass
 from exitlm.decode.sequence import Draft, Sequence
 from exitlm.decode.text import TextStream, Tokenizer
 from exitlm.errors import UserError
@@ -54,7 +66,7 @@ from exitlm.model.decoder import EarlyExitModel
 from exitlm.weights.store import cache_directory
 
 MEASURE_AGAIN = 30.0  # seconds from one measurement on a busy machine to the next
-MAX_PENDING = 64  # positions that wait at most where a request sets no cap; it changes no token
+MAX_PENDING = 64  # positions of a sequence that wait at most, if its request sets no lower cap; no token depends on it
 _EXPECTED_TOKENS = 512  # blocks beside each other are kept free for as many
 _FINAL_ROWS = 64  # rows of final logits at once
 Ids = collections.abc.Sequence[int]
@@ -76,6 +88,17 @@ class Event:
     def last(self) -> bool:
         """Whether nothing follows for this text."""
         return self.generation is not None or self.error is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A pass: from boundary ``first`` to ``last``, how many rows of which sequences, and the keys of those whose newest
+    row is tested at ``last``."""
+
+    first: int
+    last: int
+    members: list[tuple[Sequence, int]]
+    tested: set[int]
 
 
 class Engine:
@@ -100,6 +123,8 @@ class Engine:
         matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
         self.quant = resolve_format(quant, matrices)
         self.config, self.tokenizer, self.options = model.config, tokenizer, options or EngineConfig()
+        if self.options.threads is not None:
+            torch.set_num_threads(self.options.threads)
         self.fused = FusedModel(model, self.quant, resolve_compile(compile, model.device))
         self.runner = Runner(self.fused, self.options)
         self.pool = self.runner.pool
@@ -118,6 +143,10 @@ class Engine:
         self._in_step, self._to_abort = False, list[int]()
         self._busy, self._begun = 0.0, 0.0
         self._compiler: GrammarCompiler | None = None
+        self._rate, self._acceptance = Rate(), AcceptanceTable()
+        self._limits = Limits(
+            max_rows=self.options.max_rows, prefill_chunk=self.options.prefill_chunk, max_wait=self.options.max_wait
+        )
         self._notes: dict[str, str] = {}
         self._costs, self._cache_dir = costs, cache_dir
         self._next_measure = 0.0
@@ -141,7 +170,7 @@ class Engine:
             self._admit()
             chosen = self._next_pass()
             if chosen is not None:
-                self._run(*chosen)
+                self._timed(chosen)
         except BaseException as error:
             self._drop_all(error)
             raise
@@ -152,29 +181,140 @@ class Engine:
             self._busy = self._now()
             self._begun = time.perf_counter()
 
-    def _next_pass(self) -> tuple[int, list[tuple[Sequence, int]]] | None:
-        """The boundary that a pass begins at, and how many rows of which sequences it takes from there."""
+    def _next_pass(self) -> _Chosen | None:
+        """What to run next. Where nothing is to be weighed, all that is ready starts together and goes to the end."""
+        for sequence in list(self.running):
+            if sequence.filled[0] >= sequence.prefill_end and not sequence.prepared and not sequence.moving:
+                self._prepare(sequence)
+        alone = len(self.running) == 1
+        if any(s.is_priced or (not alone and s.plan.rule is not None) for s in self.running):
+            return self._priced_pass()
         moving = [sequence for sequence in self.running if sequence.moving]
         if moving:
             first = min(sequence.front for sequence in moving)
-            return first, [(s, s.rows_at(first)) for s in moving if s.front == first]
+            return self._chosen(first, [(s, s.rows_at(first)) for s in moving if s.front == first])
         room, ready = self.options.prefill_chunk, []
         for sequence in list(self.running):
-            if sequence.filled[0] >= sequence.prefill_end:
-                if not sequence.prepared and not self._prepare(sequence):
-                    continue
-                rows = sequence.rows_at(0)
-            else:
-                rows = min(room, sequence.rows_at(0))
+            rows = sequence.rows_at(0)
+            if sequence.filled[0] < sequence.prefill_end:
+                rows = min(room, rows)
                 room -= rows
             if rows and self._reserve(sequence, rows):
                 ready.append((sequence, rows))
-        ready = [(s, rows) for s, rows in ready if s.tables]  # some may have been preempted for others
-        return (0, ready) if ready else None
+        return self._chosen(0, [(s, rows) for s, rows in ready if s.tables])  # others may have been preempted for some
 
-    def _run(self, first: int, members: list[tuple[Sequence, int]]) -> None:
-        """Take rows from boundary ``first`` to the next one where something happens to one of them."""
-        last = self._end(first, members)
+    def _chosen(self, first: int, members: list[tuple[Sequence, int]]) -> _Chosen | None:
+        """A pass of these rows to the next boundary where one is tested or others wait, or to the end."""
+        if not members:
+            return None
+        fronts = {sequence.front for sequence in self.running if sequence.moving} if len(self.running) > 1 else ()
+        for boundary in range(first + 1, self.runner.segments):
+            tested = {s.key for s, count in members if self._tries(s, boundary, s.filled[first] + count)}
+            comes_along = any(s.filled[boundary] < s.filled[boundary - 1] for s, _ in members)
+            if tested or comes_along or boundary in fronts:
+                return _Chosen(first, boundary, members, tested)
+        return _Chosen(first, self.runner.segments, members, set())
+
+    def _priced_pass(self) -> _Chosen | None:
+        """What the scheduler chooses by the price of time."""
+        found = next_pass([self._view(s) for s in self.running], self.costs, self._rate, self._limits)
+        if found is None:
+            return None
+        by_key, bounds = {sequence.key: sequence for sequence in self.running}, self.runner.bounds
+        members: list[tuple[Sequence, int]] = []
+        for member in found.members:
+            sequence = by_key[member.key]
+            if found.first == 0:
+                if not self._reserve(sequence, member.rows):
+                    continue
+                if not sequence.prefilling:  # drafts that were not taken
+                    sequence.drop_drafts(sequence.filled[0] + member.rows - len(sequence.ids))
+            members.append((sequence, member.rows))
+        members = [(sequence, rows) for sequence, rows in members if sequence.tables]
+        tested = {member.key for member in found.members if member.tested}
+        return _Chosen(bounds.index(found.first), bounds.index(found.last), members, tested) if members else None
+
+    def _view(self, sequence: Sequence) -> SequenceView:
+        """A sequence as the scheduler sees it."""
+        filled, bounds = sequence.filled, self.runner.bounds
+        waiting = tuple(
+            (bounds[b], filled[b - 1] - filled[b]) for b in range(len(filled) - 1, 0, -1) if filled[b - 1] > filled[b]
+        )
+        moving = max(0, sequence.deep_end - filled[-1])
+        if sequence.prefilling:
+            prompt = sequence.prefill_end - filled[0]
+            return SequenceView(
+                key=sequence.key, mode=sequence.config.mode, prefill=True, prompt=prompt, waiting=waiting,
+                moving=moving, context=filled[0], waited=sequence.waited,
+            )  # fmt: skip
+        unstarted = sequence.length - filled[0]
+        ready: tuple[float, ...] = (1.0,) * unstarted
+        worth: tuple[float, ...] = ()
+        mode = "full" if sequence.test is None else "threshold"
+        layers = [] if sequence.test is None else [e for e in sequence.plan.exits if sequence.test.tries(e)]
+        exits = tuple(Exit(layer=e) for e in layers)
+        if sequence.is_priced:
+            assert sequence.drafting is not None
+            mode, worths, verified = "lossless", sequence.worths(), len(sequence.ids) - 1
+            ready = tuple(worths[max(0, filled[0] - verified) :]) if unstarted else ()
+            worth = tuple(worths[filled[-1] + moving - verified : filled[0] - verified])
+            odds = [
+                sequence.drafting.odds(e, self._acceptance, sequence.generated, len(sequence.drafts)) for e in layers
+            ]
+            exits = tuple(
+                Exit(layer=e, firing=firing, acceptance=right) for e, (firing, right) in zip(layers, odds, strict=True)
+            )
+        return SequenceView(
+            key=sequence.key, mode=mode, ready=ready, waiting=waiting, moving=moving, worth=worth, exits=exits,
+            context=filled[0], waited=sequence.waited,
+        )  # fmt: skip
+
+    def _timed(self, chosen: _Chosen) -> None:
+        """Run a pass and tell the scheduler what it took and gave, and each that waited how long."""
+        begin, costs = time.perf_counter(), self._costs
+        if costs is None:
+            return self._run(chosen)
+        decoding = [sequence for sequence in self.running if not sequence.prefilling]
+        before = sum(sequence.generated for sequence in decoding)
+        keys = {sequence.key for sequence, _ in chosen.members}
+        at_end, worth, heads, rows = chosen.last == self.runner.segments, 0.0, 0, 0
+        for sequence, count in chosen.members:
+            if not sequence.prefilling:
+                rows += count
+                if at_end and sequence.is_priced:
+                    heads += count
+                    worth += sum(sequence.worths()[:count])
+                elif at_end and sequence.filled[chosen.first] + count >= len(sequence.ids):
+                    heads += 1
+        context = sum(sequence.filled[0] for sequence in self.running) / len(self.running)
+        self._run(chosen)
+        seconds = time.perf_counter() - begin
+        for sequence in self.running:
+            if sequence.key not in keys and sequence.pending:
+                sequence.waited += seconds
+        if not rows:
+            return None
+        bounds, tests = self.runner.bounds, len(chosen.tested)
+
+        def by_table(count: int) -> float:
+            found = costs.span(bounds[chosen.first], bounds[chosen.last], count, context) + costs.final(heads)
+            return found + (costs.tests(bounds[chosen.last], tests) if tests else 0.0)
+
+        everything = sum(count for _, count in chosen.members)
+        predicted, whole, B = by_table(rows), by_table(everything), len(decoding)
+        emitted = sum(sequence.generated for sequence in decoding) - before
+        full = costs.full(B, context)
+        self._rate = self._rate.observed(
+            expected=(worth or emitted) / B, done=emitted / B, predicted=predicted / full,
+            measured=seconds * predicted / whole / full,
+        )  # fmt: skip
+        if costs.origin != "given":
+            self._costs = costs.observed(whole, seconds, everything, context)
+        return None
+
+    def _run(self, chosen: _Chosen) -> None:
+        """Take rows from one boundary to another, and do what happens there."""
+        first, last, members = chosen.first, chosen.last, chosen.members
         parts, tokens, slots = [], [], []
         for sequence, count in members:
             start = sequence.filled[first]
@@ -188,29 +328,19 @@ class Engine:
         layers = self.runner.bounds[last] - self.runner.bounds[first]
         for sequence, count in members:
             end = sequence.filled[first] + count
+            # a draft goes deep if it is worth it, and pending rows may ride along; all other rows have to
+            goes = sequence.is_priced or sequence.moving if first else sequence.prefilling or not sequence.is_priced
             sequence.filled[first:last] = [end] * (last - first)
-            if first == 0:
-                sequence.deep_end = end
+            sequence.waited = 0.0
+            if goes:
+                sequence.deep_end = max(sequence.deep_end, end)
             if sequence.generated:
                 sequence.tally.layer_rows += count * layers
         if last < self.runner.segments:
             self._wait(first, last, members, arrived)
-            self._test(last, members, arrived)
+            self._test(chosen, arrived)
         else:
             self._finish_rows(first, members, arrived)
-
-    def _end(self, first: int, members: list[tuple[Sequence, int]]) -> int:
-        """The next boundary where a row is tested, others wait to come along, or the layers end."""
-        fronts = {sequence.front for sequence in self.running if sequence.moving} if len(self.running) > 1 else ()
-        for boundary in range(first + 1, self.runner.segments):
-            if boundary in fronts:
-                return boundary
-            for sequence, count in members:
-                if sequence.filled[boundary] < sequence.filled[boundary - 1]:
-                    return boundary
-                if self._tries(sequence, boundary, sequence.filled[first] + count):
-                    return boundary
-        return self.runner.segments
 
     def _tries(self, sequence: Sequence, boundary: int, end: int) -> bool:
         """Whether a pass that brings the rows below ``end`` to a boundary brings one that is tested there."""
@@ -228,12 +358,12 @@ class Engine:
 
     # ---- at an exit
 
-    def _test(self, boundary: int, members: list[tuple[Sequence, int]], arrived: Arrived) -> None:
+    def _test(self, chosen: _Chosen, arrived: Arrived) -> None:
         """Score the newest rows that are tested at this exit; where a rule fires, the token or draft is there."""
-        rows, tested, row = [], [], -1
-        for sequence, count in members:
+        rows, tested, row, boundary = [], [], -1, chosen.last
+        for sequence, count in chosen.members:
             row += count
-            if self._tries(sequence, boundary, sequence.filled[boundary - 1]):
+            if sequence.key in chosen.tested:
                 rows.append(row)
                 tested.append(sequence)
         if not rows:
@@ -246,7 +376,7 @@ class Engine:
                 gates[i] = score
             quiet = [i for i in gated if not fires(gates[i], tested[i].plan.threshold(layer))]
             for i in quiet:
-                self._tested(tested[i]).fires(layer, gates[i])
+                self._fires(tested[i], layer, gates[i])
             left = [i for i in range(len(rows)) if i not in quiet]
             rows, tested, gates = [rows[i] for i in left], [tested[i] for i in left], [gates[i] for i in left]
             if not rows:
@@ -256,7 +386,7 @@ class Engine:
         scores, best = self._scores(logits_TK, tested)
         for i, sequence in enumerate(tested):
             token = head.token(best[i])
-            if not self._tested(sequence).fires(layer, scores[i] * gates[i], token):
+            if not self._fires(sequence, layer, scores[i] * gates[i], token):
                 continue
             if not sequence.plain:
                 try:
@@ -270,9 +400,13 @@ class Engine:
             self._fired(sequence, layer, token, raw_TK[i], head.candidate_ids)
 
     @staticmethod
-    def _tested(sequence: Sequence) -> ExitTest:
+    def _fires(sequence: Sequence, layer: int, score: float, token: int | None = None) -> bool:
+        """Whether the rule of a sequence fires for its newest row."""
         assert sequence.test is not None
-        return sequence.test
+        fired = sequence.test.fires(layer, score, token)
+        if sequence.drafting is not None:
+            sequence.drafting.tested(layer, sequence.generated, fired)
+        return fired
 
     def _restricted(self, raw_TK: Tensor, tested: list[Sequence], candidates_K: Tensor | None) -> Tensor:
         """Logits without what each sequence may not write."""
@@ -301,14 +435,17 @@ class Engine:
 
     def _fired(self, sequence: Sequence, layer: int, token: int, raw_K: Tensor, candidates_K: Tensor | None) -> None:
         """An exit has decided the newest row: its token goes out or is drafted, and its rows stay pending."""
-        test = self._tested(sequence)
-        sequence.test = None
-        cap = sequence.config.max_pending
-        if sequence.config.mode == "lossless" or sequence.pending <= (MAX_PENDING if cap is None else cap):
+        test, sequence.test = sequence.test, None
+        assert test is not None
+        cap = MAX_PENDING if sequence.config.max_pending is None else min(MAX_PENDING, sequence.config.max_pending)
+        if sequence.config.mode == "lossless" or sequence.pending <= cap:
             sequence.deep_end = 0
             sequence.tally.max_pending = max(sequence.tally.max_pending, sequence.pending)
         if sequence.config.mode == "lossless":
-            sequence.extend_drafts([Draft(token, layer, "exit", confidence=test.confidence)])
+            assert sequence.drafting is not None
+            drafted = len(sequence.drafts)
+            _, estimate = sequence.drafting.odds(layer, self._acceptance, sequence.generated, drafted)
+            sequence.extend_drafts([Draft(token, layer, "exit", layer, estimate, test.confidence)])
             return
         raw_V = expand(raw_K, candidates_K, self.config.vocab_size) if sequence.config.logprobs else raw_K
         sequence.tally.rounds += 1
@@ -350,15 +487,15 @@ class Engine:
                     self._tell(sequence)
 
     def _verify(self, sequence: Sequence, raw_RV: Tensor, best: list[int], finite: list[bool]) -> None:
-        """Row i decides draft i, if there is one; the row after the last accepted one gives one token more."""
-        drafts, tally = sequence.take_drafts(), sequence.tally
-        confidence = {} if sequence.test is None else sequence.test.confidence
-        sequence.test = None
+        """Row i decides draft i, if there is one; the row after the last accepted one gives one token more. Rows that
+        did not come along stay where they are as long as all before them was right."""
+        drafts, tally, test = sequence.take_drafts(), sequence.tally, sequence.test
+        confidence = {} if test is None else test.confidence
         if sequence.generated:
             tally.rounds += 1
         else:
             tally.first = self._now()
-        taken, kept = 0, True
+        taken, kept, prepared = 0, True, sequence.prepared
         for i in range(len(best)):
             self._check_finite(sequence, finite[i])
             draft = drafts[i] if i < len(drafts) else None
@@ -367,15 +504,22 @@ class Engine:
             trace = TokenTrace(id=token, exit_layer=self.runner.bounds[-1], source="final", confidence=confidence)
             if draft is not None:
                 trace.confidence = draft.confidence
+                self._count(sequence, draft, kept)
             if draft is not None and kept:
                 trace.exit_layer, trace.source, trace.drafted = draft.layer, draft.source, True
             taken += kept
             self._emit(sequence, trace, raw_RV[i])
             if not kept or sequence.output.finish_reason is not None:
                 break
-        if drafts:
-            self._count(sequence, drafts, taken)
-        self._roll_back(sequence)
+        if kept and sequence.output.finish_reason is None:
+            tally.drafted += taken
+            sequence.extend_drafts(drafts[taken:])
+            sequence.prepared = prepared
+        else:
+            tally.drafted += len(drafts)
+            sequence.test = None
+            self._roll_back(sequence)
+        tally.accepted += taken
         self._tell(sequence)
 
     def _emit(self, sequence: Sequence, token: TokenTrace, raw_V: Tensor) -> None:
@@ -385,18 +529,11 @@ class Engine:
         sequence.append(token.id)
         sequence.output.push(token)
 
-    def _count(self, sequence: Sequence, drafts: list[Draft], taken: int) -> None:
-        """Note which drafts of a round were accepted."""
-        policy = sequence.policy
-        assert policy is not None
-        sequence.tally.drafted += len(drafts)
-        sequence.tally.accepted += taken
-        exits = [draft for draft in drafts if draft.source == "exit"]
-        for i, draft in enumerate(exits[: taken + 1]):
-            policy.observe_exit(draft.layer, i < taken)
-        found = [draft for draft in drafts if draft.source == "lookup"]
-        if found and taken >= len(exits):
-            policy.observe_lookup(found[0].ngram, len(found), taken - len(exits))
+    def _count(self, sequence: Sequence, draft: Draft, kept: bool) -> None:
+        """Note whether a source was right."""
+        assert sequence.drafting is not None
+        sequence.drafting.verified(draft.key, sequence.generated, kept)
+        self._acceptance = self._acceptance.observed(draft.key, 1, int(kept))
 
     def _roll_back(self, sequence: Sequence) -> None:
         """Forget what was computed for refused drafts; all positions but the newest have keys at every depth then."""
@@ -445,34 +582,36 @@ class Engine:
             if rule is not None and position >= config.min_exit_tokens:
                 sequence.test = ExitTest(rule, position, sequence.output.max_new_tokens)
             return True
-        policy, known = sequence.policy, len(sequence.drafts)
-        assert policy is not None
-        if not known:
-            sequence.skip = policy.skipped(sequence.generated)
+        drafting, known = sequence.drafting, len(sequence.drafts)
+        assert drafting is not None
         room = sequence.output.max_new_tokens - sequence.generated - 1
         if original is not None and not sequence.stretched:  # drafts don't cross into other rotations
             room = min(room, original - len(sequence.ids))
         room -= known
         if room < 1:
             return True
-        final = self.runner.bounds[-1]
-        if sequence.grammar is not None and "grammar" in config.draft:
-            forced = sequence.grammar.jump_forward()[:room]
-            if forced:
-                sequence.extend_drafts([Draft(token, final, "grammar") for token in forced])
-                sequence.prepared = True
-                return True
-        if sequence.index is not None:
-            found, n = sequence.index.draft([draft.token for draft in sequence.drafts], min(room, policy.limit))
-            length = policy.lookup_length(n, known + 1, room, sequence.generated) if found else 0
-            if length and sequence.extend_drafts([Draft(t, final, "lookup", ngram=n) for t in found[:length]]):
-                sequence.prepared = True
-                return True
-        if rule is not None and known < policy.exit_limit and position >= config.min_exit_tokens:
-            skip = policy.skipped_behind([draft.layer for draft in sequence.drafts], sequence.skip)
-            if not skip.issuperset(rule.thresholds):
-                sequence.test = ExitTest(rule, position, sequence.output.max_new_tokens, skip)
+        if self._draft_from_text(sequence, min(room, drafting.limit - known)):
+            sequence.prepared = True
+        elif rule is not None and known < drafting.exit_limit and position >= config.min_exit_tokens:
+            sequence.test = ExitTest(rule, position, sequence.output.max_new_tokens)
         return True
+
+    def _draft_from_text(self, sequence: Sequence, room: int) -> bool:
+        """Draft what a grammar forces, or what followed the same tokens before; whether there was any."""
+        final, drafting = self.runner.bounds[-1], sequence.drafting
+        assert drafting is not None
+        if sequence.grammar is not None and "grammar" in sequence.config.draft:
+            forced = sequence.grammar.jump_forward()[:room]
+            if sequence.extend_drafts([Draft(token, final, "grammar", "grammar", 0.95) for token in forced]):
+                return True
+        if sequence.index is None:
+            return False
+        found, n = sequence.index.draft([draft.token for draft in sequence.drafts], room)
+        drafts = []
+        for i, token in enumerate(found):
+            _, right = drafting.odds(("lookup", n), self._acceptance, sequence.generated, len(sequence.drafts) + i)
+            drafts.append(Draft(token, final, "lookup", ("lookup", n), right))
+        return sequence.extend_drafts(drafts)
 
     # ---- who runs
 
@@ -514,16 +653,17 @@ class Engine:
         if not config.ignore_eos:
             stops |= frozenset(self.config.eos_token_ids)
         output = Output(TextStream(self.tokenizer, config.stop, prompt), stops, min(config.max_new_tokens, room))
-        policy = index = None
+        drafting = index = None
         if config.mode == "lossless":
-            priors = {e: self.exits.expected_precision(e, plan.rule) for e in plan.exits if plan.rule is not None}
-            policy = DraftPolicy(self.costs if config.adaptive else None, priors, config.max_draft, config.max_pending)
+            exits = {e: self.exits.expected(e, plan.rule) for e in plan.exits if plan.rule is not None}
+            limits = {"max_draft": config.max_draft, "max_pending": config.max_pending}
+            drafting = Drafting(exits, adaptive=config.adaptive, **limits)
             if "lookup" in config.draft:
                 index = NgramIndex()
                 index.extend(prompt)
         return Sequence(
             self._next_key, prompt, config, plan, output, segments=self.runner.segments, sampler=sampler,
-            seed=seed, choice=choice, policy=policy, index=index, grammar=self._grammar(config),
+            seed=seed, choice=choice, drafting=drafting, index=index, grammar=self._grammar(config),
         )  # fmt: skip
 
     def abort(self, key: int) -> None:
@@ -713,27 +853,29 @@ class Engine:
     def _result(self, sequence: Sequence) -> Generation:
         output, tally, rule = sequence.output, sequence.tally, sequence.plan.rule
         seconds = self._now() - tally.first
-        stats = {
-            "mode": sequence.config.mode,
-            "prompt_tokens": sequence.prompt_length,
-            **summarise(output.trace, seconds),
-            "prefill_seconds": tally.first - tally.begun,
-            "decode_seconds": seconds,
-            "rounds": tally.rounds,
-            "drafted": tally.drafted,
-            "accepted": tally.accepted,
-            "acceptance": tally.accepted / tally.drafted if tally.drafted else None,
-            "max_pending": tally.max_pending,
-            "layer_rows": tally.layer_rows,
-            "exits": sequence.plan.exits,
-            "rule": None if rule is None else rule.name,
-            "thresholds": {} if rule is None else dict(rule.thresholds),
-            "quant": self.quant,
-            "costs": None if self._costs is None else self._costs.origin,
-            "seed": sequence.seed,
-            "shared_tokens": tally.shared,
-            "preemptions": tally.preemptions,
-        }
+        stats = Stats(
+            mode=sequence.config.mode,
+            prompt_tokens=sequence.prompt_length,
+            tokens=len(output.trace),
+            tokens_per_second=speed_of(len(output.trace), seconds),
+            prefill_seconds=tally.first - tally.begun,
+            decode_seconds=seconds,
+            mean_layers=mean_depth(output.trace),
+            rounds=tally.rounds,
+            drafted=tally.drafted,
+            accepted=tally.accepted,
+            max_pending=tally.max_pending,
+            layer_rows=tally.layer_rows,
+            exits=sequence.plan.exits,
+            rule=None if rule is None else rule.name,
+            thresholds={} if rule is None else dict(rule.thresholds),
+            quant=self.quant,
+            costs=None if self._costs is None else self._costs.origin,
+            seed=sequence.seed,
+            shared_tokens=tally.shared,
+            preemptions=tally.preemptions,
+            exact=self.fused.dtype == torch.float64,
+        )
         return Generation(
             text=None if self.tokenizer is None else "".join(token.text for token in output.trace),
             token_ids=[token.id for token in output.trace],
@@ -746,34 +888,44 @@ class Engine:
 
     # ---- requests from start to end
 
-    def events(self, requests: collections.abc.Sequence[Request]) -> Generator[tuple[int, int, Event], None, None]:
-        """Decode some texts together: (index, choice, event) as they come, until all have ended. Whoever stops reading
-        aborts what is left. A request that can't be met, or that is an error already, ends by itself."""
+    def events(self, requests: Iterable[Request]) -> Generator[tuple[int, int, Event], None, None]:
+        """Decode some texts together: (index, choice, event) as they come, until all have ended. Requests are read as
+        there is room for them. Whoever stops reading aborts what is left. A request that can't be met, or that is an
+        error already, ends by itself."""
         sink: deque[Event] = deque()
         open_: dict[int, tuple[int, int]] = {}
+        coming = enumerate(requests)
         try:
-            for index, (prompt, config) in enumerate(requests):
-                try:
-                    if isinstance(prompt, UserError):
-                        raise prompt
-                    with self._lock:
-                        seed = _seed(config)
-                        for choice in range(config.n):
-                            open_[self._add(prompt, config, choice, seed, sink)] = index, choice
-                except UserError as error:
-                    yield index, 0, Event(-1, error=error)
-            while open_:
+            while True:
+                while len(open_) < 2 * self.options.max_sequences and (request := next(coming, None)) is not None:
+                    index, (prompt, config) = request
+                    try:
+                        for choice, key in enumerate(self._add_choices(prompt, config, sink)):
+                            open_[key] = index, choice
+                    except UserError as error:
+                        yield index, 0, Event(-1, error=error)
+                if not open_:
+                    return
                 while not sink:
                     with self._lock:
                         if not sink:
                             self._step()
-                event = sink.popleft()
-                yield *open_[event.key], event
-                if event.last:
-                    del open_[event.key]
+                while sink:
+                    event = sink.popleft()
+                    yield *open_[event.key], event
+                    if event.last:
+                        del open_[event.key]
         finally:
             for key in open_:
                 self.abort(key)
+
+    def _add_choices(self, prompt: Ids | UserError, config: GenerationConfig, sink: deque[Event]) -> list[int]:
+        """All texts of a request, or none of them."""
+        if isinstance(prompt, UserError):
+            raise prompt
+        with self._lock:
+            seed = _seed(config)
+            return [self._add(prompt, config, choice, seed, sink) for choice in range(config.n)]
 
     def stream(self, prompt: Ids, config: GenerationConfig) -> Iterator[Piece]:
         """Decode ``prompt`` and yield pieces as they become certain (in lossless mode: after verification)."""
@@ -788,7 +940,7 @@ class Engine:
                 raise piece.error
             yield piece
 
-    def stream_all(self, requests: collections.abc.Sequence[Request]) -> Iterator[Piece]:
+    def stream_all(self, requests: Iterable[Request]) -> Iterator[Piece]:
         """Decode some prompts together; pieces carry the index of their prompt, and the error of one that failed."""
         for index, choice, event in self.events(requests):
             if event.error is not None and not isinstance(event.error, UserError):
@@ -804,27 +956,34 @@ class Engine:
             raise found.error
         return found
 
-    def generate_all(self, requests: collections.abc.Sequence[Request]) -> list[Generation]:
+    def generate_all(self, requests: Iterable[Request]) -> list[Generation]:
         """Decode some prompts together, to the end. One that failed has an ``error``."""
         found = dict(self.finished(requests))
-        return [found[index] for index in range(len(requests))]
+        return [found[index] for index in range(len(found))]
 
-    def finished(self, requests: collections.abc.Sequence[Request]) -> Generator[tuple[int, Generation], None, None]:
+    def finished(self, requests: Iterable[Request]) -> Generator[tuple[int, Generation], None, None]:
         """Decode some prompts together: (index, generation) as they finish. One that failed has an ``error``."""
+        configs: list[GenerationConfig] = []
         texts: dict[int, dict[int, Generation]] = {}
         broken: set[int] = set()
-        with contextlib.closing(self.events(requests)) as events:
+
+        def read() -> Iterator[Request]:
+            for request in requests:
+                configs.append(request[1])
+                yield request
+
+        with contextlib.closing(self.events(read())) as events:
             for index, choice, event in events:
                 if event.error is not None:
                     if not isinstance(event.error, UserError):
                         raise event.error
                     if index not in broken:  # one of its choices is enough
                         broken.add(index)
-                        yield index, failed(event.error)
+                        yield index, failed(event.error, configs[index].mode)
                 elif event.generation is not None:
                     choices = texts.setdefault(index, {})
                     choices[choice] = event.generation
-                    if len(choices) == requests[index][1].n and index not in broken:
+                    if len(choices) == configs[index].n and index not in broken:
                         found = choices[0]
                         found.choices = [choices[i] for i in range(len(choices))] if len(choices) > 1 else []
                         yield index, texts.pop(index)[0]

@@ -43,51 +43,70 @@ class Rows:
 
     def __init__(self, fused: FusedModel, batch: Batch, pool: KVPool) -> None:
         self.batch, self.parts, self.count = batch, batch.parts, batch.count
-        self.rotations = fused.rotations(batch)
-        self.pool, self._fused = pool, fused
-        self._slots: dict[int, Tensor] = {}
+        self.pool, self._fused, self._group_of, self._alone = pool, fused, pool.group_of, len(batch.parts) == 1
+        self._heads = fused.config.num_attention_heads, fused.config.num_key_value_heads, fused.config.head_dim
+        groups, every = range(len(pool.groups)), slice(None)
+        self._read = [[_neighbours(part.reads[g], None) for part in batch.parts] for g in groups]
+        self._written = [_neighbours(batch.parts[0].writes[g], every) if self._alone else None for g in groups]
+        self._scattered: dict[int, Tensor] = {}
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+
+    @functools.cached_property
+    def rotations(self) -> Rotations:
+        """Rotations of these rows; a static pass has its own."""
+        return self._fused.rotations(self.batch)
 
     def write(self, entry: int, new_M2Kd: Tensor) -> None:
         """Store keys and values of these rows in a cache entry."""
-        store_2KSd, group = self.pool.stores[entry], self.pool.group_of[entry]
-        if len(self.parts) == 1 and len(self.parts[0].writes[group]) == 1:
-            first, count = self.parts[0].writes[group][0]
-            store_2KSd[:, :, first : first + count] = new_M2Kd.permute(1, 2, 0, 3)
-            return
-        slots = self._slots.get(group)
-        if slots is None:
-            numbers = [
-                n for part in self.parts for first, count in part.writes[group] for n in range(first, first + count)
-            ]
-            slots = self._slots[group] = torch.tensor(numbers, device=store_2KSd.device)
-        store_2KSd.index_copy_(2, slots, new_M2Kd.permute(1, 2, 0, 3))
+        group = self._group_of[entry]
+        place = self._written[group]
+        if place is None:
+            self.pool.stores[entry].index_copy_(2, self._slots(group), new_M2Kd.permute(1, 2, 0, 3))
+        else:
+            self.pool.stores[entry][place] = new_M2Kd.permute(1, 2, 0, 3)
+
+    def _slots(self, group: int) -> Tensor:
+        """The slots that the rows write, where they are not neighbours."""
+        found = self._scattered.get(group)
+        if found is None:
+            runs = [run for part in self.parts for run in part.writes[group]]
+            numbers = [slot for first, count in runs for slot in range(first, first + count)]
+            found = self._scattered[group] = torch.tensor(numbers, device=self._fused.device)
+        return found
 
     def attend(self, entry: int, query_MHd: Tensor, window: int | None, scale: float) -> Tensor:
         """Attention of every row over the positions of its own sequence that it may see, ``[M, H * Dh]``."""
-        if len(self.parts) == 1:
-            return self._attend_part(0, entry, query_MHd, window, scale)
+        if self._alone:
+            place = self._read[self._group_of[entry]][0]
+            if self.count > 1 or place is None:
+                return self._attend_part(0, entry, query_MHd, self.count, window, scale)
+            H, Hkv, Dh = self._heads  # one row: as few operations as can be
+            seen, query = self.pool.stores[entry][place], query_MHd.view(1, Hkv, H // Hkv, Dh)
+            return F.scaled_dot_product_attention(query, seen[0], seen[1], scale=scale).view(1, H * Dh)
         found, at = [], 0
         for index, part in enumerate(self.parts):
-            found.append(self._attend_part(index, entry, query_MHd[at : at + part.count], window, scale))
+            query = query_MHd[at : at + part.count]
+            found.append(self._attend_part(index, entry, query, part.count, window, scale))
             at += part.count
         return torch.cat(found)
 
-    def _attend_part(self, index: int, entry: int, query_MHd: Tensor, window: int | None, scale: float) -> Tensor:
-        store_2KSd, runs = self.pool.stores[entry], self.parts[index].reads[self.pool.group_of[entry]]
-        (M, H, Dh), Hkv = query_MHd.shape, store_2KSd.shape[1]
+    def _attend_part(
+        self, index: int, entry: int, query_MHd: Tensor, M: int, window: int | None, scale: float
+    ) -> Tensor:
+        store_2KSd, (H, Hkv, Dh) = self.pool.stores[entry], self._heads
         G = H // Hkv
         if M == 1:
             query = query_MHd.view(1, Hkv, G, Dh)
         else:
             query = query_MHd.view(M, Hkv, G, Dh).permute(1, 2, 0, 3).reshape(1, Hkv, G * M, Dh)
-        mask = self._mask(index, window)
-        if len(runs) == 1:
-            first, count = runs[0]
-            seen = store_2KSd[:, None, :, first : first + count]
-            out = F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=mask, scale=scale)
+        mask = None if M == 1 else self._mask(index, window)
+        group = self._group_of[entry]
+        place = self._read[group][index]
+        if place is None:
+            out = attend_in_runs(query, store_2KSd, self.parts[index].reads[group], mask, scale)
         else:
-            out = attend_in_runs(query, store_2KSd, runs, mask, scale)
+            seen = store_2KSd[place]
+            out = F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=mask, scale=scale)
         return out.view(1, H * Dh) if M == 1 else out.view(H, M, Dh).transpose(0, 1).reshape(M, H * Dh)
 
     def _mask(self, index: int, window: int | None) -> Tensor | None:
@@ -108,6 +127,15 @@ class Rows:
             hidden = hidden | (key <= query - window)
         mask = torch.zeros(hidden.shape, dtype=fused.dtype, device=fused.device).masked_fill_(hidden, -torch.inf)
         return mask.repeat(fused.groups, 1)
+
+
+def _neighbours(runs: Sequence[Run], second: slice | None) -> tuple[slice | None, ...] | None:
+    """The index ``[:, second, :, run]`` or ``[:, :, run]`` of slots that are one run; None for several."""
+    if len(runs) > 1:
+        return None
+    first, count = runs[0]
+    run = slice(first, first + count)
+    return (slice(None), second, slice(None), run) if second is None else (slice(None), second, run)
 
 
 def _grown(length: int, least: int = 1024, most: int = 16384) -> int:

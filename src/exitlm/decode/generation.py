@@ -18,6 +18,7 @@ from exitlm.values import elements, flag, seed_of, whole, wholes, words, wrong
 
 MODES = ("full", "threshold", "lossless")
 DRAFTS = ("exits", "lookup", "grammar")
+MAX_CHOICES = 1024
 
 _SAMPLING = (  # settings that a Sampler has under the same name, and in the same form
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -110,6 +111,8 @@ class GenerationConfig:
             raise UserError("a stop string is empty; leave it out or give the text at which to stop")
         if self.exits is not None and len(set(self.exits)) < len(self.exits):
             raise UserError(f"exits {list(self.exits)} name a layer more than once; name each once")
+        if self.n > MAX_CHOICES:
+            raise UserError(f"n is {short(self.n)}, but at most {MAX_CHOICES} texts are written for one prompt")
         self._warn_of_idle()
 
     @staticmethod
@@ -127,6 +130,11 @@ class GenerationConfig:
         found = [given] if isinstance(given, str) else elements(given, "bad_words", expected)
         if any(isinstance(word, str) and not word for word in found):
             raise UserError("a text in bad_words is empty; leave it out or give what must not be written")
+        for word in found:
+            if isinstance(word, str) and not _is_utf8(word):
+                raise UserError(
+                    f"a text in bad_words is {short(word)}, which is not valid UTF-8; give it in that encoding"
+                )
         return tuple(word if isinstance(word, str) else bad_word(word) for word in found)
 
     def _warn_of_idle(self) -> None:
@@ -167,6 +175,14 @@ class GenerationConfig:
         """The sampling part of these settings, with :attr:`bad_words` as a tokenizer writes them: token ids alone."""
         shared = {name: getattr(self, name) for name in _SAMPLING}
         return Sampler(**shared, bad_words=bad_words, processor=self.logits_processor)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(kw_only=True)
@@ -213,23 +229,67 @@ class Piece:
         return [token.exit_layer for token in self.tokens]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a generation took.
+
+    ``tokens_per_second`` is of decoding alone, NaN for a single token, and ``mean_layers`` the mean exit layer.
+    ``prefill_seconds`` and ``decode_seconds`` count passes that were shared with other sequences in full. ``rounds``:
+    passes that gave tokens after the prefill; ``layer_rows``: rows times layers run in them. ``drafted`` and
+    ``accepted`` count drafts; ``max_pending``: positions that waited at once. ``exits``, ``rule`` and ``thresholds``:
+    what was tested. ``quant``: the format of the weights; ``costs``: where the table of costs came from (None if no
+    request needed it so far). ``seed`` gives this text again. ``shared_tokens``: positions whose keys came from another
+    text; ``preemptions``: how often it had to give its memory to others. ``exact``: whether rows are computed so
+    precisely (float64) that near-ties fall alike in any company.
+    """
+
+    mode: str
+    prompt_tokens: int = 0
+    tokens: int = 0
+    tokens_per_second: float = math.nan
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    mean_layers: float = math.nan
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    max_pending: int = 0
+    layer_rows: int = 0
+    exits: list[int] = field(default_factory=list)
+    rule: str | None = None
+    thresholds: dict[int, float] = field(default_factory=dict)
+    quant: str = "none"
+    costs: str | None = None
+    seed: int = 0
+    shared_tokens: int = 0
+    preemptions: int = 0
+    exact: bool = False
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of drafts that were accepted; None without drafts."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, with ``acceptance``; None for those that are NaN, which JSON lacks."""
+        found = {**dataclasses.asdict(self), "acceptance": self.acceptance}
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()
+        }
+
+
 @dataclass(kw_only=True)
 class Generation:
     """A finished generation. ``text`` is None without a tokenizer; ``finish_reason`` is ``stop``, ``length`` or, of one
     prompt among several, ``error``, which ``error`` explains. ``prompt_logprobs`` are those of the prompt's second to
     last token, each with the most likely alternatives. With ``n`` above 1 this is choice 0, and ``choices`` lists all.
-
-    ``stats``: mode, prompt_tokens, tokens, tokens_per_second (decoding alone), prefill_seconds, decode_seconds,
-    mean_layers (mean exit layer), drafted, accepted, acceptance (None without drafts), max_pending, exits (the active
-    ones), rule, thresholds, quant, costs (where the costs of passes came from; None if no request needed them so far),
-    layer_rows (rows times layers that were run after the prefill).
     """
 
     text: str | None
     token_ids: list[int]
     exit_layers: list[int]
     trace: list[TokenTrace]
-    stats: dict[str, Any]
+    stats: Stats
     finish_reason: str
     prompt_logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
     choices: list[Generation] = field(default_factory=list, repr=False)
@@ -240,28 +300,27 @@ class Generation:
         tokens = len(self.token_ids)
         depth = f", {sum(self.exit_layers) / tokens:.1f} layers on average" if tokens else ""
         begin = short(self.token_ids if self.text is None else self.text)
-        return f"<Generation {begin}: {tokens} token{'s' * (tokens != 1)}{depth}, mode {self.stats.get('mode')}>"
+        return f"<Generation {begin}: {tokens} token{'s' * (tokens != 1)}{depth}, mode {self.stats.mode}>"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the text (token ids where there is none) with every token in its layer's colour."""
         words = [token.text if self.text is not None else f"{token.id} " for token in self.trace]
-        colours = palette([*self.exit_layers, *self.stats.get("exits", ())], max(self.exit_layers, default=0))
+        colours = palette([*self.exit_layers, *self.stats.exits], max(self.exit_layers, default=0))
         return html(zip(words, self.exit_layers, strict=True), colours)
 
 
-def failed(error: UserError) -> Generation:
+def failed(error: UserError, mode: str) -> Generation:
     """What stands for the answer to one prompt of several that could not be answered."""
     return Generation(
-        text=None, token_ids=[], exit_layers=[], trace=[], stats={}, finish_reason="error", error=error
+        text=None, token_ids=[], exit_layers=[], trace=[], stats=Stats(mode=mode), finish_reason="error", error=error
     )  # fmt: skip
 
 
-def summarise(trace: Sequence[TokenTrace], seconds: float) -> dict[str, float]:
-    """tokens, tokens_per_second (the first token belongs to the prefill) and mean_layers of a trace."""
-    tokens = len(trace)
-    speed = (tokens - 1) / seconds if seconds > 0 and tokens > 1 else math.nan
-    return {
-        "tokens": tokens,
-        "tokens_per_second": speed,
-        "mean_layers": sum(t.exit_layer for t in trace) / tokens if tokens else math.nan,
-    }
+def speed_of(tokens: int, seconds: float) -> float:
+    """Tokens per second of decoding, NaN for a single one: the first token belongs to the prefill."""
+    return (tokens - 1) / seconds if seconds > 0 and tokens > 1 else math.nan
+
+
+def mean_depth(trace: Sequence[TokenTrace]) -> float:
+    """The mean exit layer of some tokens, NaN of none."""
+    return sum(token.exit_layer for token in trace) / len(trace) if trace else math.nan

@@ -14,8 +14,10 @@ number of rows and number of keys, and then replayed with one launch. Prefills a
 
 Rows are of any sequences: each brings the slot it writes and the blocks it reads, as data. Padding repeats the last
 row: the same values go to the same place, so nothing else of the pool is touched. Recordings hold the addresses of one
-pool. Block exits run eagerly. Memory on a GPU: the joined q/k/v and gate/up matrices of the engine are copies beside
-the model's own (about two thirds of the layers' bytes); the other matrices are shared with the model.
+pool. Block exits run eagerly.
+
+Memory on a GPU: the joined q/k/v and gate/up matrices of the engine are copies beside the model's own (about two thirds
+of the layers' bytes); the other matrices are shared with the model.
 
 ``benchmarks/gpu.sh`` checks and measures all of this on a GPU in under eight minutes.
 
@@ -26,6 +28,7 @@ Dh head_dim; C chunks of keys.
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -120,51 +123,57 @@ def through_layers(layers: Sequence[LayerLike], hidden_MD: Tensor, rows: Any) ->
 class StaticRows:
     """What all layers of a pass share, as a function of ``numbers`` on the device alone; ``keys`` is S.
 
-    Each row of ``numbers`` holds the row's position and, for each group of cache entries, the slot that it writes and
-    the blocks of the positions that it may see.
+    For each row and group of cache entries, ``numbers`` holds the row's position, the slot that it writes and the
+    blocks of the positions that it may see. Rows of one sequence (``alone``) gather its keys once.
     """
 
-    def __init__(self, pool: KVPool, tables: Rotations, numbers_MN: Tensor, keys: int, dtype: torch.dtype) -> None:
-        self.pool, self.count, self._dtype, self._keys = pool, len(numbers_MN), dtype, keys
-        self.positions = numbers_MN[:, 0]
+    def __init__(
+        self, pool: KVPool, tables: Rotations, numbers_MGN: Tensor, keys: int, dtype: torch.dtype, alone: bool
+    ) -> None:
+        self.pool, self.count, self._dtype, self._keys = pool, len(numbers_MGN), dtype, keys
+        self._numbers_MGN, self._alone = numbers_MGN, alone and self.count > 1
+        self.positions = numbers_MGN[:, 0, 0]
         self.rotations = [
             torch.view_as_complex(torch.view_as_real(table).index_select(0, self.positions)) for table in tables
         ]
-        each = (numbers_MN.shape[1] - 1) // len(pool.groups)
-        self._columns = [numbers_MN[:, 1 + g * each : 1 + (g + 1) * each] for g in range(len(pool.groups))]
         self._reads: dict[int, Tensor] = {}
         self._masks: dict[int | None, Tensor] = {}
 
     def write(self, entry: int, new_M2Kd: Tensor) -> None:
         """Store keys and values at the rows' slots."""
-        slots_M = self._columns[self.pool.group_of[entry]][:, 0]
+        slots_M = self._numbers_MGN[:, self.pool.group_of[entry], 1]
         self.pool.stores[entry].index_copy_(2, slots_M, new_M2Kd.permute(1, 2, 0, 3))
 
     def attend(self, entry: int, query_MHd: Tensor, window: int | None, scale: float) -> Tensor:
-        """Attention of every row over the first S positions of its own sequence, ``[M, H * Dh]``."""
+        """Attention of every row over the first S positions of its own sequence, ``[M, H * Dh]``. B is M here, or 1 for
+        rows of one sequence, which are then queries as grouped heads are."""
         store_2KSd = self.pool.stores[entry]
         (M, H, Dh), Hkv = query_MHd.shape, store_2KSd.shape[1]
-        read_MS, mask_MGS = self._read(self.pool.group_of[entry]), self._mask(window, H // Hkv)
-        seen = store_2KSd.index_select(2, read_MS.flatten()).view(2, Hkv, M, self._keys, Dh).transpose(1, 2)
+        read_BS, mask_BGS = self._read(self.pool.group_of[entry]), self._mask(window, H // Hkv)
+        seen = store_2KSd.index_select(2, read_BS.flatten()).view(2, Hkv, -1, self._keys, Dh).transpose(1, 2)
         query, count = query_MHd.view(M, Hkv, H // Hkv, Dh), chunks(self._keys)
+        if self._alone:
+            query = query.permute(1, 2, 0, 3).reshape(1, Hkv, -1, Dh)
         if count == 1:
-            out = F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=mask_MGS[:, None], scale=scale)
+            out = F.scaled_dot_product_attention(query, seen[0], seen[1], attn_mask=mask_BGS[:, None], scale=scale)
         else:
-            out = attend_in_chunks(query, seen, mask_MGS, scale, count)
-        return out.reshape(M, H * Dh)
+            out = attend_in_chunks(query, seen, mask_BGS, scale, count)
+        return (out.view(H, M, Dh).transpose(0, 1) if self._alone else out).reshape(M, H * Dh)
 
     def _read(self, group: int) -> Tensor:
-        """Slots ``[M, S]`` of the first S positions of each row's sequence."""
+        """Slots ``[B, S]`` of the first S positions of each sequence."""
         found = self._reads.get(group)
         if found is None:
             size = self.pool.block_size
-            blocks_MB = self._columns[group][:, 1 : 1 + -(-self._keys // size)]
-            offset = torch.arange(size, device=blocks_MB.device)
-            found = self._reads[group] = (blocks_MB[:, :, None] * size + offset).flatten(1)[:, : self._keys]
+            rows = self._numbers_MGN[:1] if self._alone else self._numbers_MGN
+            blocks = rows[:, group, 2 : 2 + -(-self._keys // size)]
+            offset = torch.arange(size, device=blocks.device)
+            found = self._reads[group] = (blocks[:, :, None] * size + offset).flatten(1)[:, : self._keys]
         return found
 
     def _mask(self, window: int | None, groups: int) -> Tensor:
-        """Additive ``[M, G, S]``. Hidden keys get a large finite number: a chunk may have no visible key at all."""
+        """Additive ``[M, G, S]``, or ``[1, G * M, S]`` for rows of one sequence. Hidden keys get a large finite number:
+        a chunk may have no visible key at all."""
         found = self._masks.get(window)
         if found is None:
             key, query = torch.arange(self._keys, device=self.positions.device)[None, :], self.positions[:, None]
@@ -173,7 +182,8 @@ class StaticRows:
                 hidden = hidden | (key <= query - window)
             low = max(-1e30, torch.finfo(self._dtype).min / 2)
             mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill_(hidden, low)
-            found = self._masks[window] = mask[:, None].expand(-1, groups, -1)
+            mask = mask.repeat(groups, 1)[None] if self._alone else mask[:, None].expand(-1, groups, -1)
+            found = self._masks[window] = mask
         return found
 
 
@@ -239,7 +249,7 @@ class _Buffers:
     """The inputs of all passes with one number of rows."""
 
     hidden_MD: Tensor
-    numbers_MN: Tensor
+    numbers_MGN: Tensor
 
 
 @dataclass
@@ -269,16 +279,16 @@ class StaticRunner:
         if pool is not self._pool:  # recordings and buffers are of one pool
             self._pool, self._buffers, self._passes = pool, {}, {}
         bucket, keys = row_bucket(batch.count), key_bucket(max(part.end for part in batch.parts), pool.longest)
-        buffers = self._fill(bucket, hidden_RD, batch, pool)
+        buffers, alone = self._fill(bucket, keys, hidden_RD, batch, pool), len(batch.parts) == 1
 
         def body() -> Tensor:
-            rows = StaticRows(pool, tables, buffers.numbers_MN, keys, self.dtype)
+            rows = StaticRows(pool, tables, buffers.numbers_MGN, keys, self.dtype, alone)
             return torch.stack(through_layers(layers, buffers.hidden_MD, rows))
 
         if self.record is None:
             hidden, residual = body()[:, : batch.count]
             return hidden, residual
-        key = (layers[0].entry, layers[-1].entry, bucket, keys)
+        key = (layers[0].entry, layers[-1].entry, bucket, keys, alone, batch.parts[0].stretched)
         found = self._passes.get(key)
         if found is None or found.tables is not tables:
             try:
@@ -311,33 +321,40 @@ class StaticRunner:
         found.replay()
         return found.output.clone()
 
-    def _fill(self, bucket: int, hidden_RD: Tensor, batch: Batch, pool: KVPool) -> _Buffers:
-        """Put rows, positions, slots and blocks into the inputs for ``bucket`` rows; the last row is repeated."""
+    def _fill(self, bucket: int, keys: int, hidden_RD: Tensor, batch: Batch, pool: KVPool) -> _Buffers:
+        """Put rows, positions, slots and the blocks of ``keys`` positions into the inputs for ``bucket`` rows; the last
+        row is repeated."""
         buffers = self._of(bucket, pool)
         buffers.hidden_MD[: batch.count].copy_(hidden_RD)
         if batch.count < bucket:
             buffers.hidden_MD[batch.count :].copy_(hidden_RD[-1:])
-        width = (buffers.numbers_MN.shape[1] - 1) // len(pool.groups) - 1
-        lines: list[list[int]] = []
+        size, groups = pool.block_size, range(len(pool.groups))
+        width = 2 + -(-keys // size)
+        numbers, line = array("q"), array("q")
         for part in batch.parts:
-            groups = range(len(pool.groups))
             slots = [[n for first, count in part.writes[g] for n in range(first, first + count)] for g in groups]
-            blocks = [part.blocks(g, pool.block_size) for g in groups]
-            blocks = [known + [0] * (width - len(known)) for known in blocks]
+            blocks = [array("q", part.blocks(g, size)) for g in groups]
+            for known in blocks:
+                known.extend([0] * (width - 2 - len(known)))
             for i in range(part.count):
-                lines.append([part.start + i, *(n for g in groups for n in (slots[g][i], *blocks[g]))])
-        lines += [lines[-1]] * (bucket - batch.count)
-        buffers.numbers_MN.copy_(torch.tensor(lines))
+                line = array("q")
+                for g in groups:
+                    line.extend((part.start + i, slots[g][i]))
+                    line.extend(blocks[g])
+                numbers.extend(line)
+        numbers.extend(line * (bucket - batch.count))
+        filled = torch.frombuffer(numbers, dtype=torch.long).view(bucket, len(groups), width)
+        buffers.numbers_MGN[:, :, :width].copy_(filled)
         return buffers
 
     def _of(self, bucket: int, pool: KVPool) -> _Buffers:
         found = self._buffers.get(bucket)
         if found is None:
-            width = 1 + len(pool.groups) * (1 + -(-pool.longest // pool.block_size))
+            width = 2 + -(-pool.longest // pool.block_size)
             with torch.inference_mode(False):  # written in and out of inference mode
                 hidden = torch.zeros(bucket, self.hidden_size, dtype=self.dtype, device=self.device)
-                found = _Buffers(hidden, torch.zeros(bucket, width, dtype=torch.long, device=self.device))
-            self._buffers[bucket] = found
+                numbers = torch.zeros(bucket, len(pool.groups), width, dtype=torch.long, device=self.device)
+                found = self._buffers[bucket] = _Buffers(hidden, numbers)
         return found
 
     def _give_up(self, error: RuntimeError) -> None:

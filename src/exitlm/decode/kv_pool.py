@@ -82,7 +82,10 @@ class KVPool:
         same texts need."""
         budget = self.options.kv_bytes
         if budget is None:
-            budget = max(self.bytes_for(context), min(self.bytes_for(16 * 2048), _memory(self.device) // 4))
+            one, many, memory = self.bytes_for(context), self.bytes_for(16 * 2048), _memory(self.device)
+            budget = max(one, min(many, memory // 4))
+            if self.device.type == "cuda":  # which takes it at once
+                budget = min(budget, memory * 3 // 4)
         low, high = 0, max(1, budget // (self.block_size * self._position_bytes))
         while low < high:  # the most blocks whose bytes fit
             middle = (low + high + 1) // 2
@@ -98,18 +101,14 @@ class KVPool:
         return self._per_group(low)
 
     def _per_group(self, blocks: int) -> list[int]:
-        """Blocks of each group beside ``blocks`` of full attention. A text in a window of w positions holds those, the
-        rows of a pass and its pending rows."""
-        found = []
-        for group in self.groups:
-            if group.window is None:
-                found.append(blocks)
-                continue
-            found.append(min(blocks, self.options.max_sequences * self._held(group.window)))
-        return found
+        """Blocks of each group beside ``blocks`` of full attention."""
+        return [
+            blocks if group.window is None else min(blocks, self.options.max_sequences * self._held(group.window))
+            for group in self.groups
+        ]
 
     def _held(self, window: int) -> int:
-        """Blocks of a windowed group that one text of any length holds at most."""
+        """Blocks that one text holds at most of a windowed group: a window, the rows of a pass and its pending rows."""
         rows = window + max(self.options.max_rows, self.options.prefill_chunk) + _MAX_PENDING_ROWS
         return rows // self.block_size + 2
 
@@ -132,11 +131,11 @@ class KVPool:
     @property
     def capacity(self) -> int:
         """Positions that one text can have when it is alone."""
-        enough = [
-            g.window is not None and n >= self._held(g.window) for g, n in zip(self.groups, self.blocks, strict=True)
-        ]
-        counts = [count for count, any_length in zip(self.blocks, enough, strict=True) if not any_length]
-        return min(counts) * self.block_size if counts else _UNBOUNDED
+        found = _UNBOUNDED
+        for group, count in zip(self.groups, self.blocks, strict=True):
+            if group.window is None or count < self._held(group.window):
+                found = min(found, count * self.block_size)
+        return found
 
     def nbytes(self) -> int:
         """Bytes of all entries, touched or not."""
@@ -153,9 +152,10 @@ _UNBOUNDED = 1 << 62
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of memory: of the device, or of this machine."""
+    """Bytes of memory: what a device has left, or what this machine has."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

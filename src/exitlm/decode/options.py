@@ -23,7 +23,8 @@ class EngineConfig:
     in which that memory is given out and shared. ``max_rows``: rows of one pass. ``max_sequences``: texts decoded
     together; others wait. ``prefill_chunk``: rows of prompts in one pass. ``prefix_sharing``: texts that begin alike
     share the keys and values of their beginning. ``max_wait``: how long a row that must go deep waits for shallow
-    passes of others, as a share of a full pass.
+    passes of others, as a share of a full pass. ``threads``: processor threads of a pass (None: torch's own number);
+    torch has one number for the whole process.
     """
 
     kv_bytes: int | None = None
@@ -33,13 +34,15 @@ class EngineConfig:
     prefill_chunk: int = MAX_ROWS
     prefix_sharing: bool = True
     max_wait: float = 0.25
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         found: dict[str, Any] = {"prefix_sharing": flag(self.prefix_sharing, "engine.prefix_sharing")}
         for name, least in (("block_size", 1), ("max_rows", 1), ("max_sequences", 1), ("prefill_chunk", 1)):
             found[name] = whole(getattr(self, name), f"engine.{name}", least=least)
-        if self.kv_bytes is not None:
-            found["kv_bytes"] = whole(self.kv_bytes, "engine.kv_bytes", least=1)
+        for name in ("kv_bytes", "threads"):
+            if getattr(self, name) is not None:
+                found[name] = whole(getattr(self, name), f"engine.{name}", least=1)
         expected = "a number from 0, a share of a full pass"
         found["max_wait"] = number(self.max_wait, "engine.max_wait", expected)
         if not 0.0 <= found["max_wait"] < math.inf:

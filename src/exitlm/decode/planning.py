@@ -17,7 +17,7 @@ from exitlm.model.record import ExitRecord
 
 DEFAULT_THRESHOLD = 0.9
 _OWN_DEFAULTS = {"patience": PATIENCE_REACHED, "fixed": 0.0}  # rules with an integer of their own
-_PRIOR_ACCEPTANCE = 0.7
+_PRIOR_FIRING, _PRIOR_ACCEPTANCE = 0.5, 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +77,16 @@ class Exits:
         rule = self.default_rule(kept)
         return [e for e in kept if self.records[e].tested or self.default_threshold(e, rule) < 1.0]
 
-    def expected_precision(self, layer: int, rule: ExitRule) -> float:
-        """The precision that tuning measured for this rule at the nearest score, else a fair guess."""
-        record = self.records[layer]
-        curve = record.calibration
-        if curve is None or record.rule not in (None, rule.name):
-            return _PRIOR_ACCEPTANCE
+    def expected(self, layer: int, rule: ExitRule) -> tuple[float, float]:
+        """The chances that this rule fires at an exit, and that it is right then: as tuning measured them at the
+        nearest score, else fair guesses."""
+        curve = self.records[layer].calibration
+        if curve is None or self.records[layer].rule not in (None, rule.name):
+            return _PRIOR_FIRING, _PRIOR_ACCEPTANCE
         threshold = rule.thresholds[layer]
         at = min(range(len(curve.scores)), key=lambda i: abs(curve.scores[i] - threshold))
-        return min(0.99, max(0.01, curve.precision[at]))
+        firing, right = (min(0.99, max(0.01, found)) for found in (curve.coverage[at], curve.precision[at]))
+        return firing, right
 
 
 def make_plan(config: GenerationConfig, exits: Exits, costs: Callable[[], Costs]) -> Plan:

@@ -14,13 +14,15 @@ knows nothing of batches or layers.
 from __future__ import annotations
 
 import collections.abc
+import itertools
+import operator
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from exitlm.decode.acceptance import DraftPolicy
 from exitlm.decode.batch import Part
 from exitlm.decode.block_table import BlockTable
+from exitlm.decode.drafting import Drafting
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.grammar import GrammarState, mask_logits
 from exitlm.decode.lookup import NgramIndex
@@ -32,12 +34,14 @@ from exitlm.decode.sampling.sampler import Draw, Sampler, TokenCounts
 
 @dataclass
 class Draft:
-    """A token that is not verified yet, where it came from, and the scores of the exits tried for it."""
+    """A token that is not verified yet: where it came from (``key`` names the source in :class:`Drafting`), the scores
+    of the exits tried for it, and the chance that it is right."""
 
     token: int
     layer: int
     source: str
-    ngram: int = 0
+    key: collections.abc.Hashable = None
+    estimate: float = 1.0
     confidence: dict[int, float] = field(default_factory=dict)
 
 
@@ -72,13 +76,13 @@ class Sequence:
         sampler: Sampler,
         seed: int,
         choice: int = 0,
-        policy: DraftPolicy | None = None,
+        drafting: Drafting | None = None,
         index: NgramIndex | None = None,
         grammar: GrammarState | None = None,
     ) -> None:
         self.key, self.config, self.plan, self.output = key, config, plan, output
         self.sampler, self.seed, self.choice = sampler, seed, choice
-        self.policy, self.index, self.grammar = policy, index, grammar
+        self.drafting, self.index, self.grammar = drafting, index, grammar
         self.restricts = sampler.restricts or grammar is not None
         self.plain = sampler.plain and grammar is None
         self.ids, self.prompt_length = list(prompt), len(prompt)
@@ -86,7 +90,7 @@ class Sequence:
         watched = sampler.restricts or sampler.penalises or sampler.processor is not None
         self.counts = TokenCounts(self.ids) if watched else None
         self.tally = Tally()
-        self.skip: frozenset[int] = frozenset()
+        self.waited = 0.0
         self.stretched = False
         self.restart(segments)
 
@@ -103,6 +107,8 @@ class Sequence:
         self.prepared = False
         self.deep_end = 0
         self.prefill_end = max(self.prompt_length, len(self.ids) - 1)
+        if not self.generated:
+            self.output.prompt_logprobs.clear()
 
     # ---- where its rows are
 
@@ -131,6 +137,21 @@ class Sequence:
     def moving(self) -> bool:
         """Whether rows wait that have to go deeper: those below ``deep_end``."""
         return self.filled[-1] < self.deep_end
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether part of the prompt has not reached the end."""
+        return self.filled[-1] < self.prefill_end
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether its drafts are the scheduler's choice."""
+        return self.drafting is not None and self.drafting.adaptive
+
+    def worths(self) -> list[float]:
+        """Expected tokens of the rows from the newest verified token on: 1, and the chance that all drafts up to a row
+        are right."""
+        return list(itertools.accumulate((draft.estimate for draft in self.drafts), operator.mul, initial=1.0))
 
     @property
     def front(self) -> int:
@@ -200,6 +221,13 @@ class Sequence:
         if self.grammar is not None:
             self.grammar.rollback(len(drafts))
         return drafts
+
+    def drop_drafts(self, kept: int) -> None:
+        """Keep only the first drafts."""
+        if kept < len(self.drafts):
+            prepared, drafts = self.prepared, self.take_drafts()
+            self.extend_drafts(drafts[: max(0, kept)])
+            self.prepared = prepared
 
     def restricted(self, logits_V: Tensor) -> Tensor:
         """Raw logits ``[V]`` for the next token without what may not come, before any rule or sampling. Raises
