@@ -50,7 +50,7 @@ def test_entries_with_one_window_are_a_group() -> None:
 def test_a_budget_is_used_and_not_exceeded(
     windows: list[int | None], block_size: int, budget: int, rows: int, sequences: int
 ) -> None:
-    options: dict[str, Any] = {"max_rows": rows, "prefill_chunk": rows, "max_sequences": sequences}
+    options: dict[str, Any] = {"max_rows": rows + sequences, "prefill_chunk": rows, "max_sequences": sequences}
     least = len(windows) * block_size * POSITION
     if budget < least:
         with pytest.raises(UserError, match=f"holds not one block of {block_size} positions, which takes {least}"):
@@ -75,7 +75,9 @@ def test_one_text_can_be_as_long_as_the_pool_says(
     windows: list[int | None], block_size: int, budget: int, rows: int, data: st.DataObject
 ) -> None:
     """In passes of up to ``max_rows``, with pending rows, giving back what is out of the window."""
-    pool = make_pool(windows, block_size=block_size, kv_bytes=budget, max_rows=rows, prefill_chunk=1, max_sequences=1)
+    pool = make_pool(
+        windows, block_size=block_size, kv_bytes=budget, max_rows=rows + 1, prefill_chunk=1, max_sequences=1
+    )
     tables = [BlockTable(allocator, block_size) for allocator in pool.allocators]
     end, deepest, longest = 0, 0, min(pool.capacity, 400)
     while end < longest:

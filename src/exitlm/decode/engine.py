@@ -68,6 +68,7 @@ from exitlm.weights.store import cache_directory
 MEASURE_AGAIN = 30.0  # seconds from one measurement on a busy machine to the next
 MAX_PENDING = 64  # positions of a sequence that wait at most, if its request sets no lower cap; no token depends on it
 _EXPECTED_TOKENS = 512  # blocks beside each other are kept free for as many
+_ROOM_TO_COPY = 4  # shared blocks are copied where so many times as many are free
 _FINAL_ROWS = 64  # rows of final logits at once
 Ids = collections.abc.Sequence[int]
 Request = tuple[Ids | UserError, GenerationConfig]
@@ -193,7 +194,7 @@ class Engine:
         if moving:
             first = min(sequence.front for sequence in moving)
             return self._chosen(first, [(s, s.rows_at(first)) for s in moving if s.front == first])
-        room, ready = self.options.prefill_chunk, []
+        room, ready = min(self.options.prefill_chunk, self.options.max_rows - len(self.running)), []
         for sequence in list(self.running):
             rows = sequence.rows_at(0)
             if sequence.filled[0] < sequence.prefill_end:
@@ -797,7 +798,11 @@ class Engine:
         sequence.published = max(sequence.published, full)
 
     def _adopt(self, sequence: Sequence) -> None:
-        """Begin with the blocks of a text that began alike. A windowed group needs only those in its last window."""
+        """Begin with the blocks of a text that began alike. A windowed group needs only those in its last window.
+
+        A runner that reads a run of neighbouring blocks faster than scattered ones gets a copy beside the blocks to
+        come, while there is room: copying is once, and reading is in every pass.
+        """
         size = self.options.block_size
         last = sequence.prefill_end - (sequence.prefill_end == len(sequence.ids))  # the newest token always runs
         keys = [self._block_key(sequence, index) for index in range(last // size)]
@@ -812,13 +817,19 @@ class Engine:
             count -= 1
         if not count:
             return
-        for table, allocator, window in zip(sequence.tables, self.pool.allocators, self._windows, strict=True):
-            begin = self._needed_from(window, count)
-            found = [allocator.find_one(key) for key in keys[begin:count]]
+        for group, table in enumerate(sequence.tables):
+            begin = self._needed_from(self._windows[group], count)
+            found = [table.allocator.find_one(key) for key in keys[begin:count]]
             blocks = [block for block in found if block is not None]
             for block in blocks:
-                allocator.acquire(block)
-            table.adopt(blocks, begin)
+                table.allocator.acquire(block)
+            room = table.allocator.free - table.allocator.cached
+            if self.runner.reads_runs and not begin and room > _ROOM_TO_COPY * count:
+                table.ensure(count * size)
+                self.pool.copy(group, blocks, table.blocks)
+                table.allocator.release_all(blocks)
+            else:
+                table.adopt(blocks, begin)
         sequence.filled = [count * size] * self.runner.segments
         sequence.published = count
         sequence.tally.shared += count * size

@@ -108,7 +108,7 @@ class KVPool:
         ]
 
     def _held(self, window: int) -> int:
-        """Blocks that one text holds at most of a windowed group: a window, the rows of a pass and its pending rows."""
+        """Blocks of a windowed group that one text of any length holds at most."""
         rows = window + max(self.options.max_rows, self.options.prefill_chunk) + _MAX_PENDING_ROWS
         return rows // self.block_size + 2
 
@@ -140,6 +140,14 @@ class KVPool:
     def nbytes(self) -> int:
         """Bytes of all entries, touched or not."""
         return sum(store.numel() * store.element_size() for store in self.stores)
+
+    def copy(self, group: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the contents of some blocks to others, in every entry of a group."""
+        size, device = self.block_size, self.device
+        both = (torch.tensor(blocks, device=device)[:, None] * size for blocks in (sources, targets))
+        source, target = ((first + torch.arange(size, device=device)).flatten() for first in both)
+        for entry in self.groups[group].entries:
+            self.stores[entry].index_copy_(2, target, self.stores[entry].index_select(2, source))
 
     def clear(self, group: int, blocks: Sequence[int]) -> None:
         """Overwrite blocks whose contents may not be numbers: padded reads would meet them."""

@@ -49,6 +49,11 @@ class EngineConfig:
             raise UserError(f"engine.max_wait is {found['max_wait']}, but must be {expected}")
         for name, value in found.items():
             object.__setattr__(self, name, value)
+        if self.max_rows <= self.max_sequences:
+            raise UserError(
+                f"engine.max_rows is {self.max_rows} and engine.max_sequences {self.max_sequences}: a pass needs a row "
+                "for each sequence and one for a prompt; raise the first or lower the second"
+            )
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> EngineConfig:

@@ -46,6 +46,12 @@ class Runner:
         )  # fmt: skip
 
     @property
+    def reads_runs(self) -> bool:
+        """Whether keys in one run of neighbouring blocks are read faster than scattered ones: eager torch reads them
+        where they lie, a static pass gathers all."""
+        return self.fused.static is None
+
+    @property
     def segments(self) -> int:
         """How many segments the boundaries cut the layers into."""
         return len(self.bounds) - 1

@@ -107,8 +107,6 @@ class Sequence:
         self.prepared = False
         self.deep_end = 0
         self.prefill_end = max(self.prompt_length, len(self.ids) - 1)
-        if not self.generated:
-            self.output.prompt_logprobs.clear()
 
     # ---- where its rows are
 
