@@ -19,6 +19,8 @@ from exitlm.decode.engine import Engine, Event
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.runner import Arrived, Runner
+from exitlm.decode.sequence import Draft
+from exitlm.decode.sequence import Sequence as Text
 from exitlm.errors import UserError
 from exitlm.model.exits import ExitConfig
 from tests.decode.models import attach, drafting_model, fade, generate, make_engine, random_ids
@@ -515,7 +517,42 @@ def test_drafts_of_a_round_are_as_many_as_rows_of_logits(monkeypatch: pytest.Mon
     assert max(rows) == 64
 
 
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_all_drafts_of_a_round_together_are_no_more_than_allowed(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    extend = Text.extend_drafts
+
+    def spy(self: Text, drafts: Sequence[Draft]) -> bool:
+        found = extend(self, drafts)
+        lengths.append(len(self.drafts))
+        return found
+
+    monkeypatch.setattr(Text, "extend_drafts", spy)
+    sources = Counter[str]()
+    for seed in range(6):
+        out = reference().generate(random_ids(4, seed) * 3, config("lossless", max_draft=most, max_new_tokens=40))
+        sources.update(token.source for token in out.trace)
+    assert max(lengths) == most
+    assert min(sources["exit"], sources["lookup"]) > 0
+
+
 # ---- memory
+
+
+def test_memory_that_is_short_is_not_taken_for_drafts() -> None:
+    """A text whose drafts found no room would give its memory, come back, draft again, and so on."""
+    model = drafting_model("llama")
+    room = make_engine(model, options=EngineConfig(block_size=1)).pool.bytes_for(70)
+    engine = make_engine(model, options=EngineConfig(block_size=1, kv_bytes=room))
+    requests = [
+        (random_ids(4, seed) * 3, config("lossless", threshold=0.0, max_new_tokens=50, max_draft=12))
+        for seed in range(4)
+    ]
+    outs = engine.generate_all(requests)
+    for (prompt, chosen), out in zip(requests, outs, strict=True):
+        assert out.token_ids == reference().generate(prompt, chosen).token_ids
+    assert 0 < sum(out.stats.preemptions for out in outs) <= 12
+    assert sum(out.stats.drafted for out in outs) > 100
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -555,14 +592,14 @@ def test_a_budget_for_no_block_names_one_that_works() -> None:
 def test_windows_hold_any_length_of_text_and_any_drafts(draft: str) -> None:
     """A sequence whose pending rows filled its windows would take its own memory, for ever."""
     model = attach(fade(tiny_model("mistral", num_hidden_layers=2), 2, 0.0), [ExitConfig(layer=1, kind="norm")])
-    options = EngineConfig(block_size=1, max_sequences=1, max_rows=1, prefill_chunk=1)
+    options = EngineConfig(block_size=1, max_sequences=1, max_rows=2, prefill_chunk=1)
     settings: dict[str, Any] = {
         "threshold": 0.0, "max_draft": 90, "max_pending": 90, "adaptive": False, "max_new_tokens": 75, "draft": draft,
         "ignore_eos": True,
     }  # fmt: skip
     for mode in ("lossless", "threshold"):
         engine = make_engine(model, options=options)
-        assert engine.pool.blocks == [72]
+        assert engine.pool.blocks == [73]
         chosen = GenerationConfig(mode=mode, **settings)
         out, free = (each.generate(random_ids(3) * 4, chosen) for each in (engine, make_engine(model)))
         assert out.token_ids == free.token_ids

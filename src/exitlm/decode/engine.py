@@ -593,7 +593,7 @@ class Engine:
         room -= known
         if room < 1:
             return True
-        if self._draft_from_text(sequence, min(room, drafting.limit)):
+        if self._draft_from_text(sequence, min(room, drafting.limit - known)):
             sequence.prepared = True
         elif rule is not None and known < drafting.exit_limit and position >= config.min_exit_tokens:
             sequence.test = ExitTest(rule, position, sequence.output.max_new_tokens)
@@ -723,8 +723,14 @@ class Engine:
 
     def _reserve(self, sequence: Sequence, rows: int) -> bool:
         """Blocks for the next ``rows`` positions; where none are left, the newest sequences give theirs. False if that
-        is this one."""
+        is this one, or if there were drafts among the rows: they are dropped before anybody gives memory for them."""
         while not all(table.ensure(sequence.filled[0] + rows) for table in sequence.tables):
+            entered = max(0, sequence.filled[0] - len(sequence.ids))
+            if entered < len(sequence.drafts):
+                sequence.drop_drafts(entered)
+                if sequence.length == sequence.filled[0]:  # nothing enters: what waits goes deep
+                    sequence.test, sequence.deep_end = None, sequence.length
+                return False
             newest = max(self.running, key=lambda other: other.key)
             self._preempt(newest)
             if newest is sequence:
