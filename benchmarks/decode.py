@@ -27,7 +27,7 @@ from passes import Passes
 import exitlm
 from exitlm.decode.engine import Engine
 from exitlm.decode.generation import GenerationConfig
-from exitlm.decode.measure_costs import measure
+from exitlm.decode.pricing.measure_costs import measure
 from exitlm.decode.rules import ExitTest
 from exitlm.model.exits import ExitConfig
 
@@ -273,7 +273,7 @@ def modes(llm: exitlm.LLM, rounds: int, count: int) -> dict[str, Any]:
                 "acceptance": f"{s['accepted'] / s['drafted']:.2f} of {s['drafted']}" if s["drafted"] else "-",
             })  # fmt: skip
     print(table(rows))
-    agreement = ", ".join(f"{e}: {record.agreement:.1%}" for e, record in engine.exits.records.items())
+    agreement = ", ".join(f"{e}: {record.agreement:.1%}" for e, record in engine.intake.exits.records.items())
     held_out = {"agreement with the final head on held-out text, by exit": agreement}
     return {"tokens": count, "format": engine.quant, **held_out, "notes": engine.notes, "rows": rows}
 

@@ -21,10 +21,10 @@ from drawing import BLUE, GREEN, OUT, PALE, RED, VIOLET, Drawing, shrink
 
 from exitlm.decode.batch import Batch
 from exitlm.decode.engine import Engine
-from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import Generation, GenerationConfig
-from exitlm.decode.measure_costs import ideal
+from exitlm.decode.kernels.fused import FusedModel
 from exitlm.decode.options import EngineConfig
+from exitlm.decode.pricing.measure_costs import ideal
 from exitlm.decode.sampling.noise import noise
 from exitlm.evaluate.plots import BAND, GREY, INK, new_figure, save_figure
 from exitlm.model import EarlyExitModel, ModelConfig
@@ -377,7 +377,7 @@ def blocks() -> None:
         engine.step()
     draw = Drawing.of(106, 44)
     wide, colours = 4.9, (BLUE, VIOLET)
-    for number, group in enumerate(engine.pool.groups):
+    for number, group in enumerate(engine.memory.pool.groups):
         y = 24.5 if number == 0 else 4.3
         name = "layers that see everything" if group.window is None else f"layers with a window of {group.window}"
         draw.words(2, y + 16.4, f"{name}", ha="left", fontweight="bold")
@@ -386,7 +386,7 @@ def blocks() -> None:
         for table in tables:
             for block in table.blocks:
                 uses[block] = uses.get(block, 0) + 1
-        allocator = engine.pool.allocators[number]
+        allocator = engine.memory.pool.allocators[number]
         for i, table in enumerate(tables):
             top = y + 11.0 - 4.2 * i
             draw.words(2, top + 1.6, f"sequence {'AB'[i]}", ha="left", color=colours[i])

@@ -207,7 +207,7 @@ def agreement(section: Section, reference: Any, llm: Any, found: dict[str, Any])
     from gpu_checks import decoded
     from tests.decode.models import random_ids, worst
 
-    from exitlm.decode.fused import FusedModel
+    from exitlm.decode.kernels.fused import FusedModel
 
     ids = random_ids(96, vocab_size=llm.model.config.vocab_size)
     with torch.inference_mode():
@@ -494,7 +494,7 @@ def tuning_steps(section: Section, llm: Any, kind: str) -> tuple[int, list[float
 
 def attention(section: Section) -> None:
     """Microseconds of ways to attend to a cache with few rows: what the choices of ``graphs.py`` rest on."""
-    from exitlm.decode.graphs import CudaRecorder, attend_in_chunks
+    from exitlm.decode.kernels.graphs import CudaRecorder, attend_in_chunks
 
     shapes = {"8b": (8, 4, 128), "135m": (3, 3, 64), "1.3b": (16, 1, 128)}
     lengths, rows_of = ((256, 1024, 4096, 16384), (1, 4, 16)) if not section.quick else ((256,), (1,))

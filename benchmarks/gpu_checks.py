@@ -17,10 +17,10 @@ from tests.decode.patterns import long_model, walk
 from tests.model.families import FAMILIES, tiny_model
 
 from exitlm.decode.engine import Engine
-from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import GenerationConfig
-from exitlm.decode.graphs import attend_in_chunks
-from exitlm.decode.measure_costs import measure
+from exitlm.decode.kernels.fused import FusedModel
+from exitlm.decode.kernels.graphs import attend_in_chunks
+from exitlm.decode.pricing.measure_costs import measure
 from exitlm.model import EarlyExitModel
 
 Rows = list[dict[str, Any]]

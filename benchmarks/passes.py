@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from exitlm.decode.batch import Batch, Part
-from exitlm.decode.block_table import BlockTable
-from exitlm.decode.runner import Runner
+from exitlm.decode.cache.block_table import BlockTable
+from exitlm.decode.kernels.runner import Runner
 
 
 class Passes:

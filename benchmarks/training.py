@@ -111,7 +111,7 @@ def peer(rounds: int, quick: bool, python: str) -> dict[str, Any]:
     """See ``peer.py``; in bfloat16 too where the processor multiplies it natively."""
     from peer import Task, compare
 
-    from exitlm.decode.formats import has_amx_bf16
+    from exitlm.decode.kernels.formats import has_amx_bf16
 
     shape = TINY if quick else {**SHAPE, "vocab_size": 49152}
     length, size, count = (16, 2, 2) if quick else (512, 4, 2)

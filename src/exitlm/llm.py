@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from exitlm.decode.engine import Engine
-from exitlm.decode.formats import check_quant
 from exitlm.decode.generation import Generation, GenerationConfig, Piece
+from exitlm.decode.kernels.formats import check_quant
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.prompts import Prompt, encode
 from exitlm.decode.requests import configs_of, is_many

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from exitlm.decode.batch import Batch, Part
-from exitlm.decode.block_table import BlockTable
-from exitlm.decode.fused import FusedModel
+from exitlm.decode.cache.block_table import BlockTable
+from exitlm.decode.kernels.fused import FusedModel
+from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.options import EngineConfig
-from exitlm.decode.runner import Arrived, Runner
 
 BLOCK_SIZE = 8
 MAX_ROLLBACK = 4

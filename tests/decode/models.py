@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from exitlm.decode.costs import Costs
 from exitlm.decode.engine import Engine
 from exitlm.decode.generation import Generation, GenerationConfig
+from exitlm.decode.pricing.costs import Costs
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig, RidgeStatistics
 from tests.model.families import tiny_model

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from exitlm.decode.fused import FusedModel
-from exitlm.decode.runner import Arrived, Runner
+from exitlm.decode.kernels.fused import FusedModel
+from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig
 from tests.decode.driver import MAX_ROLLBACK, Driver, advance_many, make_runner

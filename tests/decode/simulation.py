@@ -14,9 +14,9 @@ import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from exitlm.decode.acceptance import Acceptance, AcceptanceTable
-from exitlm.decode.costs import Costs
-from exitlm.decode.scheduler import Exit, Limits, Member, Pass, Rate, SequenceView, next_pass
+from exitlm.decode.pricing.acceptance import Acceptance, AcceptanceTable
+from exitlm.decode.pricing.costs import Costs
+from exitlm.decode.pricing.scheduler import Exit, Limits, Member, Pass, Rate, SequenceView, next_pass
 
 LAYERS = 4
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from exitlm.decode.acceptance import Acceptance, AcceptanceTable
+from exitlm.decode.pricing.acceptance import Acceptance, AcceptanceTable
 
 
 def test_the_estimate_moves_from_the_prior_to_what_is_seen() -> None:

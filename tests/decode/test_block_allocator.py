@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exitlm.decode.block_allocator import (
+from exitlm.decode.cache.block_allocator import (
     EVICTED_TOGETHER,
     BlockAllocator,
     chain_keys,

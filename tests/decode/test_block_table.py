@@ -14,8 +14,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from exitlm.decode.block_allocator import BlockAllocator, chain_keys, runs
-from exitlm.decode.block_table import BlockTable
+from exitlm.decode.cache.block_allocator import BlockAllocator, chain_keys, runs
+from exitlm.decode.cache.block_table import BlockTable
 
 BLOCK = 3
 CLAIMS = st.sampled_from([0, 10, 20, 60])

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from exitlm.decode import measure_costs
-from exitlm.decode.block_table import BlockTable
-from exitlm.decode.costs import Costs, choose_drafting
-from exitlm.decode.fused import FusedModel
-from exitlm.decode.measure_costs import SIZES, cached, ideal, measure
-from exitlm.decode.runner import Runner
+from exitlm.decode.cache.block_table import BlockTable
+from exitlm.decode.kernels.fused import FusedModel
+from exitlm.decode.kernels.runner import Runner
+from exitlm.decode.pricing import measure_costs
+from exitlm.decode.pricing.costs import Costs, choose_drafting
+from exitlm.decode.pricing.measure_costs import SIZES, cached, ideal, measure
 from exitlm.model import Calibration, EarlyExitModel
 from exitlm.model.exits import ExitConfig
 from tests.decode.driver import Driver, make_runner

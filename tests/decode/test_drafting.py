@@ -2,8 +2,8 @@
 
 import pytest
 
-from exitlm.decode.acceptance import AcceptanceTable
-from exitlm.decode.drafting import MAX_DRAFT, Drafting
+from exitlm.decode.pricing.acceptance import AcceptanceTable
+from exitlm.decode.pricing.drafting import MAX_DRAFT, Drafting
 
 
 def test_limits() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from exitlm.decode import engine as engine_module
 from exitlm.decode.engine import Engine
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.planning import DEFAULT_THRESHOLD
+from exitlm.decode.pricing import pricing as pricing_module
 from exitlm.decode.rules import PATIENCE_REACHED, RULES
 from exitlm.errors import UserError
 from exitlm.model import Calibration, EarlyExitModel, ExitRecord
@@ -245,8 +245,8 @@ def test_streams_side_by_side_do_not_disturb_each_other(engine: Engine) -> None:
 
 def is_idle(engine: Engine) -> bool:
     """Whether nothing runs and nothing is held."""
-    used = [allocator.used for allocator in engine.pool.allocators]
-    return not (engine.running or engine.waiting or engine._sinks or any(used) or engine.hidden.used)
+    used = [allocator.used for allocator in engine.memory.pool.allocators]
+    return not (engine.running or engine.waiting or engine._sinks or any(used) or engine.memory.hidden.used)
 
 
 def test_an_abandoned_stream_gives_its_memory_back() -> None:
@@ -300,7 +300,7 @@ def recorded(**records: ExitRecord) -> EarlyExitModel:
 
 
 def plan(engine: Engine, **settings: Any) -> tuple[list[int], dict[int, float], str | None]:
-    made = engine.plan(GenerationConfig.of(settings))
+    made = engine.intake.plan(GenerationConfig.of(settings))
     return made.exits, {} if made.rule is None else dict(made.rule.thresholds), made.rule and made.rule.name
 
 
@@ -380,7 +380,7 @@ def test_exits_that_tuning_found_not_worth_a_test_are_off_by_default_and_this_is
 
 
 def test_what_is_tested_by_default_depends_on_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "cached", lambda *_: 1 / 0)
+    monkeypatch.setattr(pricing_module, "cached", lambda *_: 1 / 0)
     engine = make_engine(recorded(e1=NEVER, e2=SURE), costs=None)
     assert plan(engine, mode="threshold")[0] == [2, 3]
     assert generate(engine, PROMPT, mode="threshold", **FREE).stats.exits == [2, 3]
@@ -436,7 +436,7 @@ def test_drafting_thresholds_come_from_calibration_and_costs() -> None:
 def test_costs_are_measured_only_where_they_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
     model = drafting_model("llama")
-    monkeypatch.setattr(engine_module, "cached", lambda _, place: asked.append(place) or some_costs(model))
+    monkeypatch.setattr(pricing_module, "cached", lambda _, place: asked.append(place) or some_costs(model))
     engine = Engine(model, cache_dir=tmp_path)
     generate(engine, PROMPT, mode="full", **FREE)
     generate(engine, PROMPT, mode="threshold", threshold=0.5, **FREE)
@@ -514,7 +514,7 @@ def test_an_exit_with_a_weight_that_is_no_number_never_fires(mode: str, rule: st
 def test_costs_of_a_busy_machine_are_named_and_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = drafting_model("llama")
     tables = [replace(some_costs(model), spread=0.9, origin="measured"), replace(some_costs(model), origin="measured")]
-    monkeypatch.setattr(engine_module, "cached", lambda *_: tables.pop(0))
+    monkeypatch.setattr(pricing_module, "cached", lambda *_: tables.pop(0))
     engine = make_engine(model, costs=None)
     settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
     for _ in range(2):  # a table serves for a while, whatever it is
@@ -522,8 +522,8 @@ def test_costs_of_a_busy_machine_are_named_and_measured_again(monkeypatch: pytes
         assert len(tables) == 1
         (note,) = engine.notes
         assert "this machine is busy (equal passes took up to 1.9 times as long)" in note
-    monkeypatch.setattr(engine_module, "MEASURE_AGAIN", 0.0)
-    engine._next_measure = 0.0
+    monkeypatch.setattr(pricing_module, "MEASURE_AGAIN", 0.0)
+    engine.pricing._next_measure = 0.0
     generate(engine, PROMPT, **settings)
     assert (tables, engine.notes) == ([], [])
     generate(engine, PROMPT, **settings)  # which is not measured again
@@ -532,7 +532,7 @@ def test_costs_of_a_busy_machine_are_named_and_measured_again(monkeypatch: pytes
 def test_a_table_that_was_measured_again_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model = drafting_model("llama")
     origin = "measured again, since passes take 0.30 to 0.90 times as long as was kept"
-    monkeypatch.setattr(engine_module, "cached", lambda *_: replace(some_costs(model), origin=origin))
+    monkeypatch.setattr(pricing_module, "cached", lambda *_: replace(some_costs(model), origin=origin))
     engine = make_engine(model, costs=None)
     settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
     assert generate(engine, PROMPT, **settings).stats.costs == origin
@@ -543,7 +543,7 @@ def test_a_table_that_was_measured_again_is_told(monkeypatch: pytest.MonkeyPatch
 def test_a_machine_that_interrupts_every_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = drafting_model("llama")
     guess = replace(some_costs(model), spread=math.inf, origin="guessed")
-    monkeypatch.setattr(engine_module, "cached", lambda *_: guess)
+    monkeypatch.setattr(pricing_module, "cached", lambda *_: guess)
     engine = make_engine(model, costs=None)
     settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
     assert generate(engine, PROMPT, **settings).stats.costs == "guessed"

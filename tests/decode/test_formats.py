@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exitlm.decode import formats
 from exitlm.decode.engine import Engine
-from exitlm.decode.formats import (
+from exitlm.decode.kernels import formats
+from exitlm.decode.kernels.formats import (
     FORMATS,
     choose_format,
     four_bit_grid,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from exitlm.decode.engine import expand
-from exitlm.decode.fused import FusedModel
+from exitlm.decode.kernels.fused import FusedModel
 from exitlm.model import EarlyExitModel, ModelConfig
 from exitlm.model.exits import ExitConfig
 from tests.decode.driver import Driver, advance_many, logits_of, make_runner

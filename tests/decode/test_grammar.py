@@ -14,7 +14,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from exitlm.decode.grammar import (
+from exitlm.decode.sampling.grammar import (
     CACHE_BYTES,
     MAX_WHITESPACE,
     GrammarCompiler,
@@ -595,7 +595,7 @@ def test_the_vocabulary_may_be_cut(byte_compiler: GrammarCompiler) -> None:
 
 def test_compiled_grammars_are_kept_within_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted by the compiler's own books: a format that was seen adds nothing, and old ones make room."""
-    monkeypatch.setattr("exitlm.decode.grammar.CACHE_BYTES", 400_000)
+    monkeypatch.setattr("exitlm.decode.sampling.grammar.CACHE_BYTES", 400_000)
     assert CACHE_BYTES > 400_000
     compiler = make_compiler()
     books = compiler._compiler

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from exitlm.decode.batch import Batch
 from exitlm.decode.engine import Engine
-from exitlm.decode.fused import FusedModel
-from exitlm.decode.graphs import (
+from exitlm.decode.kernels.fused import FusedModel
+from exitlm.decode.kernels.graphs import (
     ROWS,
     Recorded,
     StaticRows,
@@ -21,7 +21,7 @@ from exitlm.decode.graphs import (
     resolve_compile,
     row_bucket,
 )
-from exitlm.decode.measure_costs import measure
+from exitlm.decode.pricing.measure_costs import measure
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
 from tests.decode.driver import Driver, advance_many, make_runner

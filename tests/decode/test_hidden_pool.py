@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exitlm.decode.hidden_pool import HiddenPool
+from exitlm.decode.cache.hidden_pool import HiddenPool
 
 MOVES = st.lists(st.tuples(st.sampled_from(["take", "take", "write", "give back"]), st.integers(1, 9)), max_size=40)
 

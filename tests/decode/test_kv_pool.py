@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exitlm.decode.block_table import BlockTable
-from exitlm.decode.kv_pool import Entry, KVPool
+from exitlm.decode.cache.block_table import BlockTable
+from exitlm.decode.cache.kv_pool import Entry, KVPool
 from exitlm.decode.options import EngineConfig
 from exitlm.errors import UserError
 

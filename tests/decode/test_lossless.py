@@ -70,7 +70,7 @@ def random_prompt(rng: random.Random, engine: Engine) -> list[int]:
 
 def random_settings(rng: random.Random, engine: Engine) -> dict[str, Any]:
     """Everything that may change how lossless text is made, and must not change the text."""
-    active = sorted(rng.sample(engine.exits.layers, rng.randint(1, len(engine.exits.layers))))
+    active = sorted(rng.sample(engine.intake.exits.layers, rng.randint(1, len(engine.intake.exits.layers))))
     choice: dict[str, Any] = {
         "exits": rng.choice([None, active]),
         "rule": rng.choice([None, "probability", "margin", "entropy", "gate", "patience", "fixed", "decay"]),
@@ -142,7 +142,7 @@ def check_trace(out: Generation, engine: Engine, settings: dict[str, Any]) -> No
         assert token.drafted == (token.source != "final")
         if token.source == "exit":
             assert "exits" in settings["draft"]
-            assert token.exit_layer in (settings["exits"] or engine.exits.layers)
+            assert token.exit_layer in (settings["exits"] or engine.intake.exits.layers)
             assert token.exit_layer == max(token.confidence)
             assert at >= max(1, settings["min_exit_tokens"])
         else:

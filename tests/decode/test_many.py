@@ -17,8 +17,8 @@ from torch import Tensor
 
 from exitlm.decode.engine import Engine, Event
 from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.options import EngineConfig
-from exitlm.decode.runner import Arrived, Runner
 from exitlm.decode.sequence import Draft
 from exitlm.decode.sequence import Sequence as Text
 from exitlm.errors import UserError
@@ -55,8 +55,8 @@ def check_idle(engine: Engine) -> None:
     assert not engine.running
     assert not engine.waiting
     assert not engine._sinks
-    assert engine.hidden.used == 0
-    for allocator in engine.pool.allocators:
+    assert engine.memory.hidden.used == 0
+    for allocator in engine.memory.pool.allocators:
         allocator.check()
         assert allocator.used == 0
 
@@ -569,7 +569,7 @@ def test_a_budget_that_is_too_small_names_the_least_that_works(family: str, size
         small.generate(prompt, chosen)
     least = int(str(e.value).split()[-3])
     engine = make_engine(model, options=dataclasses.replace(options, kv_bytes=least))
-    assert engine.pool.nbytes() <= least
+    assert engine.memory.pool.nbytes() <= least
     assert engine.generate(prompt, chosen).token_ids == wanted
     with pytest.raises(UserError, match=f"set it to {least} or more"):
         make_engine(model, options=dataclasses.replace(options, kv_bytes=least - 1)).generate(prompt, chosen)
@@ -599,7 +599,7 @@ def test_windows_hold_any_length_of_text_and_any_drafts(draft: str) -> None:
     }  # fmt: skip
     for mode in ("lossless", "threshold"):
         engine = make_engine(model, options=options)
-        assert engine.pool.blocks == [73]
+        assert engine.memory.pool.blocks == [73]
         chosen = GenerationConfig(mode=mode, **settings)
         out, free = (each.generate(random_ids(3) * 4, chosen) for each in (engine, make_engine(model)))
         assert out.token_ids == free.token_ids
@@ -629,7 +629,7 @@ def many_short(count: int) -> None:
     model, rng = drafting_model("gemma3_text"), random.Random(count)
     room = make_engine(model).pool.bytes_for(8 * 32)
     engine = make_engine(model, options=EngineConfig(kv_bytes=room, block_size=8, max_sequences=8))
-    blocks = list(engine.pool.blocks)
+    blocks = list(engine.memory.pool.blocks)
     prompts = [random_ids(rng.randint(1, 20), rng.randrange(40)) for _ in range(count)]
     configs = [config(rng.choice(list(MODES)), max_new_tokens=rng.choice([1, 4, 8])) for _ in range(count)]
     alone: dict[Any, list[int]] = {}
@@ -641,11 +641,11 @@ def many_short(count: int) -> None:
             alone[name] = reference(prompts[index], configs[index]).token_ids
         assert out.error is None
         assert out.token_ids == alone[name]
-        most = max(most, len(engine.hidden.states_SD))
+        most = max(most, len(engine.memory.hidden.states_SD))
     check_idle(engine)
-    assert engine.pool.blocks == blocks
+    assert engine.memory.pool.blocks == blocks
     assert most <= 8 * 32  # slots of hidden states
-    for allocator in engine.pool.allocators:
+    for allocator in engine.memory.pool.allocators:
         allocator.clear()
         assert (allocator.used, allocator.cached, allocator.free) == (0, 0, allocator.num_blocks)
     assert not engine._outbox

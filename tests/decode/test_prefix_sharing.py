@@ -12,8 +12,8 @@ from torch import Tensor
 from exitlm.decode.batch import Batch
 from exitlm.decode.engine import Engine
 from exitlm.decode.generation import Generation, GenerationConfig
+from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.options import EngineConfig
-from exitlm.decode.runner import Arrived, Runner
 from exitlm.decode.sequence import Draft
 from exitlm.decode.sequence import Sequence as Text
 from exitlm.model import EarlyExitModel
@@ -140,7 +140,7 @@ def test_generated_tokens_are_shared_as_well(family: str, mode: str, rows: list[
             assert out.stats.shared_tokens >= (known - 1 - pending) // SIZE * SIZE
             assert rows[0] == len(text) - out.stats.shared_tokens
         text = text + out.token_ids + random_ids(3, turn)
-    assert engine.pool.allocators[0].cached > 10
+    assert engine.memory.pool.allocators[0].cached > 10
 
 
 @pytest.mark.parametrize("mode", MODES)

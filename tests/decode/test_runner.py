@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exitlm.decode.fused import FusedModel, Rows
-from exitlm.decode.runner import Runner, select
+from exitlm.decode.kernels.fused import FusedModel, Rows
+from exitlm.decode.kernels.runner import Runner, select
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig
 from tests.decode.driver import Driver, advance_many, logits_of, make_runner, pool_segment

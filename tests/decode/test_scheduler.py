@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from exitlm.decode.costs import Costs
-from exitlm.decode.scheduler import Exit, Limits, Member, Pass, Rate, SequenceView, next_pass
+from exitlm.decode.pricing.costs import Costs
+from exitlm.decode.pricing.scheduler import Exit, Limits, Member, Pass, Rate, SequenceView, next_pass
 from tests.decode.simulation import (
     CPU,
     GPU,

@@ -7,8 +7,9 @@ step:  admit texts that fit  ->  the scheduler chooses a pass: rows that wait at
                    there, and its rows stay pending; the others wait to go deeper
          the end:  the final head gives tokens, and verifies drafts; what follows the first refusal is rolled back
 ```
-Each (token, layer) is computed once, in every mode, and a text depends on nobody else's rows. The engine owns the loop;
-:mod:`exitlm.decode.runner` computes, :mod:`exitlm.decode.scheduler` chooses, :mod:`exitlm.decode.sequence` remembers.
+Each (token, layer) is computed once, in every mode, and a text depends on nobody else's rows. This file is the loop;
+``kernels/runner.py`` computes, ``pricing/scheduler.py`` chooses, ``cache/memory.py`` keeps, ``sequence.py`` remembers,
+and ``streams.py`` runs requests from start to end.
 
 Shapes: M rows of a pass, R rows that want final logits, T tested rows, K rows of an exit's output matrix, V vocab_size.
 """
@@ -28,20 +29,20 @@ from torch import Tensor
 
 from exitlm.decode import streams
 from exitlm.decode.batch import Batch
-from exitlm.decode.costs import Costs
+from exitlm.decode.cache.memory import MAX_PENDING, Memory
 from exitlm.decode.fair_lock import FairLock
-from exitlm.decode.formats import resolve_format
-from exitlm.decode.fused import FusedModel
 from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace
-from exitlm.decode.graphs import resolve_compile
 from exitlm.decode.intake import Intake
+from exitlm.decode.kernels.formats import resolve_format
+from exitlm.decode.kernels.fused import FusedModel
+from exitlm.decode.kernels.graphs import resolve_compile
+from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.logits import expand, in_groups, log_probabilities, not_finite, restricted, scores
-from exitlm.decode.memory import MAX_PENDING, Memory
 from exitlm.decode.options import EngineConfig
-from exitlm.decode.pricing import Pricing
+from exitlm.decode.pricing.costs import Costs
+from exitlm.decode.pricing.pricing import Pricing
 from exitlm.decode.results import result
 from exitlm.decode.rules import ExitTest, fires
-from exitlm.decode.runner import Arrived, Runner
 from exitlm.decode.sampling.sampler import NoTokenLeft, finite_rows
 from exitlm.decode.sequence import Draft, Sequence
 from exitlm.decode.streams import Event, Request

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from exitlm.decode.grammar import read_response_format
 from exitlm.decode.rules import RULES, check_threshold
+from exitlm.decode.sampling.grammar import read_response_format
 from exitlm.decode.sampling.sampler import LogitsProcessor, Sampler, bad_word
 from exitlm.errors import UserError, nearest, short
 from exitlm.palette import html, palette
@@ -47,7 +47,7 @@ class GenerationConfig:
     ``logprobs``: 0 is off, n gives each token's log-probability and the n most likely alternatives;
     ``prompt_logprobs`` likewise for the prompt's own tokens (None is off, 0 without alternatives). ``n``: how many
     texts to write, each with noise of its own. ``response_format``: what the text must look like, a JSON schema, a
-    regular expression or one of some choices (see :func:`exitlm.decode.grammar.read_response_format`).
+    regular expression or one of some choices (see :func:`exitlm.decode.sampling.grammar.read_response_format`).
     """
 
     max_new_tokens: int = 128

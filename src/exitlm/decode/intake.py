@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import collections.abc
 
-from exitlm.decode.costs import Costs
-from exitlm.decode.drafting import Drafting
 from exitlm.decode.generation import GenerationConfig
-from exitlm.decode.grammar import GrammarCompiler, GrammarState
+from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.lookup import NgramIndex
 from exitlm.decode.output import Output
 from exitlm.decode.planning import Exits, Plan, make_plan
-from exitlm.decode.runner import Runner
+from exitlm.decode.pricing.costs import Costs
+from exitlm.decode.pricing.drafting import Drafting
+from exitlm.decode.sampling.grammar import GrammarCompiler, GrammarState
 from exitlm.decode.sequence import Sequence
 from exitlm.decode.text import TextStream, Tokenizer
 from exitlm.errors import UserError

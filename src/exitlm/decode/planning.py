@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from exitlm.decode.costs import Costs, choose_drafting
 from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.pricing.costs import Costs, choose_drafting
 from exitlm.decode.rules import PATIENCE_REACHED, ExitRule
 from exitlm.errors import UserError
 from exitlm.model.record import ExitRecord

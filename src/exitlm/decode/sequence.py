@@ -21,14 +21,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from exitlm.decode.batch import Part
-from exitlm.decode.block_table import BlockTable
-from exitlm.decode.drafting import Drafting
+from exitlm.decode.cache.block_table import BlockTable
 from exitlm.decode.generation import GenerationConfig
-from exitlm.decode.grammar import GrammarState, mask_logits
 from exitlm.decode.lookup import NgramIndex
 from exitlm.decode.output import Output
 from exitlm.decode.planning import Plan
+from exitlm.decode.pricing.drafting import Drafting
 from exitlm.decode.rules import ExitTest
+from exitlm.decode.sampling.grammar import GrammarState, mask_logits
 from exitlm.decode.sampling.sampler import Draw, Sampler, TokenCounts
 
 

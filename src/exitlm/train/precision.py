@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from exitlm.decode.formats import has_amx_bf16
+from exitlm.decode.kernels.formats import has_amx_bf16
 
 
 def resolve_dtype(name: str, device: torch.device, fallback: torch.dtype) -> torch.dtype:

@@ -1,8 +1,7 @@
 """What passes cost: a table of seconds by rows and context, plain data without any clock or tensor.
 
-:mod:`exitlm.decode.measure_costs` fills a table; the scheduler, the draft policy and the simulator read it. The second
-half of this file weighs exits against a table. Bounds: EE-LLM section 4; arXiv 2211.17192 for the expected number of
-accepted drafts.
+``measure_costs.py`` fills a table; the scheduler and the simulator read it. The second half of this file weighs exits
+against a table. Bounds: EE-LLM section 4; arXiv 2211.17192 for the expected number of accepted drafts.
 """
 
 from __future__ import annotations

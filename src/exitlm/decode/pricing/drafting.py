@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
-from exitlm.decode.acceptance import LOOKUP_PRIOR, Acceptance, AcceptanceTable
+from exitlm.decode.pricing.acceptance import LOOKUP_PRIOR, Acceptance, AcceptanceTable
 
 MAX_DRAFT = 15  # of a round, where a request names no other
 MOST_DRAFTS = 63  # with the newest token: rows of final logits at once, and rows that a windowed pool has room for

@@ -2,7 +2,7 @@
 
 Costs are measured once per machine and shape and kept in the user's cache directory. A table is kept only if its times
 agreed with each other (``spread``): what a busy machine gave serves one process. A kept one is compared with a few
-passes before it is used, and measured again where they deviate. The table itself is :mod:`exitlm.decode.costs`.
+passes before it is used, and measured again where they deviate. The table itself is :mod:`exitlm.decode.pricing.costs`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import torch
 
 from exitlm.decode.batch import Batch
 from exitlm.decode.batch import Part as Rows
-from exitlm.decode.block_table import BlockTable
-from exitlm.decode.costs import STEADY, Costs
-from exitlm.decode.fused import FusedHead, FusedModel
+from exitlm.decode.cache.block_table import BlockTable
+from exitlm.decode.kernels.fused import FusedHead, FusedModel
+from exitlm.decode.kernels.runner import Runner
+from exitlm.decode.pricing.costs import STEADY, Costs
 from exitlm.decode.rules import probability
-from exitlm.decode.runner import Runner
 
 _FORMAT = 7  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 512)

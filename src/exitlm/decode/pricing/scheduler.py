@@ -19,7 +19,7 @@ import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from exitlm.decode.costs import Costs
+from exitlm.decode.pricing.costs import Costs
 
 _MEMORY = 24.0  # plain steps over which the gain is averaged
 _WINDOW = 64.0  # plain steps that the guard compares

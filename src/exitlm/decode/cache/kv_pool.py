@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exitlm.decode.block_allocator import BlockAllocator
+from exitlm.decode.cache.block_allocator import BlockAllocator
 from exitlm.decode.options import EngineConfig
 from exitlm.errors import UserError
 

@@ -6,11 +6,11 @@ again, or has left them behind its windows. Knows nothing of passes or requests.
 
 from __future__ import annotations
 
-from exitlm.decode.block_allocator import next_key
-from exitlm.decode.block_table import BlockTable
-from exitlm.decode.hidden_pool import HiddenPool
+from exitlm.decode.cache.block_allocator import next_key
+from exitlm.decode.cache.block_table import BlockTable
+from exitlm.decode.cache.hidden_pool import HiddenPool
+from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.options import EngineConfig
-from exitlm.decode.runner import Runner
 from exitlm.decode.sequence import Sequence
 
 MAX_PENDING = 64  # positions of a sequence that wait at most, if its request sets no lower cap; no token depends on it

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from exitlm.decode.block_allocator import BlockAllocator
+from exitlm.decode.cache.block_allocator import BlockAllocator
 
 
 class BlockTable:

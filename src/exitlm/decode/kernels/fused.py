@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exitlm.decode.batch import Batch, Part, Run
-from exitlm.decode.formats import GRID_FORMATS, Linear, exit_format, head_format, pack_linear
-from exitlm.decode.graphs import Rotations, StaticRows, static_runner, through_layers
-from exitlm.decode.kv_pool import Entry, KVPool
+from exitlm.decode.cache.kv_pool import Entry, KVPool
+from exitlm.decode.kernels.formats import GRID_FORMATS, Linear, exit_format, head_format, pack_linear
+from exitlm.decode.kernels.graphs import Rotations, StaticRows, static_runner, through_layers
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead

@@ -10,12 +10,12 @@ import math
 import time
 from pathlib import Path
 
-from exitlm.decode.acceptance import AcceptanceTable
-from exitlm.decode.costs import Costs
-from exitlm.decode.measure_costs import cached
+from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.options import EngineConfig
-from exitlm.decode.runner import Runner
-from exitlm.decode.scheduler import Exit, Limits, Pass, Rate, SequenceView, next_pass
+from exitlm.decode.pricing.acceptance import AcceptanceTable
+from exitlm.decode.pricing.costs import Costs
+from exitlm.decode.pricing.measure_costs import cached
+from exitlm.decode.pricing.scheduler import Exit, Limits, Pass, Rate, SequenceView, next_pass
 from exitlm.decode.sequence import Sequence
 from exitlm.weights.store import cache_directory
 

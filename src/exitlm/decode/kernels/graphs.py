@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exitlm.decode.batch import Batch
-from exitlm.decode.kv_pool import KVPool
+from exitlm.decode.cache.kv_pool import KVPool
 from exitlm.errors import UserError, nearest
 
 Rotations = list[Tensor]

@@ -1,7 +1,7 @@
 """Numbered KV blocks: who holds them, which are free, and which hold a prefix that the next prompt may share.
 
 This is bookkeeping alone. It knows no tensors (the pool holds those) and no requests (a
-:class:`~exitlm.decode.block_table.BlockTable` holds the blocks of one). Blocks with reference counts follow
+:class:`~exitlm.decode.cache.block_table.BlockTable` holds the blocks of one). Blocks with reference counts follow
 PagedAttention (arXiv 2309.06180, section 4). Two things are added. Neighbouring numbers are preferred, because keys in
 one contiguous run are read without a copy. And a full block can be published under a hash of all ids up to its end, so
 that it outlives its sequence until the memory is needed.

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from exitlm.decode.batch import Batch
-from exitlm.decode.fused import FusedHead, FusedModel, Rows
-from exitlm.decode.graphs import attention_backends
-from exitlm.decode.kv_pool import KVPool
+from exitlm.decode.cache.kv_pool import KVPool
+from exitlm.decode.kernels.fused import FusedHead, FusedModel, Rows
+from exitlm.decode.kernels.graphs import attention_backends
 from exitlm.decode.options import EngineConfig
 
 

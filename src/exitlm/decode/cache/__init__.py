@@ -1,0 +1,1 @@
+"""Where keys, values and waiting hidden states lie, and who holds what."""
