@@ -560,7 +560,7 @@ def test_memory_that_is_short_is_not_taken_for_drafts() -> None:
 def test_a_budget_that_is_too_small_names_the_least_that_works(family: str, size: int) -> None:
     model, prompt, chosen = drafting_model(family), random_ids(90), config("lossless", max_new_tokens=30)
     wanted = make_engine(model).generate(prompt, chosen).token_ids
-    options = EngineConfig(block_size=size, prefill_chunk=16, max_rows=16)
+    options = EngineConfig(block_size=size, prefill_chunk=16, max_rows=16, max_sequences=8)
     budget = make_engine(model, options=options).pool.bytes_for(1)
     small = make_engine(model, options=dataclasses.replace(options, kv_bytes=budget))
     with pytest.raises(

@@ -187,7 +187,7 @@ def test_what_was_evicted_is_computed_again(family: str, rows: list[int]) -> Non
     model = blocks_model(family)
     stem, chosen = random_ids(28, 1), config("lossless", logprobs=1)
     room = sharing(model).pool.bytes_for(48)
-    engine = sharing(model, kv_bytes=room, prefill_chunk=16, max_rows=16)
+    engine = sharing(model, kv_bytes=room, prefill_chunk=16, max_rows=16, max_sequences=8)
     expected = alone(model, stem, chosen)
     engine.generate(stem, chosen)
     assert engine.generate(stem, chosen).stats.shared_tokens == 24
