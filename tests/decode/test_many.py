@@ -24,7 +24,7 @@ from exitlm.decode.sequence import Sequence as Text
 from exitlm.errors import UserError
 from exitlm.model.exits import ExitConfig
 from tests.decode.models import attach, drafting_model, fade, generate, make_engine, random_ids
-from tests.model.families import FAMILIES, tiny_model
+from tests.model.families import tiny_model
 
 FREE: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
 MODES: dict[str, dict[str, Any]] = {
@@ -427,7 +427,7 @@ def test_an_error_of_one_text_is_its_last_event(engine: Engine) -> None:
 # ---- scores of a prompt
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "smollm3"])
 def test_scores_of_a_prompt_are_those_of_the_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a new token, in chunks of any length, with others beside, and never many rows of logits at once."""
     rows: list[int] = []
@@ -441,7 +441,7 @@ def test_scores_of_a_prompt_are_those_of_the_model(family: str, monkeypatch: pyt
     model = drafting_model(family)
     prompt = random_ids(100)
     log_p = torch.log_softmax(model.logits(prompt)[0], -1)
-    for chunk, most in ((512, 0), (7, 3), (64, 1), (1, 0)):
+    for chunk, most in ((512, 0), (7, 3)):
         engine = make_engine(model, options=EngineConfig(prefill_chunk=chunk, block_size=4))
         scores = config(max_new_tokens=0, prompt_logprobs=most)
         busy = (random_ids(9), config("threshold"))
@@ -555,8 +555,10 @@ def test_memory_that_is_short_is_not_taken_for_drafts() -> None:
     assert sum(out.stats.drafted for out in outs) > 100
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("size", [1, 32])
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [("llama", 32), ("mistral", 1), ("mistral", 32), ("gemma3_text", 1), ("gemma3_text", 32), ("phi3", 8)],
+)
 def test_a_budget_that_is_too_small_names_the_least_that_works(family: str, size: int) -> None:
     model, prompt, chosen = drafting_model(family), random_ids(90), config("lossless", max_new_tokens=30)
     wanted = make_engine(model).generate(prompt, chosen).token_ids
