@@ -19,12 +19,12 @@ class EngineConfig:
     """What an engine may hold and how it shares its time.
 
     ``kv_bytes``: memory for keys and values, touched as it is used (None: room for one whole context, and beyond that
-    for 16 texts of 2,048 tokens if they fit in a quarter of the memory). ``block_size``: positions of a block, the unit
-    in which that memory is given out and shared. ``max_rows``: rows of one pass. ``max_sequences``: texts decoded
-    together; others wait. ``prefill_chunk``: rows of prompts in one pass. ``prefix_sharing``: texts that begin alike
-    share the keys and values of their beginning. ``max_wait``: how long a row that must go deep waits for shallow
-    passes of others, as a share of a full pass. ``threads``: processor threads of a pass (None: torch's own number);
-    torch has one number for the whole process.
+    for 16 texts of 2,048 tokens if they fit in a quarter of the memory; of a GPU, at most three quarters of what is
+    free). ``block_size``: positions of a block, the unit in which that memory is given out and shared. ``max_rows``:
+    rows of one pass. ``max_sequences``: texts decoded together, at most ``max_rows``; others wait. ``prefill_chunk``:
+    rows of prompts in one pass. ``prefix_sharing``: texts that begin alike share the keys and values of their
+    beginning. ``max_wait``: how long a row that must go deep waits for shallow passes of others, as a share of a full
+    pass. ``threads``: processor threads of a pass (None: torch's own number); torch has one number for the process.
     """
 
     kv_bytes: int | None = None
@@ -49,11 +49,6 @@ class EngineConfig:
             raise UserError(f"engine.max_wait is {found['max_wait']}, but must be {expected}")
         for name, value in found.items():
             object.__setattr__(self, name, value)
-        if self.max_rows <= self.max_sequences:
-            raise UserError(
-                f"engine.max_rows is {self.max_rows} and engine.max_sequences {self.max_sequences}: a pass needs a row "
-                "for each sequence and one for a prompt; raise the first or lower the second"
-            )
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> EngineConfig:

@@ -1,0 +1,85 @@
+"""What the engine reads of logits: what may not come, an exit's score, log-probabilities. Pure functions of rows.
+
+Shapes: T tested rows, K rows of an exit's output matrix, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import math
+
+import torch
+from torch import Tensor
+
+from exitlm.decode.rules import SCORES
+from exitlm.decode.sequence import Sequence
+from exitlm.errors import UserError
+
+
+def expand(logits_K: Tensor, candidates_K: Tensor | None, vocab_size: int) -> Tensor:
+    """Logits of a candidate head over the whole vocabulary ``[V]``: -inf outside of the candidates."""
+    if candidates_K is None:
+        return logits_K
+    return logits_K.new_full((vocab_size,), -torch.inf).index_copy_(0, candidates_K, logits_K)
+
+
+def log_probabilities(raw_V: Tensor, token: int, most: int) -> tuple[float, dict[int, float]]:
+    """The log-probability of ``token`` and of the ``most`` likely tokens, under logits ``[V]``."""
+    log_p = torch.log_softmax(raw_V.float() if raw_V.dtype != torch.float64 else raw_V, -1)
+    if not most:
+        return float(log_p[token]), {}
+    values, ids = log_p.topk(min(most, len(log_p)))
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return float(log_p[token]), {i: value for i, value in pairs if value > -math.inf}  # an exit's candidates alone
+
+
+def restricted(
+    raw_TK: Tensor, tested: collections.abc.Sequence[Sequence], candidates_K: Tensor | None, vocab_size: int
+) -> Tensor:
+    """Logits without what each sequence may not write."""
+    if not any(sequence.restricts for sequence in tested):
+        return raw_TK
+    rows, dtype = [], torch.promote_types(raw_TK.dtype, torch.float32)
+    for sequence, raw_K in zip(tested, raw_TK, strict=True):
+        try:
+            logits_V = sequence.restricted(expand(raw_K, candidates_K, vocab_size))
+        except UserError:  # a draft led its grammar into a dead end: nothing may follow it
+            rows.append(torch.full_like(raw_K, -torch.inf, dtype=dtype))
+            continue
+        rows.append((logits_V if candidates_K is None else logits_V[candidates_K]).to(dtype))
+    return torch.stack(rows)
+
+
+def scores(logits_TK: Tensor, tested: collections.abc.Sequence[Sequence]) -> tuple[list[float], list[int]]:
+    """Score and best row of each row, with one wait for an accelerator."""
+    names = [sequence.plan.rule_name for sequence in tested]
+    if len(set(names)) == 1:
+        score_T = SCORES[names[0]](logits_TK)
+    else:
+        score_T = torch.stack([SCORES[name](row_K) for name, row_K in zip(names, logits_TK, strict=True)])
+    both = torch.stack([score_T.double(), logits_TK.argmax(-1).double()]).tolist()
+    return both[0], [int(index) for index in both[1]]
+
+
+def not_finite(token: int, dtype: torch.dtype) -> UserError:
+    """The sentence for final logits that are not numbers, for the new token of this number."""
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    return UserError(
+        f"the final logits for new token {token} are not finite (NaN or infinity); the weights "
+        + (f"are damaged, or {str(dtype).removeprefix('torch.')} is too narrow for them: get them again, or "
+           "load them with dtype 'float32'" if narrow else "are damaged: get them again")
+    )  # fmt: skip
+
+
+def in_groups(
+    wanted: collections.abc.Sequence[tuple[Sequence, list[int]]], most: int
+) -> collections.abc.Iterator[list[tuple[Sequence, list[int]]]]:
+    """Cut a list into groups of at most ``most`` rows; one sequence's rows stay together."""
+    group: list[tuple[Sequence, list[int]]] = []
+    for sequence, rows in wanted:
+        if group and sum(len(each) for _, each in group) + len(rows) > most:
+            yield group
+            group = []
+        group.append((sequence, rows))
+    if group:
+        yield group
