@@ -55,8 +55,8 @@ def check_idle(engine: Engine) -> None:
     assert not engine.running
     assert not engine.waiting
     assert not engine._sinks
-    assert engine.hidden.used == 0
-    for allocator in engine.pool.allocators:
+    assert engine.memory.hidden.used == 0
+    for allocator in engine.memory.pool.allocators:
         allocator.check()
         assert allocator.used == 0
 
@@ -113,7 +113,7 @@ BAD: dict[str, tuple[list[int], dict[str, Any], str, int]] = {  # prompt, settin
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_request_fails_by_its_index_and_the_others_are_answered(name: str, mode: str) -> None:
     model = drafting_model("llama")
-    room = make_engine(model).pool.bytes_for(80)
+    room = make_engine(model).memory.pool.bytes_for(80)
     engine = make_engine(model, options=EngineConfig(kv_bytes=room))
     prompt, settings, message, before = BAD[name]
     requests = [(random_ids(5 + i, i), config(mode)) for i in range(3)]
@@ -478,7 +478,7 @@ def test_scores_of_a_prompt_come_with_its_text(engine: Engine) -> None:
 
 def test_scores_are_listed_once_when_a_prompt_is_preempted() -> None:
     model = drafting_model("llama")
-    room = make_engine(model, options=EngineConfig(block_size=1)).pool.bytes_for(44)
+    room = make_engine(model, options=EngineConfig(block_size=1)).memory.pool.bytes_for(44)
     engine = make_engine(model, options=EngineConfig(prefill_chunk=3, block_size=1, kv_bytes=room))
     prompt = random_ids(35, 3)
     outs = engine.generate_all(
@@ -542,7 +542,7 @@ def test_all_drafts_of_a_round_together_are_no_more_than_allowed(most: int, monk
 def test_memory_that_is_short_is_not_taken_for_drafts() -> None:
     """A text whose drafts found no room would give its memory, come back, draft again, and so on."""
     model = drafting_model("llama")
-    room = make_engine(model, options=EngineConfig(block_size=1)).pool.bytes_for(70)
+    room = make_engine(model, options=EngineConfig(block_size=1)).memory.pool.bytes_for(70)
     engine = make_engine(model, options=EngineConfig(block_size=1, kv_bytes=room))
     requests = [
         (random_ids(4, seed) * 3, config("lossless", threshold=0.0, max_new_tokens=50, max_draft=12))
@@ -563,7 +563,7 @@ def test_a_budget_that_is_too_small_names_the_least_that_works(family: str, size
     model, prompt, chosen = drafting_model(family), random_ids(90), config("lossless", max_new_tokens=30)
     wanted = make_engine(model).generate(prompt, chosen).token_ids
     options = EngineConfig(block_size=size, prefill_chunk=16, max_rows=16, max_sequences=8)
-    budget = make_engine(model, options=options).pool.bytes_for(1)
+    budget = make_engine(model, options=options).memory.pool.bytes_for(1)
     small = make_engine(model, options=dataclasses.replace(options, kv_bytes=budget))
     with pytest.raises(
         UserError, match=r"up to 120 tokens, but engine.kv_bytes holds \d+; .* set it to \d+ or more$"
@@ -571,7 +571,7 @@ def test_a_budget_that_is_too_small_names_the_least_that_works(family: str, size
         small.generate(prompt, chosen)
     least = int(str(e.value).split()[-3])
     engine = make_engine(model, options=dataclasses.replace(options, kv_bytes=least))
-    assert engine.pool.nbytes() <= least
+    assert engine.memory.pool.nbytes() <= least
     assert engine.generate(prompt, chosen).token_ids == wanted
     with pytest.raises(UserError, match=f"set it to {least} or more"):
         make_engine(model, options=dataclasses.replace(options, kv_bytes=least - 1)).generate(prompt, chosen)
@@ -601,7 +601,7 @@ def test_windows_hold_any_length_of_text_and_any_drafts(draft: str) -> None:
     }  # fmt: skip
     for mode in ("lossless", "threshold"):
         engine = make_engine(model, options=options)
-        assert engine.pool.blocks == [73]
+        assert engine.memory.pool.blocks == [73]
         chosen = GenerationConfig(mode=mode, **settings)
         out, free = (each.generate(random_ids(3) * 4, chosen) for each in (engine, make_engine(model)))
         assert out.token_ids == free.token_ids
@@ -629,9 +629,9 @@ def test_engine_settings_that_cannot_be(settings: dict[str, Any], message: str) 
 def many_short(count: int) -> None:
     """Requests through a pool that holds eight sequences at most."""
     model, rng = drafting_model("gemma3_text"), random.Random(count)
-    room = make_engine(model).pool.bytes_for(8 * 32)
+    room = make_engine(model).memory.pool.bytes_for(8 * 32)
     engine = make_engine(model, options=EngineConfig(kv_bytes=room, block_size=8, max_sequences=8))
-    blocks = list(engine.pool.blocks)
+    blocks = list(engine.memory.pool.blocks)
     prompts = [random_ids(rng.randint(1, 20), rng.randrange(40)) for _ in range(count)]
     configs = [config(rng.choice(list(MODES)), max_new_tokens=rng.choice([1, 4, 8])) for _ in range(count)]
     alone: dict[Any, list[int]] = {}
@@ -643,11 +643,11 @@ def many_short(count: int) -> None:
             alone[name] = reference(prompts[index], configs[index]).token_ids
         assert out.error is None
         assert out.token_ids == alone[name]
-        most = max(most, len(engine.hidden.states_SD))
+        most = max(most, len(engine.memory.hidden.states_SD))
     check_idle(engine)
-    assert engine.pool.blocks == blocks
+    assert engine.memory.pool.blocks == blocks
     assert most <= 8 * 32  # slots of hidden states
-    for allocator in engine.pool.allocators:
+    for allocator in engine.memory.pool.allocators:
         allocator.clear()
         assert (allocator.used, allocator.cached, allocator.free) == (0, 0, allocator.num_blocks)
     assert not engine._outbox

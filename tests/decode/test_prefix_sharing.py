@@ -141,7 +141,7 @@ def test_generated_tokens_are_shared_as_well(family: str, mode: str, rows: list[
             assert out.stats.shared_tokens >= (known - 1 - pending) // SIZE * SIZE
             assert rows[0] == len(text) - out.stats.shared_tokens
         text = text + out.token_ids + random_ids(3, turn)
-    assert engine.pool.allocators[0].cached > 8
+    assert engine.memory.pool.allocators[0].cached > 8
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -187,7 +187,7 @@ def test_equal_prompts_that_come_together_share_where_they_are_choices(rows: lis
 def test_what_was_evicted_is_computed_again(family: str, rows: list[int]) -> None:
     model = blocks_model(family)
     stem, chosen = random_ids(28, 1), config("lossless", logprobs=1)
-    room = sharing(model).pool.bytes_for(48)
+    room = sharing(model).memory.pool.bytes_for(48)
     engine = sharing(model, kv_bytes=room, prefill_chunk=16, max_rows=16, max_sequences=8)
     expected = alone(model, stem, chosen)
     engine.generate(stem, chosen)
