@@ -129,7 +129,7 @@ def draw_company(rng: random.Random, family: str, most: int = 6) -> Company:
     )  # fmt: skip
     if rng.random() < 0.5:  # room for the longest alone, and little more
         longest = max(len(prompt) + config.max_new_tokens for prompt, config in requests)
-        measure = make_engine(model, options=replace(options, max_sequences=1)).pool
+        measure = make_engine(model, options=replace(options, max_sequences=1)).memory.pool
         options = replace(options, kv_bytes=int(measure.bytes_for(longest) * rng.choice([1.0, 1.3, 2.0])))
     arrivals = sorted(rng.choice([0, 0, 1, 3, 9, 20]) for _ in requests)
     dropped = {i for i in range(len(requests)) if rng.random() < 0.1}
@@ -213,18 +213,18 @@ def check_state(engine: Engine, model: EarlyExitModel, tolerance: float = 1e-12)
             continue
         expected = full_pass(model, ids)
         for number, entry in enumerate(entries):
-            group = engine.pool.group_of[number]
-            start, stop = sequence.tables[group].freed * engine.pool.block_size, sequence.filled[entry.segment]
+            group = engine.memory.pool.group_of[number]
+            start, stop = sequence.tables[group].freed * engine.memory.pool.block_size, sequence.filled[entry.segment]
             if stop > start:
                 stored = read(engine.runner, sequence.tables, number, start, stop - start)
                 assert worst(stored, expected[number][:, :, start:stop]) <= tolerance
         if sequence.pending:
-            taps = model.taps(torch.tensor([ids]), engine.exits.layers)
+            taps = model.taps(torch.tensor([ids]), engine.intake.exits.layers)
             for boundary in range(1, engine.runner.segments):
                 first, last = sequence.filled[boundary], sequence.filled[boundary - 1]
                 if last > first:
-                    hidden = engine.hidden.get(sequence.slots_of(first, last - first))
+                    hidden = engine.memory.hidden.get(sequence.slots_of(first, last - first))
                     tapped = taps[engine.runner.bounds[boundary]].hidden[0, first:last]
                     assert worst(hidden, tapped.to(hidden.dtype)) <= tolerance
     held = sum(sequence.pending for sequence in engine.running)
-    assert engine.hidden.used == held
+    assert engine.memory.hidden.used == held

@@ -63,8 +63,8 @@ def run(family: str, count: int, seen: Seen) -> None:
             seen.drafted += generation.stats.drafted
             seen.stopped += generation.finish_reason == "stop"
             seen.early += min(generation.exit_layers, default=4) < 4
-        assert engine.hidden.used == 0
-        for allocator in engine.pool.allocators:
+        assert engine.memory.hidden.used == 0
+        for allocator in engine.memory.pool.allocators:
             allocator.check()
             assert allocator.used == 0
 
