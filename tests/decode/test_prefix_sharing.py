@@ -80,16 +80,17 @@ def test_a_prompt_that_begins_like_a_finished_text_computes_only_the_rest(
     engine, rng = sharing(model), random.Random(f"{family} {mode}")
     stem = random_ids(30, rng.randrange(999))
     engine.generate(stem, config(rng.choice(list(MODES))))
-    for kept in (30, 17, 9, 3):
+    for kept in (30, 17, 3):
         prompt = stem[:kept] + random_ids(rng.randint(0, 6), rng.randrange(999))
         first = next((i for i, (a, b) in enumerate(zip(prompt, stem, strict=False)) if a != b), min(len(prompt), 30))
         whole = min(first, len(prompt) - 1) // SIZE * SIZE  # the newest token always runs
         rows.clear()
-        out = engine.generate(prompt, config(mode, logprobs=1))
+        chosen = config(mode, logprobs=1, max_new_tokens=6)
+        out = engine.generate(prompt, chosen)
         assert out.stats.shared_tokens >= whole  # more, where texts of the turns before went on alike
         assert rows[0] == len(prompt) - out.stats.shared_tokens
         assert out.stats.shared_tokens < len(prompt)
-        check_alike(out, alone(model, prompt, config(mode, logprobs=1)))
+        check_alike(out, alone(model, prompt, chosen))
         check_idle(engine)
 
 
@@ -100,12 +101,12 @@ def test_a_prompt_that_begins_like_a_running_text(family: str, mode: str, rows: 
     model = blocks_model(family)
     engine = sharing(model)
     stem = random_ids(22, 7)
-    chosen = config(mode, max_new_tokens=28, logprobs=1, max_pending=3)
+    chosen = config(mode, max_new_tokens=20, logprobs=1, max_pending=3)
     first = engine.add(stem, chosen)
     found: dict[int, Generation] = {}
     begun: dict[int, list[int]] = {first: stem}
     for step in range(400):
-        if step in (1, 4, 12):
+        if step in (1, 4, 9):
             prompt = [*engine.running[0].ids, 7, 8]
             begun[engine.add(prompt, chosen)] = prompt
         for event in engine.step():
@@ -130,7 +131,7 @@ def test_generated_tokens_are_shared_as_well(family: str, mode: str, rows: list[
     """A chat: each turn's prompt is the whole text so far."""
     model = blocks_model(family)
     engine, text, chosen = sharing(model), random_ids(6, 3), config(mode, logprobs=1, max_pending=1)
-    for turn in range(5):
+    for turn in range(4):
         rows.clear()
         out = engine.generate(text, chosen)
         check_alike(out, alone(model, text, chosen))
@@ -140,7 +141,7 @@ def test_generated_tokens_are_shared_as_well(family: str, mode: str, rows: list[
             assert out.stats.shared_tokens >= (known - 1 - pending) // SIZE * SIZE
             assert rows[0] == len(text) - out.stats.shared_tokens
         text = text + out.token_ids + random_ids(3, turn)
-    assert engine.memory.pool.allocators[0].cached > 10
+    assert engine.memory.pool.allocators[0].cached > 8
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -182,17 +183,17 @@ def test_equal_prompts_that_come_together_share_where_they_are_choices(rows: lis
     assert rows[:2] == [21, 1 + 4]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_what_was_evicted_is_computed_again(family: str, rows: list[int]) -> None:
     model = blocks_model(family)
     stem, chosen = random_ids(28, 1), config("lossless", logprobs=1)
-    room = sharing(model).pool.bytes_for(48)
-    engine = sharing(model, kv_bytes=room, prefill_chunk=16, max_rows=16)
+    room = sharing(model).memory.pool.bytes_for(48)
+    engine = sharing(model, kv_bytes=room, prefill_chunk=16, max_rows=16, max_sequences=8)
     expected = alone(model, stem, chosen)
     engine.generate(stem, chosen)
     assert engine.generate(stem, chosen).stats.shared_tokens == 24
     seen = set()
-    for other in range(2, 12):
+    for other in range(2, 9):
         engine.generate(random_ids(5 * (other % 5 + 1), other), chosen)
         out = engine.generate(stem, chosen)
         check_alike(out, expected)
@@ -247,7 +248,7 @@ def test_stretched_texts_and_others_share_no_blocks(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("length", [9, 15, 16, 17])
+@pytest.mark.parametrize("length", [9, 16, 17])
 def test_a_text_that_passes_the_original_context_is_computed_again(mode: str, length: int, rows: list[int]) -> None:
     """And shares the stretched blocks of an earlier text, if it has any."""
     model = longrope()

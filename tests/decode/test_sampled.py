@@ -175,7 +175,7 @@ def test_drafts_that_are_dropped_by_their_successors_confidence_do_not_bias_the_
         drafts = sequence.take_drafts()
         sequence.extend_drafts(drafts[:-1])
         sequence.filled = [min(filled, sequence.length) for filled in sequence.filled]
-        self.hidden.give_back(sequence.slots[sequence.pending :])
+        self.memory.hidden.give_back(sequence.slots[sequence.pending :])
         del sequence.slots[sequence.pending :]
         sequence.prepared, sequence.test, sequence.deep_end = True, None, sequence.length
         dropped.append(drafts[-1].token)

@@ -131,15 +131,15 @@ def test_grammars_in_company_and_after_preemption(mode: str) -> None:
         requests.append((random_ids(4 + seed, seed, 400), config(mode, form, **over)))
     alone = [engine(prefix_sharing=False).generate(*request) for request in requests]
     for options in ({"max_sequences": 2}, {"block_size": 2, "prefill_chunk": 3}, {"block_size": 1}):
-        room = make_engine(model(), options=EngineConfig(**options)).pool.bytes_for(80)
+        room = make_engine(model(), options=EngineConfig(**options)).memory.pool.bytes_for(80)
         tight = engine(**options, kv_bytes=room)
         outs = tight.generate_all(requests)
         for out, its in zip(outs, alone, strict=True):
             assert (out.token_ids, out.text, out.finish_reason) == (its.token_ids, its.text, its.finish_reason)
             for a, b in zip(out.trace, its.trace, strict=True):
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-12)
-        assert tight.hidden.used == 0
-        assert all(allocator.used == 0 for allocator in tight.pool.allocators)
+        assert tight.memory.hidden.used == 0
+        assert all(allocator.used == 0 for allocator in tight.memory.pool.allocators)
         if "max_sequences" not in options:
             pairs = zip(outs, requests, strict=True)
             assert sum(out.stats.preemptions for out, (_, chosen) in pairs if chosen.response_format) > 0
