@@ -17,7 +17,7 @@ class Part:
     """The rows of one sequence: positions ``start`` to ``start + count - 1``.
 
     Per group of cache entries (see :class:`~exitlm.decode.cache.kv_pool.KVPool`): ``reads`` are the slots of the
-    positions from ``firsts`` up to the newest of these rows, ``writes`` those of the rows themselves. ``stretched`` says
+    positions from ``firsts`` up to the newest of these rows, ``writes`` those of the rows. ``stretched`` says
     which rotations the sequence has, where they depend on the length of the text (longrope).
     """
 
