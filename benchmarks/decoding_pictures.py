@@ -108,7 +108,7 @@ def states(engine: Engine) -> dict[int, State]:
     """All sequences that run."""
     return {
         s.key: State(tuple(s.filled), s.prompt_length, tuple(s.ids), tuple(d.token for d in s.drafts))
-        for s in engine.running
+        for s in engine.roster.running
     }
 
 
@@ -120,7 +120,7 @@ def spied(engine: Engine, found: list[tuple[int, int, dict[int, tuple[int, int]]
     def note(first: int, last: int, batch: Batch, hidden_MD: torch.Tensor) -> Any:
         rows = {}
         for part in batch.parts:
-            for sequence in engine.running:
+            for sequence in engine.roster.running:
                 table = sequence.tables[0]
                 held = table.end >= part.end and table.freed * table.block_size <= part.start
                 if held and tuple(table.slots(part.start, part.count)) == part.writes[0]:
@@ -142,7 +142,7 @@ def record(
     frames: list[Recorded] = []
     generations: dict[int, Generation] = {}
     waiting, step = sorted(requests, key=lambda request: request[0]), 0
-    while waiting or engine.running or engine.waiting:
+    while waiting or engine.roster.running or engine.roster.waiting:
         while waiting and waiting[0][0] <= step:
             engine.add(*waiting.pop(0)[1:])
         before = states(engine)
@@ -373,7 +373,7 @@ def blocks() -> None:
     for _ in range(3):
         engine.step()
     engine.add([*prompt[:17], *range(30, 39)], config)
-    while len(engine.running) < 2 or any(s.generated < 8 for s in engine.running):
+    while len(engine.roster.running) < 2 or any(s.generated < 8 for s in engine.roster.running):
         engine.step()
     draw = Drawing.of(106, 44)
     wide, colours = 4.9, (BLUE, VIOLET)
@@ -381,7 +381,7 @@ def blocks() -> None:
         y = 24.5 if number == 0 else 4.3
         name = "layers that see everything" if group.window is None else f"layers with a window of {group.window}"
         draw.words(2, y + 16.4, f"{name}", ha="left", fontweight="bold")
-        tables = [s.tables[number] for s in engine.running]
+        tables = [s.tables[number] for s in engine.roster.running]
         uses: dict[int, int] = {}
         for table in tables:
             for block in table.blocks:

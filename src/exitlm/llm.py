@@ -182,8 +182,7 @@ class LLM:
         """
         if not is_many(prompt):
             (chosen,) = configs_of(config, settings, None)
-            found = self.engine.generate(self.encode(cast(Prompt, prompt), chat=chat), chosen)
-            return found
+            return self.engine.generate(self.encode(cast(Prompt, prompt), chat=chat), chosen)
         requests = self._requests(cast(Sequence[Prompt], prompt), chat, config, settings)
         return self.engine.generate_all(requests)
 

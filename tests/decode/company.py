@@ -147,7 +147,7 @@ def together(company: Company, rng: random.Random, check_every: int = 0) -> tupl
     costs = some_costs(company.model, row=rng.choice([0.0, 0.1, 0.7]))
     engine = make_engine(company.model, tokenizer=Letters(), options=company.options, costs=costs)
     left, keys, found, step = list(range(len(company.requests))), {}, {}, 0
-    while left or engine.running or engine.waiting:
+    while left or engine.roster.running or engine.roster.waiting:
         while left and company.arrivals[left[0]] <= step:
             index = left.pop(0)
             keys[engine.add(*company.requests[index])] = index
@@ -205,7 +205,7 @@ def read(runner: Runner, tables: Sequence[BlockTable], entry: int, start: int, c
 def check_state(engine: Engine, model: EarlyExitModel, tolerance: float = 1e-12) -> None:
     """Compare everything that is stored for every running sequence with one pass of its tokens through all layers."""
     entries = engine.fused.entries()
-    for sequence in engine.running:
+    for sequence in engine.roster.running:
         assert sequence.filled == sorted(sequence.filled, reverse=True)
         assert len(sequence.slots) == sequence.pending
         ids = sequence.tokens(0, sequence.filled[0])
@@ -226,5 +226,5 @@ def check_state(engine: Engine, model: EarlyExitModel, tolerance: float = 1e-12)
                     hidden = engine.memory.hidden.get(sequence.slots_of(first, last - first))
                     tapped = taps[engine.runner.bounds[boundary]].hidden[0, first:last]
                     assert worst(hidden, tapped.to(hidden.dtype)) <= tolerance
-    held = sum(sequence.pending for sequence in engine.running)
+    held = sum(sequence.pending for sequence in engine.roster.running)
     assert engine.memory.hidden.used == held

@@ -246,7 +246,9 @@ def test_streams_side_by_side_do_not_disturb_each_other(engine: Engine) -> None:
 def is_idle(engine: Engine) -> bool:
     """Whether nothing runs and nothing is held."""
     used = [allocator.used for allocator in engine.memory.pool.allocators]
-    return not (engine.running or engine.waiting or engine._sinks or any(used) or engine.memory.hidden.used)
+    return not (
+        engine.roster.running or engine.roster.waiting or engine._sinks or any(used) or engine.memory.hidden.used
+    )
 
 
 def test_an_abandoned_stream_gives_its_memory_back() -> None:
@@ -428,7 +430,7 @@ def test_drafting_thresholds_come_from_calibration_and_costs() -> None:
     assert plan(engine, mode="lossless", threshold=0.4)[1] == {1: 0.4, 2: 0.4, 3: 0.4}
     for settings, layer, prior in (({}, 2, 0.95), ({}, 3, 0.7), ({"rule": "margin", "threshold": 0.5}, 2, 0.7)):
         engine.add(PROMPT, GenerationConfig.of(settings))
-        drafting = engine.waiting[-1].drafting
+        drafting = engine.roster.waiting[-1].drafting
         assert drafting is not None
         assert drafting.sources[layer].prior == prior
 

@@ -52,8 +52,8 @@ def expected(prompt: Sequence[int], mode: str = "full", **over: Any) -> list[int
 
 def check_idle(engine: Engine) -> None:
     """Nothing runs, and nothing is held."""
-    assert not engine.running
-    assert not engine.waiting
+    assert not engine.roster.running
+    assert not engine.roster.waiting
     assert not engine._sinks
     assert engine.memory.hidden.used == 0
     for allocator in engine.memory.pool.allocators:
@@ -64,7 +64,7 @@ def check_idle(engine: Engine) -> None:
 def drain(engine: Engine) -> list[Event]:
     """Steps until nothing is left."""
     found = engine.step()
-    while engine.running or engine.waiting:
+    while engine.roster.running or engine.roster.waiting:
         found += engine.step()
     return found
 
@@ -306,7 +306,7 @@ def test_what_had_come_of_a_text_is_gone_with_its_abort(engine: Engine) -> None:
     """A generation in between took the step that brought its first tokens."""
     doomed = engine.add(random_ids(9), config())
     engine.generate(random_ids(5), config(max_new_tokens=3))
-    assert engine.running
+    assert engine.roster.running
     engine.abort(doomed)
     assert engine.step() == []
     check_idle(engine)
@@ -319,10 +319,10 @@ def test_a_stream_that_is_dropped_while_others_run(engine: Engine) -> None:
         dropped = engine.stream_all([(random_ids(9, i), config("lossless")) for i in range(3)])
         for _ in range(take):
             next(dropped)
-        assert len(engine.running) == 4
+        assert len(engine.roster.running) == 4
         del dropped
         gc.collect()
-        assert len(engine.running) == 1
+        assert len(engine.roster.running) == 1
     tokens += [i for piece in kept for i in piece.token_ids]
     assert tokens == expected(random_ids(5), "threshold")
     check_idle(engine)
@@ -375,7 +375,7 @@ def test_events_come_in_order_and_end_with_the_generation(engine: Engine) -> Non
     rng, keys, found = random.Random(3), {}, dict[int, list[Event]]()
     left = [(random_ids(rng.randint(1, 20), i), config(rng.choice(list(MODES)))) for i in range(12)]
     requests = list(left)
-    while left or engine.running or engine.waiting:
+    while left or engine.roster.running or engine.roster.waiting:
         for _ in range(rng.choice([0, 0, 1, 2])):
             if left:
                 keys[engine.add(*left.pop(0))] = len(keys)

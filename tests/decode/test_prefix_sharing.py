@@ -107,7 +107,7 @@ def test_a_prompt_that_begins_like_a_running_text(family: str, mode: str, rows: 
     begun: dict[int, list[int]] = {first: stem}
     for step in range(400):
         if step in (1, 4, 9):
-            prompt = [*engine.running[0].ids, 7, 8]
+            prompt = [*engine.roster.running[0].ids, 7, 8]
             begun[engine.add(prompt, chosen)] = prompt
         for event in engine.step():
             if event.generation is not None:
@@ -161,15 +161,15 @@ def test_tokens_that_are_pending_or_refused_are_not_shared() -> None:
         most = 0
         for step in range(40):
             engine.step()
-            if not engine.running:
+            if not engine.roster.running:
                 break
-            for sequence in engine.running:
+            for sequence in engine.roster.running:
                 most = max(most, sequence.pending)
                 assert sequence.published * SIZE <= min(sequence.filled[-1], len(sequence.ids))
             check_state(engine, model)
             if step % 8 != 7:  # alone, so that no other's deep passes take pending rows along
                 continue
-            prompt = [*engine.running[0].ids, 5]
+            prompt = [*engine.roster.running[0].ids, 5]
             out = engine.generate(prompt, config("full", max_new_tokens=2, logprobs=1))
             check_alike(out, alone(model, prompt, config("full", max_new_tokens=2, logprobs=1)))
         assert most > SIZE

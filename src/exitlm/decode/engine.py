@@ -31,7 +31,7 @@ from exitlm.decode import streams
 from exitlm.decode.batch import Batch
 from exitlm.decode.cache.memory import MAX_PENDING, Memory
 from exitlm.decode.fair_lock import FairLock
-from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace
+from exitlm.decode.generation import Generation, GenerationConfig, Piece, Stats, TokenTrace
 from exitlm.decode.intake import Intake
 from exitlm.decode.kernels.formats import resolve_format
 from exitlm.decode.kernels.fused import FusedModel
@@ -40,8 +40,10 @@ from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.logits import expand, in_groups, log_probabilities, not_finite, restricted, scores
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.pricing.costs import Costs
+from exitlm.decode.pricing.pass_times import PassTimes
 from exitlm.decode.pricing.pricing import Pricing
 from exitlm.decode.results import result
+from exitlm.decode.roster import Roster
 from exitlm.decode.rules import ExitTest, fires
 from exitlm.decode.sampling.sampler import NoTokenLeft, finite_rows
 from exitlm.decode.sequence import Draft, Sequence
@@ -50,6 +52,7 @@ from exitlm.decode.text import Tokenizer
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 
+_TOKENS_TO_JUDGE, _SLOWER = 32, 0.95  # of a text that is told to have been slower than full
 _FINAL_ROWS = 64  # rows of final logits at once
 Ids = collections.abc.Sequence[int]
 
@@ -95,13 +98,15 @@ class Engine:
         self.pricing = Pricing(self.runner, self.options, costs, cache_dir)
         records = {e: model.exits[str(e)].record for e in self.runner.early}
         self.intake = Intake(self.runner, records, tokenizer, lambda: self.pricing.costs)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.roster = Roster(
+            self.memory, min(self.options.max_sequences, self.options.max_rows), self.runner.segments,
+            self.fused.original_context,
+        )  # fmt: skip
+        self._times, self._slow = PassTimes(), ""
         self._lock = FairLock()
         self._sinks: dict[int, deque[Event]] = {}
         self._outbox: deque[Event] = deque()
         self._next_key = 0
-        self.most = min(self.options.max_sequences, self.options.max_rows)
         self._in_step, self._to_abort = False, list[int]()
         self._busy, self._begun = 0.0, 0.0
 
@@ -121,7 +126,7 @@ class Engine:
             raise UserError("a logits_processor that decodes needs an engine of its own")
         self._in_step, self._begun = True, time.perf_counter()
         try:
-            self._admit()
+            self.roster.admit(self._now())
             chosen = self._next_pass()
             if chosen is not None:
                 self._timed(chosen)
@@ -137,32 +142,39 @@ class Engine:
 
     def _next_pass(self) -> _Chosen | None:
         """What to run next. Where nothing is to be weighed, all that is ready starts together and goes to the end."""
-        for sequence in list(self.running):
+        for sequence in list(self.roster.running):
             if sequence.filled[0] >= sequence.prefill_end and not sequence.prepared and not sequence.moving:
                 self._prepare(sequence)
-        alone = len(self.running) == 1
-        if any(s.is_priced or (not alone and s.plan.rule is not None) for s in self.running):
+        alone = len(self.roster.running) == 1
+        if not alone:
+            for sequence in self.roster.running:
+                sequence.alone = False
+        if any(s.is_priced or (not alone and s.plan.rule is not None) for s in self.roster.running):
             return self._priced_pass()
-        moving = [sequence for sequence in self.running if sequence.moving]
+        moving = [sequence for sequence in self.roster.running if sequence.moving]
         if moving:
             first = min(sequence.front for sequence in moving)
             return self._chosen(first, [(s, s.rows_at(first)) for s in moving if s.front == first])
-        decoding = sum(not sequence.prefilling for sequence in self.running)
+        decoding = sum(not sequence.prefilling for sequence in self.roster.running)
         room, ready = min(self.options.prefill_chunk, self.options.max_rows - decoding), []
-        for sequence in list(self.running):
+        for sequence in list(self.roster.running):
             rows = sequence.rows_at(0)
             if sequence.filled[0] < sequence.prefill_end:
                 rows = min(room, rows)
                 room -= rows
-            if rows and self._reserve(sequence, rows):
+            if rows and self.roster.reserve(sequence, rows):
                 ready.append((sequence, rows))
-        return self._chosen(0, [(s, rows) for s, rows in ready if s.tables])  # others may have been preempted for some
+        return self._chosen(0, [(s, rows) for s, rows in ready if s.tables])  # some may have given way for others
 
     def _chosen(self, first: int, members: list[tuple[Sequence, int]]) -> _Chosen | None:
         """A pass of these rows to the next boundary where one is tested or others wait, or to the end."""
         if not members:
             return None
-        fronts = {sequence.front for sequence in self.running if sequence.moving} if len(self.running) > 1 else ()
+        fronts = (
+            {sequence.front for sequence in self.roster.running if sequence.moving}
+            if len(self.roster.running) > 1
+            else ()
+        )
         for boundary in range(first + 1, self.runner.segments):
             tested = {s.key for s, count in members if self._tries(s, boundary, s.filled[first] + count)}
             comes_along = any(s.filled[boundary] < s.filled[boundary - 1] for s, _ in members)
@@ -172,15 +184,15 @@ class Engine:
 
     def _priced_pass(self) -> _Chosen | None:
         """What the scheduler chooses by the price of time."""
-        found = self.pricing.choose(self.running)
+        found = self.pricing.choose(self.roster.running)
         if found is None:
             return None
-        by_key, bounds = {sequence.key: sequence for sequence in self.running}, self.runner.bounds
+        by_key, bounds = {sequence.key: sequence for sequence in self.roster.running}, self.runner.bounds
         members: list[tuple[Sequence, int]] = []
         for member in found.members:
             sequence = by_key[member.key]
             if found.first == 0:
-                if not self._reserve(sequence, member.rows):
+                if not self.roster.reserve(sequence, member.rows):
                     continue
                 if not sequence.prefilling:  # drafts that were not taken
                     sequence.drop_drafts(sequence.filled[0] + member.rows - len(sequence.ids))
@@ -195,7 +207,7 @@ class Engine:
         if self.pricing.origin is None:
             self._run(chosen)
             return
-        decoding = [sequence for sequence in self.running if not sequence.prefilling]
+        decoding = [sequence for sequence in self.roster.running if not sequence.prefilling]
         before = sum(sequence.generated for sequence in decoding)
         keys = {sequence.key for sequence, _ in chosen.members}
         at_end, worth, heads, rows = chosen.last == self.runner.segments, 0.0, 0, 0
@@ -207,10 +219,10 @@ class Engine:
                     worth += sum(sequence.worths()[:count])
                 elif at_end and sequence.filled[chosen.first] + count >= len(sequence.ids):
                     heads += 1
-        context = sum(sequence.filled[0] for sequence in self.running) / len(self.running)
+        context = sum(sequence.filled[0] for sequence in self.roster.running) / len(self.roster.running)
         self._run(chosen)
         seconds = time.perf_counter() - begin
-        for sequence in self.running:
+        for sequence in self.roster.running:
             if sequence.key not in keys and sequence.pending:
                 sequence.waited += seconds
         emitted = sum(sequence.generated for sequence in decoding) - before
@@ -232,7 +244,10 @@ class Engine:
             else:
                 slots += sequence.slots_of(start, count)
         hidden_MD = self.memory.hidden.get(slots) if first else self.runner.embed(tokens)
+        begin = time.perf_counter()
         arrived = self.runner.run(first, last, Batch.of(tuple(parts)), hidden_MD)
+        if len(members) == 1 and members[0][1] == 1:
+            self._times.add(first, last, time.perf_counter() - begin)
         layers = self.runner.bounds[last] - self.runner.bounds[first]
         for sequence, count in members:
             end = sequence.filled[first] + count
@@ -352,8 +367,11 @@ class Engine:
                 wanted.append((sequence, list(range(at + skipped, at + count))))
             at += count
         for group in in_groups(wanted, _FINAL_ROWS):
+            started = time.perf_counter()
             raw_RV = self.runner.final_logits(arrived, [row for _, rows in group for row in rows])
             finite, best, at = finite_rows(raw_RV), raw_RV.argmax(-1).tolist(), 0
+            if len(best) == 1:
+                self._times.add_head(time.perf_counter() - started)
             for sequence, rows in group:
                 cut = slice(at, at + len(rows))
                 try:
@@ -437,7 +455,7 @@ class Engine:
         sequence has to be computed anew first."""
         original = self.fused.original_context
         if original is not None and not sequence.stretched and len(sequence.ids) > original:
-            self._preempt(sequence)  # all its positions are rotated otherwise from here on
+            self.roster.preempt(sequence)  # all its positions are rotated otherwise from here on
             return False
         sequence.prepared, sequence.test = True, None
         rule, config, position = sequence.plan.rule, sequence.config, sequence.length - sequence.prompt_length
@@ -491,7 +509,7 @@ class Engine:
     def _add(self, prompt: Ids, config: GenerationConfig, choice: int, seed: int, sink: deque[Event] | None) -> int:
         sequence = self.intake.sequence(self._next_key, prompt, config, choice, seed)
         self._next_key += 1
-        self.waiting.append(sequence)
+        self.roster.waiting.append(sequence)
         if sink is not None:
             self._sinks[sequence.key] = sink
         return sequence.key
@@ -502,70 +520,16 @@ class Engine:
             if self._in_step:  # by a processor, or by the end of a stream that nobody holds any more
                 self._to_abort.append(key)
                 return
-            for sequence in [*self.running, *self.waiting]:
+            for sequence in [*self.roster.running, *self.roster.waiting]:
                 if sequence.key == key:
-                    self._remove(sequence)
+                    self.roster.remove(sequence)
             self._sinks.pop(key, None)
             self._outbox = deque(event for event in self._outbox if event.key != key)
-
-    def _admit(self) -> None:
-        """Let waiting texts in, in order, as long as there is room for what they have to compute."""
-        for sequence in list(self.waiting):
-            if len(self.running) >= self.most or (self.running and not self.memory.fits(sequence)):
-                return
-            if self._begins_like_another(sequence):
-                continue
-            self.waiting.remove(sequence)
-            original = self.fused.original_context
-            sequence.stretched = original is not None and len(sequence.ids) > original
-            self.memory.open(sequence)
-            if not sequence.tally.begun:
-                sequence.tally.begun = self._now()
-            self.running.append(sequence)
-
-    def _begins_like_another(self, sequence: Sequence) -> bool:
-        """Whether another choice of its prompt is being computed, whose blocks it can share in a moment."""
-        if not sequence.choice or not self.options.prefix_sharing:
-            return False
-        same = [s for s in self.running if s.choice == 0 and s.filled[-1] < s.prefill_end]
-        return any(s.ids[: s.prompt_length] == sequence.ids[: sequence.prompt_length] for s in same)
-
-    def _reserve(self, sequence: Sequence, rows: int) -> bool:
-        """Blocks for the next ``rows`` positions; where none are left, the newest sequences give theirs. False if that
-        is this one, or if there were drafts among the rows: they are dropped before anybody gives memory for them."""
-        while not self.memory.ensure(sequence, rows):
-            entered = max(0, sequence.filled[0] - len(sequence.ids))
-            if entered < len(sequence.drafts):
-                sequence.drop_drafts(entered)
-                if sequence.length == sequence.filled[0]:  # nothing enters: what waits goes deep
-                    sequence.test, sequence.deep_end = None, sequence.length
-                return False
-            newest = max(self.running, key=lambda other: other.key)
-            self._preempt(newest)
-            if newest is sequence:
-                return False
-        return bool(sequence.tables)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's memory; it waits, and what it had computed is computed again."""
-        self.memory.release(sequence)
-        sequence.restart(self.runner.segments)
-        sequence.tally.preemptions += 1
-        self.running.remove(sequence)
-        at = next((i for i, other in enumerate(self.waiting) if other.key > sequence.key), len(self.waiting))
-        self.waiting.insert(at, sequence)
-
-    def _remove(self, sequence: Sequence) -> None:
-        self.memory.release(sequence)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         """End a text by an error."""
         self.memory.spoil(sequence)
-        self._remove(sequence)
+        self.roster.remove(sequence)
         if sequence.output.trace:
             self._send(Event(sequence.key, piece=sequence.output.take()))
         self._send(Event(sequence.key, error=error))
@@ -573,7 +537,7 @@ class Engine:
     def _drop_all(self, error: BaseException) -> None:
         """A pass broke off: what runs can't be trusted, so that all of it ends."""
         reason = error if isinstance(error, Exception) else RuntimeError(f"decoding was interrupted: {error!r}")
-        for sequence in list(self.running):
+        for sequence in list(self.roster.running):
             self._fail(sequence, reason)
 
     # ---- events
@@ -597,10 +561,30 @@ class Engine:
                 costs=self.pricing.origin, exact=self.fused.dtype == torch.float64,
             )  # fmt: skip
             self.memory.publish(sequence)
-            self._remove(sequence)
+            self.roster.remove(sequence)
+            if sequence.alone:
+                self._note_speed(generation.stats)
         self._send(Event(sequence.key, piece=output.take(), generation=generation))
 
+    def _note_speed(self, stats: Stats) -> None:
+        """Say where ``threshold`` was slower than ``full``, by the passes themselves, for a text that ran alone."""
+        if stats.mode != "threshold" or stats.tokens < _TOKENS_TO_JUDGE or self.fused.device.type != "cpu":
+            return
+        ratio = self._times.full(self.runner.segments) * stats.tokens_per_second
+        if ratio < _SLOWER:
+            early = f"left at {stats.mean_layers:.1f} of {self.runner.bounds[-1]} layers on average"
+            self._slow = (
+                f"mode threshold ran at {ratio:.2f} times the speed of full, by the times of passes; tokens {early}"
+            )
+        elif ratio >= 1.0:
+            self._slow = ""
+
     # ---- requests from start to end
+
+    @property
+    def most(self) -> int:
+        """Texts that are decoded together."""
+        return self.roster.most
 
     def add_choices(self, prompt: Ids, config: GenerationConfig, sink: deque[Event]) -> list[int]:
         """Add all texts of a request, or none of them, whose events go to ``sink``; their keys."""
@@ -647,7 +631,7 @@ class Engine:
     @property
     def notes(self) -> list[str]:
         """What the user should know of the choices that were made, each in one sentence."""
-        return [note for note in (self.pricing.note, *self.intake.notes.values()) if note]
+        return [note for note in (self.pricing.note, *self.intake.notes.values(), self._slow) if note]
 
 
 def _seed(config: GenerationConfig) -> int:

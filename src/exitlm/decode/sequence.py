@@ -90,7 +90,7 @@ class Sequence:
         watched = sampler.restricts or sampler.penalises or sampler.processor is not None
         self.counts = TokenCounts(self.ids) if watched else None
         self.tally = Tally()
-        self.waited = 0.0
+        self.waited, self.alone = 0.0, True
         self.stretched = False
         self.restart(segments)
 
