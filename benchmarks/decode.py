@@ -70,15 +70,19 @@ print(json.dumps(found[1:]))
 """
 
 
-def full_speed(llm: exitlm.LLM, rounds: int, count: int, llama_python: str | None) -> dict[str, Any]:
-    """Seconds per token of greedy decoding; each side times decoding without the prefill."""
+def transformers_model(llm: exitlm.LLM) -> Any:
+    """transformers' model with the same weights, in float32."""
     import transformers
 
-    prompt = llm.encode(QUESTION, chat=True)
-    reference = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**llm.model.config.hf), dtype=torch.float32
-    ).eval()
+    config = transformers.AutoConfig.for_model(**llm.model.config.hf)
+    reference = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     reference.load_state_dict(llm.model.state_dict(), strict=False)
+    return reference
+
+
+def full_speed(llm: exitlm.LLM, rounds: int, count: int, llama_python: str | None) -> dict[str, Any]:
+    """Seconds per token of greedy decoding; each side times decoding without the prefill."""
+    prompt, reference = llm.encode(QUESTION, chat=True), transformers_model(llm)
     ids = torch.tensor([prompt])
 
     def generate(tokens: int) -> float:

@@ -53,6 +53,13 @@ def ratios(values: list[float], base: list[float]) -> Spread:
     return spread([value / other for value, other in zip(values, base, strict=True)])
 
 
+def quartiles(values: list[float], base: list[float]) -> str:
+    """The quartiles of the ratio to ``base`` round by round: outliers of a shared machine don't move them."""
+    pairs = [value / other for value, other in zip(values, base, strict=True)]
+    low, _, high = statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else pairs * 3
+    return f"{low:.4g}-{high:.4g}"
+
+
 Claim = dict[str, Any]
 
 
