@@ -197,7 +197,7 @@ def modes(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
     """Lossless and threshold at their defaults against full, with as many chats at a time. Each B decodes at least 8 of
     them. ``agreement``: tokens that full would have written after the same text; ``layers``: the mean exit layer."""
     engine, prompts, rows, claims = llm.engine, chats(llm), [], []
-    engine.plan(GenerationConfig(mode="lossless"))  # measures what passes cost, if no table is kept
+    engine.intake.plan(GenerationConfig(mode="lossless"))  # measures what passes cost, if no table is kept
     for B in size.sizes:
         taken = prompts[: max(B, 8 if len(size.sizes) > 2 else 4)]
         groups = [taken[i : i + B] for i in range(0, len(taken), B)]
@@ -265,7 +265,7 @@ def soak(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
     """Short requests of all lengths, greedy and sampled, full and lossless, through a pool that holds 8 sequences, in
     float32, where near-ties fall alike in any company; some are compared with the same request alone."""
     longest, held = 64, 8
-    budget = exitlm.LLM(llm.model, quant="none").engine.pool.bytes_for(held * longest)
+    budget = exitlm.LLM(llm.model, quant="none").engine.memory.pool.bytes_for(held * longest)
     engine = exitlm.LLM(llm.model, quant="none", engine=EngineConfig(kv_bytes=budget)).engine
     numbers = random.Random(0)
     prompts = company.passages(llm, TEXTS, 256, longest - 16)
@@ -276,7 +276,7 @@ def soak(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
              max_new_tokens=numbers.randrange(2, 17)))
         for i in range(size.requests)
     ]  # fmt: skip
-    unused = [allocator.free for allocator in engine.pool.allocators]
+    unused = [allocator.free for allocator in engine.memory.pool.allocators]
     sample = set(range(0, size.requests, max(1, size.requests // 64)))
     kept, memory, tokens, preempted, failed = {}, [], 0, 0, 0
     gc.collect()
@@ -293,7 +293,7 @@ def soak(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
             memory.append((done, resident("VmRSS") * 2**20))
     taken = time.perf_counter() - begin
     gc.unfreeze()
-    left = [allocator.free for allocator in engine.pool.allocators]
+    left = [allocator.free for allocator in engine.memory.pool.allocators]
     alone = exitlm.LLM(llm.model, quant="none").engine
     right = sum(kept[i] == alone.generate(*requests[i]).token_ids for i in sorted(sample))
     late = [point for point in memory if point[0] > size.requests / 2]

@@ -29,11 +29,11 @@ from torch import Tensor
 import exitlm
 from decode import PROMPTS
 from exitlm.decode.batch import Batch
-from exitlm.decode.costs import Costs
 from exitlm.decode.engine import Engine
 from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.options import EngineConfig
-from exitlm.decode.runner import Arrived, Runner
+from exitlm.decode.pricing.costs import Costs
 from exitlm.decode.sampling.sampler import finite_rows
 from exitlm.model.exits import ExitConfig
 

@@ -28,7 +28,7 @@ from tests.decode.models import (
 )
 from tests.model.families import FAMILIES, tiny_model
 
-PROMPTS, VARIANTS = 12, 6  # x 3 models x 8 families = 1,728 cases
+FAST, PROMPTS, VARIANTS = 3, 12, 6  # x 3 models x 8 families = 432 cases, and 1,728 slow ones
 
 
 def random_exits(rng: random.Random, family: str) -> EarlyExitModel:
@@ -106,10 +106,11 @@ class Tally:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lossless_text_is_the_full_models(family: str) -> None:
+@pytest.mark.parametrize("prompts", [FAST, pytest.param(PROMPTS, marks=pytest.mark.slow)])
+def test_lossless_text_is_the_full_models(family: str, prompts: int) -> None:
     rng, tally = random.Random(family), Tally()
     for engine in engines(family):
-        for _ in range(PROMPTS):
+        for _ in range(prompts):
             prompt = random_prompt(rng, engine)
             text: dict[str, Any] = {
                 "repetition_penalty": rng.choice([1.0, 1.0, 1.4]),
@@ -127,12 +128,12 @@ def test_lossless_text_is_the_full_models(family: str) -> None:
                 assert found.finish_reason == full.finish_reason
                 check_trace(found, engine, settings)
                 tally.count(found)
-    assert tally.cases == 3 * PROMPTS * VARIANTS >= 1000 / len(FAMILIES)
+    assert tally.cases == 3 * prompts * VARIANTS
     # the test can fail: many drafts were right, and many were wrong
-    assert tally.accepted > 150
-    assert tally.drafted - tally.accepted > 150
-    assert min(tally.sources.values()) > 20
-    assert tally.stopped > 20
+    assert tally.accepted > 10 * prompts
+    assert tally.drafted - tally.accepted > 10 * prompts
+    assert min(tally.sources.values()) >= prompts / 2
+    assert tally.stopped > prompts
 
 
 def check_trace(out: Generation, engine: Engine, settings: dict[str, Any]) -> None:
@@ -249,13 +250,13 @@ def test_a_model_without_exits_drafts_from_the_text() -> None:
     assert out.stats.drafted > 0
 
 
-def compare_in_low_precision(dtype: torch.dtype, quant: str) -> tuple[int, int, int]:
+def compare_in_low_precision(dtype: torch.dtype, quant: str, seeds: int) -> tuple[int, int, int]:
     """Texts, differing texts, and texts that differ where the full model's choice was not a near-tie."""
     texts = differ = unexplained = drafted = 0
     for family in FAMILIES:
         model = drafting_model(family, dtype=dtype)
         engine = make_engine(model, quant=quant)
-        for seed in range(6):
+        for seed in range(seeds):
             prompt = random_ids(5, seed)
             full = generate(engine, prompt, mode="full", max_new_tokens=40, ignore_eos=True, logprobs=2)
             found = generate(engine, prompt, threshold=0.05, max_new_tokens=40, ignore_eos=True, adaptive=False)
@@ -268,7 +269,7 @@ def compare_in_low_precision(dtype: torch.dtype, quant: str) -> tuple[int, int, 
             at = next(i for i, (a, b) in enumerate(pairs) if a != b)
             first, second = full.trace[at].top_logprobs.values()
             unexplained += first - second > (0.1 if quant == "bf16" else 1e-4)
-    assert drafted > 500
+    assert drafted > 80 * seeds
     return texts, differ, unexplained
 
 
@@ -276,11 +277,12 @@ def compare_in_low_precision(dtype: torch.dtype, quant: str) -> tuple[int, int, 
     ("dtype", "quant"),
     [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.float32, "fp16"), (torch.float32, "bf16")],
 )
+@pytest.mark.parametrize("seeds", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_lower_precision_differs_only_at_near_ties(
-    dtype: torch.dtype, quant: str, record_property: Any, capsys: pytest.CaptureFixture[str]
+    dtype: torch.dtype, quant: str, seeds: int, record_property: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Kernels differ between one row and several, so a near-tie may fall otherwise; the report says how often."""
-    texts, differ, unexplained = compare_in_low_precision(dtype, quant)
+    texts, differ, unexplained = compare_in_low_precision(dtype, quant, seeds)
     record_property("texts", texts)
     record_property("texts that differ", differ)
     with capsys.disabled():
