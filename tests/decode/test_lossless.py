@@ -130,8 +130,8 @@ def test_lossless_text_is_the_full_models(family: str, prompts: int) -> None:
                 tally.count(found)
     assert tally.cases == 3 * prompts * VARIANTS
     # the test can fail: many drafts were right, and many were wrong
-    assert tally.accepted > 10 * prompts
-    assert tally.drafted - tally.accepted > 10 * prompts
+    assert tally.accepted > 5 * prompts
+    assert tally.drafted - tally.accepted > 5 * prompts
     assert min(tally.sources.values()) >= prompts / 2
     assert tally.stopped > prompts
 
