@@ -152,6 +152,16 @@ def test_candidates_restrict_an_exit(model: exitlm.LLM) -> None:
     assert torch.isfinite(logits[0, 0]).nonzero().flatten().tolist() == [3, 7, 9]
 
 
+def test_exits_stay_while_texts_are_decoded(model_with_exits: exitlm.LLM) -> None:
+    pieces = model_with_exits.stream(IDS, mode="full", max_new_tokens=4)
+    next(pieces)
+    for change in (model_with_exits.add_exits, model_with_exits.remove_exits):
+        with pytest.raises(UserError, match="can't be changed while texts are decoded"):
+            change(model_with_exits.exit_layers[:1])
+    pieces.close()  # type: ignore[attr-defined]
+    model_with_exits.remove_exits(model_with_exits.exit_layers[:1])
+
+
 def test_generate_takes_text_or_ids(model_with_exits: exitlm.LLM) -> None:
     settings = {"max_new_tokens": 6, "ignore_eos": True, "mode": "full"}
     by_text = model_with_exits.generate("hello", **settings)

@@ -248,6 +248,7 @@ class LLM:
         for name in settings:
             if name not in known:
                 raise UserError(f"an exit has no setting '{name}'{nearest(name, known)}")
+        self._check_idle()
         layers, seed = wholes(layers, "layers"), seed_of(seed)
         candidates = None if candidate_ids is None else self.model.check_ids(candidate_ids).flatten()
         count = 0 if candidates is None else candidates.numel()
@@ -260,8 +261,14 @@ class LLM:
 
     def remove_exits(self, layers: Sequence[int]) -> None:
         """Drop the exits after these layers."""
+        self._check_idle()
         self.model.remove_exits(wholes(layers, "layers"))
         self._engine = None
+
+    def _check_idle(self) -> None:
+        """Refuse to change exits while texts are decoded."""
+        if self._engine is not None and (self._engine.running or self._engine.waiting):
+            raise UserError("exits can't be changed while texts are decoded; let them end, or close their streams")
 
     def save_exits(self, directory: Source) -> Path:
         """Write the exits to an adapter directory, whole or not at all."""

@@ -145,7 +145,7 @@ def test_a_full_pool_gives_a_guess_and_loses_no_block() -> None:
     assert table.ensure(runner.pool.capacity - 100)
     used = allocator.used
     found = measure(runner)
-    assert (found.origin, found.steady) == ("guessed", False)
+    assert (found.origin, found.steady) == (measure_costs.NO_ROOM, False)
     assert allocator.used == used
     assert measure_costs.deviation(runner, found) == (1.0, 1.0)
 

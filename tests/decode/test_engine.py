@@ -13,8 +13,10 @@ import torch
 
 from exitlm.decode.engine import Engine
 from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.options import EngineConfig
 from exitlm.decode.planning import DEFAULT_THRESHOLD
 from exitlm.decode.pricing import pricing as pricing_module
+from exitlm.decode.pricing.measure_costs import NO_ROOM
 from exitlm.decode.rules import PATIENCE_REACHED, RULES
 from exitlm.errors import UserError
 from exitlm.model import Calibration, EarlyExitModel, ExitRecord
@@ -550,6 +552,13 @@ def test_a_machine_that_interrupts_every_pass_is_named(monkeypatch: pytest.Monke
     settings = {**MODES["lossless"], "adaptive": True, "max_new_tokens": 4}
     assert generate(engine, PROMPT, **settings).stats.costs == "guessed"
     assert "this machine is busy (equal passes were interrupted)" in engine.notes[0]
+
+
+def test_a_pool_without_room_to_measure_is_no_busy_machine(tmp_path: Path) -> None:
+    small = EngineConfig(kv_bytes=make_engine(drafting_model("llama")).memory.pool.bytes_for(64))
+    engine = Engine(drafting_model("llama"), quant="none", options=small, cache_dir=tmp_path)
+    assert generate(engine, PROMPT, max_new_tokens=2).stats.costs == NO_ROOM
+    assert engine.notes[0].startswith("engine.kv_bytes leaves no room")
 
 
 @pytest.mark.parametrize("compile", ["none", "static"])

@@ -33,6 +33,7 @@ from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.pricing.costs import STEADY, Costs
 from exitlm.decode.rules import probability
 
+NO_ROOM = "guessed, since the pool has no room to measure"
 _FORMAT = 7  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 512)
 CONTEXTS = (128, 2048)
@@ -155,7 +156,7 @@ def measure(runner: Runner) -> Costs:
         best, spread = _rounds(parts, runner.fused.device)
     if spread == math.inf:  # not one pass had the processor to itself
         guess = ideal(runner.fused)
-        return replace(guess, test=guess.draft, spread=math.inf, origin="guessed")
+        return replace(guess, test=guess.draft, spread=math.inf, origin="guessed" if parts else NO_ROOM)
     return _table(runner.fused, best, spread)
 
 

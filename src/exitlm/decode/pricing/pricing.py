@@ -14,7 +14,7 @@ from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.pricing.acceptance import AcceptanceTable
 from exitlm.decode.pricing.costs import Costs
-from exitlm.decode.pricing.measure_costs import cached
+from exitlm.decode.pricing.measure_costs import NO_ROOM, cached
 from exitlm.decode.pricing.scheduler import Exit, Limits, Pass, Rate, SequenceView, next_pass
 from exitlm.decode.sequence import Sequence
 from exitlm.weights.store import cache_directory
@@ -49,7 +49,12 @@ class Pricing:
         if self._costs is None or (not self._costs.steady and time.monotonic() >= self._next_measure):
             costs = cached(self.runner, self._cache_dir or cache_directory())
             self._costs, self._next_measure = costs, time.monotonic() + MEASURE_AGAIN
-            if not costs.steady:
+            if costs.origin == NO_ROOM:
+                self.note = (
+                    "engine.kv_bytes leaves no room to measure what passes cost, so that what exits gain here is a "
+                    "guess; raise it, or decode fewer texts at once"
+                )
+            elif not costs.steady:
                 longer = f"took up to {1 + costs.spread:.1f} times as long"
                 self.note = (
                     f"this machine is busy (equal passes {longer if costs.spread < math.inf else 'were interrupted'}), "
