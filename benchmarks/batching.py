@@ -37,9 +37,11 @@ from transformers_engines import Padded, Paged
 import exitlm
 from decode import PROMPTS
 from exitlm import demo
-from exitlm.decode.engine import Engine, Request
+from exitlm.decode import engine as engine_module
+from exitlm.decode.engine import Engine
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.options import EngineConfig
+from exitlm.decode.streams import Request
 
 SIZES = (1, 2, 4, 8, 16)
 TURNS = 4  # of each text, before the next one begins behind the same number of tokens
@@ -233,7 +235,8 @@ def modes(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
                 floor = 0.98 if mode == "lossless" else 1.0 - tests
                 claims.append(at_least(f"{mode}, B = {B}: speed against full", ratios(found["full"], values), floor))
     print(table(rows))
-    return {"tokens": size.tokens, "format": engine.quant, "notes": engine.notes, "rows": rows, "claims": claims}
+    return {"tokens": size.tokens, "format": engine.quant, "costs of passes": engine.pricing.costs.origin,
+            "notes": engine.notes, "rows": rows, "claims": claims}  # fmt: skip
 
 
 class Clock:
@@ -256,7 +259,7 @@ class Clock:
     def of_tests(self, engine: Engine) -> ExitStack:
         """While it is open, count the exits' tests of an engine: gates, logits and scores."""
         stack = ExitStack()
-        for owner, name in ((engine.runner, "gates"), (engine.runner, "exit_logits"), (engine, "_scores")):
+        for owner, name in ((engine.runner, "gates"), (engine.runner, "exit_logits"), (engine_module, "scores")):
             stack.enter_context(mock.patch.object(owner, name, self.timed(getattr(owner, name))))
         return stack
 
