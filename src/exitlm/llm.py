@@ -8,6 +8,7 @@ Shapes: B sequences, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -72,6 +73,9 @@ def load(
     return LLM(model, quant=quant, engine=options)
 
 
+_BUILDING = threading.Lock()  # several threads may ask for an engine first; one lock serves all models
+
+
 def _engine_config(value: Any) -> EngineConfig:
     if value is None or isinstance(value, EngineConfig):
         return value or EngineConfig()
@@ -130,10 +134,14 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """The decoding engine; built when first needed, and again after the exits have changed."""
-        if self._engine is None:
-            tokenizer = cast(Tokenizer | None, self.tokenizer)
-            self._engine = Engine(self.model, quant=self.quant, tokenizer=tokenizer, options=self.engine_config)
+        with _BUILDING:
+            if self._engine is None:
+                self._engine = self._new_engine()
         return self._engine
+
+    def _new_engine(self) -> Engine:
+        tokenizer = cast(Tokenizer | None, self.tokenizer)
+        return Engine(self.model, quant=self.quant, tokenizer=tokenizer, options=self.engine_config)
 
     def logits(self, ids: Ids) -> Tensor:
         """Logits of the final head, ``[B, T, V]``, for token ids ``[T]`` or ``[B, T]``."""
@@ -267,7 +275,7 @@ class LLM:
 
     def _check_idle(self) -> None:
         """Refuse to change exits while texts are decoded."""
-        if self._engine is not None and (self._engine.running or self._engine.waiting):
+        if self._engine is not None and (self._engine.roster.running or self._engine.roster.waiting):
             raise UserError("exits can't be changed while texts are decoded; let them end, or close their streams")
 
     def save_exits(self, directory: Source) -> Path:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -243,7 +243,7 @@ def _answer(line: Line, outcome: Outcome) -> dict[str, Any]:
 
 
 def as_json(found: Generation) -> dict[str, Any]:
-    """A generation's text, token ids, exit layers and mode, and the further ``choices`` and log-probabilities that were
+    """A generation's text, token ids, exit layers and mode, and all ``choices`` and log-probabilities that were
     asked for."""
     answer: dict[str, Any] = {
         "text": found.text,
@@ -252,7 +252,9 @@ def as_json(found: Generation) -> dict[str, Any]:
         "mode": found.stats.mode,
     }
     if found.choices:
-        answer["choices"] = [{**as_json(one), "finish_reason": one.finish_reason} for one in found.choices[1:]]
+        answer["choices"] = [
+            {**as_json(replace(one, choices=[])), "finish_reason": one.finish_reason} for one in found.choices
+        ]
     if found.prompt_logprobs:
         answer["prompt_logprobs"] = [{"logprob": one, "top": top} for one, top in found.prompt_logprobs]
     if any(token.logprob is not None for token in found.trace):

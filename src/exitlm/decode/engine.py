@@ -499,7 +499,8 @@ class Engine:
     # ---- who runs
 
     def add(self, prompt: Ids, config: GenerationConfig, *, choice: int = 0) -> int:
-        """Add a text; its key. :meth:`step` brings its events. ``choice`` is which of ``n`` texts of a seed it is.
+        """Add one text, whatever ``config.n`` is; its key. :meth:`step` brings its events. ``choice`` says which of the
+        texts of a seed it is.
 
         Raises :class:`UserError` for a prompt or settings that can't be met; nothing was added then.
         """

@@ -189,9 +189,9 @@ def _is_utf8(text: str) -> bool:
 class TokenTrace:
     """One generated token: where it came from and what was tried for it.
 
-    ``exit_layer`` is the layer whose head gave it (L for the final head); ``source`` is ``exit``, ``final`` or
-    ``lookup``; ``confidence`` maps each exit that was tried to its score; ``drafted`` says that it was a draft that the
-    full model accepted. ``logprob`` is under the unfiltered distribution it was taken from.
+    ``exit_layer`` is the layer whose head gave it (L for the final head); ``source`` is ``exit``, ``final``, ``lookup``
+    or ``grammar``; ``confidence`` maps each exit that was tried to its score; ``drafted`` says that it was a draft that
+    the full model accepted. ``logprob`` is under the unfiltered distribution it was taken from.
     """
 
     id: int

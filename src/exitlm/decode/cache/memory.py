@@ -140,7 +140,8 @@ class Memory:
                 table.adopt(blocks, begin)
         sequence.filled = [count * size] * self._segments
         sequence.published = count
-        sequence.tally.shared += count * size
+        if not sequence.tally.preemptions:  # else they may be its own
+            sequence.tally.shared += count * size
 
     def _needed_from(self, window: int | None, count: int) -> int:
         """The first of ``count`` blocks that the position behind them sees."""

@@ -23,8 +23,8 @@ _MAX_RATIO = 3.0  # a pass that was interrupted tells no more than this
 class Costs:
     """Seconds of a layer (``layer[context][rows]``), of the final head (by rows), and of each exit's test and draft.
 
-    ``rows`` and ``contexts`` are the axes: the rows of a pass, each of a sequence of its own with so many tokens before
-    it. ``test`` and ``draft`` hold seconds for one row by the exit's layer; a draft is a test that reads the exit's
+    ``rows`` and ``contexts`` are the axes: the rows of a pass, of one sequence with so many tokens before
+    them. ``test`` and ``draft`` hold seconds for one row by the exit's layer; a draft is a test that reads the exit's
     vocabulary matrix. ``speed`` multiplies everything; it follows the machine. ``spread`` says how much longer than at
     best a part took, as a share, or fewer rows than more of them; ``origin`` where a table came from.
     """

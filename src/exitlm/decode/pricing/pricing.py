@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections.abc
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from exitlm.decode.kernels.runner import Runner
@@ -35,7 +36,7 @@ class Pricing:
         self._rate = Rate()
         self._limits = Limits(max_rows=options.max_rows, prefill_chunk=options.prefill_chunk, max_wait=options.max_wait)
         self._costs, self._cache_dir = costs, cache_dir
-        self._next_measure = 0.0
+        self._next_measure, self._unit_is_unknown = 0.0, True
 
     @property
     def origin(self) -> str | None:
@@ -134,5 +135,8 @@ class Pricing:
             expected=worth / sequences, done=emitted / sequences, predicted=predicted / full,
             measured=seconds * predicted / whole / full,
         )  # fmt: skip
-        if costs.origin != "given":
+        if costs.origin == "guessed" and self._unit_is_unknown:  # a guess counts in layers, not in seconds
+            self._unit_is_unknown = False
+            self._costs = replace(costs, speed=costs.speed * seconds / whole)
+        elif costs.origin != "given":
             self._costs = costs.observed(whole, seconds, rows[1], context)
