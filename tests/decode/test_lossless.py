@@ -132,7 +132,8 @@ def test_lossless_text_is_the_full_models(family: str, prompts: int) -> None:
     # the test can fail: many drafts were right, and many were wrong
     assert tally.accepted > 5 * prompts
     assert tally.drafted - tally.accepted > 5 * prompts
-    assert min(tally.sources.values()) >= prompts / 2
+    assert min(tally.sources["exit"], tally.sources["final"]) > prompts
+    assert prompts == FAST or tally.sources["lookup"] > prompts / 2  # too few cases for each family
     assert tally.stopped > prompts
 
 
