@@ -45,10 +45,10 @@ def test_blocks_of_the_positions_that_are_read(
         assert block == (blocks[index] if (index + 1) * block_size > first else 0)
 
 
-def test_a_batch_counts_its_rows_and_keys() -> None:
+def test_a_batch_counts_its_rows() -> None:
     parts = tuple(
         Part(start, count, (0,), (((0, start + count),),), (((start, count),),)) for start, count in ((0, 5), (9, 1))
     )
     batch = Batch.of(parts)
-    assert (batch.count, batch.context) == (6, 15)
+    assert batch.count == 6
     assert [part.end for part in batch.parts] == [5, 10]

@@ -52,8 +52,3 @@ class Batch:
     def of(cls, parts: tuple[Part, ...]) -> Batch:
         """A batch of these parts."""
         return cls(parts, sum(part.count for part in parts))
-
-    @property
-    def context(self) -> int:
-        """Keys that the rows of all parts look at, summed over parts."""
-        return sum(part.end for part in self.parts)
