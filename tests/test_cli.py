@@ -333,7 +333,7 @@ def test_a_mistake_is_one_sentence(
 
 @pytest.mark.filterwarnings("default")
 def test_a_warning_is_said_once(run: Run, checkpoint: Path) -> None:
-    code, _, err = run("generate", checkpoint, "--prompt", "x", "--top-p", 0.5, "--max-new-tokens", 2)
+    code, _, err = run("generate", checkpoint, "--prompt", "x", "--top-p", 0.5, "--max-new-tokens", 2, "--mode", "full")
     assert (code, err) == (0, "warning: top_p has no effect without a temperature above 0\n")
 
 
