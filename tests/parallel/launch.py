@@ -6,6 +6,8 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -18,9 +20,17 @@ TIMEOUT = 20.0
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port for a store. Not one that the system hands out, since it would give it to a connection of another test
+    before the store is there."""
+    for port in _PORTS:
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("never without a port")
+
+
+_FIRST, _COUNT = 20_000, 12_000
+_PORTS = (_FIRST + (997 * os.getpid() + i) % _COUNT for i in count())
 
 
 def launch(world: int, work: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:

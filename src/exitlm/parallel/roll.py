@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
@@ -27,11 +27,12 @@ ALIVE = 4.0
 """Seconds in which a process that lives answers."""
 SIGNED = 10.0
 """Seconds in which all that wait for the same rank give up."""
-LINGER = 2.0
+LINGER = 10.0
 """Seconds that the process with the store waits for others to leave."""
 GRACE = 10.0
 """Seconds that a process has to see for itself that another one failed."""
 _SIGNS = ("timed out", "timeout", "connection", "gloo", "nccl")
+Answer = TypeVar("Answer")
 _SAFE = "the last checkpoint is intact, start the run again to go on from it"
 
 
@@ -43,6 +44,8 @@ class Roll:
         self.rank, self.world, self.store, self.timeout, self.keeps = rank, world, store, timeout, keeps
         self.told = ""
         self._tells = self._down = False
+        self._dead: list[int] = []
+        self._asking = threading.RLock()
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._answer, daemon=True)
         if world > 1:
@@ -61,9 +64,9 @@ class Roll:
         if self.world == 1:
             return
         if self.rank == 0:
-            self.store.set(mark, mine)
-        self._until(lambda: [] if self.store.check([mark]) else [0], time.monotonic() + self.timeout)
-        first = self.store.get(mark).decode()
+            self._ask(lambda store: store.set(mark, mine))
+        self._until(lambda store: [] if store.check([mark]) else [0], time.monotonic() + self.timeout)
+        first = self._ask(lambda store: store.get(mark)).decode()
         if mine != first:
             raise UserError(f"rank {self.rank} {differ(mine, first)}")
 
@@ -75,13 +78,23 @@ class Roll:
             AlreadyTold: one failed.
         """
         if self.world > 1:
-            self.store.set(f"{mark}/{self.rank}", "1")
-            self._until(lambda: self._without(mark), time.monotonic() + self.timeout)
+            self._ask(lambda store: store.set(f"{mark}/{self.rank}", "1"))
+            self._until(lambda _: self._without(mark), time.monotonic() + self.timeout)
 
-    def _until(self, missing: Callable[[], list[int]], deadline: float) -> None:
-        while left := missing():
+    def _ask(self, question: Callable[[Store], Answer]) -> Answer:
+        """What the store answers. Never after this process was told why to leave: the one that keeps the store does
+        not stay for it any longer.
+
+        Raises:
+            AlreadyTold: it was told.
+        """
+        with self._asking:
             if self.told:
                 raise AlreadyTold(self.told)
+            return question(self.store)
+
+    def _until(self, missing: Callable[[Store], list[int]], deadline: float) -> None:
+        while left := self._ask(missing):
             if time.monotonic() > deadline:
                 names = " and ".join(f"rank {rank}" for rank in left)
                 raise UserError(f"{names} did not come within {self.timeout:g} seconds (parallel.timeout)")
@@ -104,6 +117,8 @@ class Roll:
         if not self.told and not self._down:
             try:
                 return self._tell(UserError(self._lost(lost, named)) if lost else error, named)
+            except AlreadyTold as told:
+                return told
             except RuntimeError:
                 self._down = True
         if self.told:
@@ -113,20 +128,22 @@ class Roll:
     def _tell(self, error: Exception, named: Callable[[int], str]) -> Exception:
         """Be the one that tells, unless another is."""
         self._alarm()
-        if self.told or self.store.add("tellers", 1) > 1:
-            return AlreadyTold(self.told or "another process failed first")
+        if self._ask(lambda store: store.add("tellers", 1)) > 1:
+            return AlreadyTold("another process failed first")
         self._tells = True
-        self.store.set("told", str(error) if isinstance(error, UserError) else f"{named(self.rank)} failed: {error!r}")
+        reason = str(error) if isinstance(error, UserError) else f"{named(self.rank)} failed: {error!r}"
+        self._ask(lambda store: store.set("told", reason))
         return error
 
     def _alarm(self) -> None:
-        self.store.set(f"signed/{self.rank}", "1")
-        self.store.set("alarm", "1")
+        self._ask(lambda store: store.set(f"signed/{self.rank}", "1"))
+        self._ask(lambda store: store.set("alarm", "1"))
 
     def _lost(self, error: BaseException, named: Callable[[int], str]) -> str:
         """The sentence for a message that did not get through."""
         self._alarm()
         if dead := self._missing("alive", min(ALIVE, self.timeout)):
+            self._dead = dead
             return f"{' and '.join(map(named, dead))} died or can't be reached; {_SAFE}"
         if slow := self._missing("signed", min(SIGNED, self.timeout / 2)):
             names = " and ".join(map(named, slow))
@@ -136,9 +153,13 @@ class Roll:
     def _missing(self, mark: str, patience: float) -> list[int]:
         """The ranks without a mark after so many seconds, but for those that left in order."""
         deadline = time.monotonic() + patience
-        while (left := self._without(mark)) and time.monotonic() < deadline and not self.told:
+        while (left := self._ask(lambda _: self._without(mark))) and time.monotonic() < deadline:
             time.sleep(TICK)
-        return [rank for rank in left if not self.store.check([f"left/{rank}"])]
+        return self._ask(lambda _: self._present(left))
+
+    def _present(self, ranks: list[int]) -> list[int]:
+        """Those that have not left in order."""
+        return [rank for rank in ranks if not self.store.check([f"left/{rank}"])]
 
     # ---- beside the work
 
@@ -153,8 +174,9 @@ class Roll:
             store.set(f"alive/{self.rank}", "1")
             if not self._wait_for(store, "told"):
                 return
-            self.told = store.get("told").decode()
-            time.sleep(3 * TICK)  # the main thread sees it, and leaves the store alone
+            told = store.get("told").decode()
+            with self._asking:
+                self.told = told
             store.set(f"heard/{self.rank}", "1")
         except RuntimeError:  # the process that kept the store died
             self._down = True
@@ -167,7 +189,7 @@ class Roll:
     def _wait_for(self, store: Store, key: str) -> bool:
         while not store.check([key]):
             if self._left.wait(WATCH):
-                return False
+                return store.check([key])
         return True
 
     def leave(self) -> None:
@@ -175,13 +197,18 @@ class Roll:
         if self.world == 1:
             return
         self._left.set()
-        with suppress(RuntimeError):
-            if not self._down and (not self.told or self._tells):
-                self.store.set(f"left/{self.rank}", "1")
-            deadline = time.monotonic() + LINGER
-            while self.keeps and self._missing("heard", 0.0) and time.monotonic() < deadline:
-                time.sleep(TICK / 2)
         self._thread.join(ALIVE)
+        with suppress(RuntimeError, AlreadyTold):
+            if not self._down:
+                self._ask(lambda store: store.set(f"left/{self.rank}", "1"))  # the last that it asks of the store
+        with suppress(RuntimeError):
+            deadline = time.monotonic() + LINGER
+            while self.keeps and self._deaf() and time.monotonic() < deadline:
+                time.sleep(TICK / 2)
+
+    def _deaf(self) -> list[int]:
+        """The ranks that may still ask the store for something."""
+        return [rank for rank in self._present(self._without("heard")) if rank not in self._dead]
 
 
 def _broken(error: BaseException | None) -> BaseException | None:
