@@ -317,11 +317,12 @@ class EarlyExitModel(nn.Module):
         if taken:
             raise UserError(f"layer {taken[0]} has an exit already; remove it first, or leave it out")
         added: dict[str, ExitHead] = {}
+        backbone = self.model.layers.by_number(), self.model.norm, self.lm_head.weight
         for config in sorted(configs, key=lambda config: config.layer):
             with torch.device(self.device):
                 head = ExitHead(config, self.config, candidate_ids)
             head.to(self.device, self.dtype).train(self.training)
-            head.initialise(self, torch.Generator().manual_seed((seed * 100_003 + config.layer) % 2**64))
+            head.initialise(*backbone, torch.Generator().manual_seed((seed * 100_003 + config.layer) % 2**64))
             self._share_output(head, [*self.exit_heads().values(), *added.values()])
             added[str(config.layer)] = head
         self.exits.update(added)

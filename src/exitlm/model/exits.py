@@ -10,9 +10,9 @@ Shapes: B sequences, T positions, D hidden_size, V vocab_size, K rows of the out
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,9 @@ from torch import Tensor, nn
 
 from exitlm.errors import UserError, nearest
 from exitlm.model.config import ModelConfig
-from exitlm.model.layers import MLP, AttentionContext, DecoderLayer, PastProtocol, Tap, model_norm
+from exitlm.model.layers import MLP, AttentionContext, DecoderLayer, PastProtocol, RMSNorm, Tap, model_norm
 from exitlm.model.record import ExitRecord
 from exitlm.values import flag, whole, wrong
-
-if TYPE_CHECKING:
-    from exitlm.model.decoder import EarlyExitModel
 
 ExitKind = Literal["embed", "norm", "mlp", "block", "lens"]
 OutputKind = Literal["shared", "own", "exits", "low_rank"]
@@ -185,10 +182,13 @@ class ExitHead(nn.Module):
         return full.index_copy_(-1, self.candidate_ids, logits)
 
     @torch.no_grad()
-    def initialise(self, model: EarlyExitModel, generator: torch.Generator) -> None:
-        """Give every tensor its first value (EE-Tuning section 3.2: output matrix from the final head, norm from the
-        final norm, MLP from the same layer's MLP, block from the last layer; or random). ``closed_form`` begins as the
-        identity: the solution needs data, which is the tuner's."""
+    def initialise(
+        self, layers: Mapping[int, DecoderLayer], final_norm: RMSNorm, final_weight: Tensor, generator: torch.Generator
+    ) -> None:
+        """Give every tensor its first value (EE-Tuning section 3.2: output matrix from the final head's
+        ``final_weight`` ``[V, D]``, norm from ``final_norm``, MLP from the same layer's MLP, block from the last layer;
+        or random). ``layers`` are the model's by 0-based index. ``closed_form`` begins as the identity: the solution
+        needs data, which is the tuner's."""
         config, std = self.config, self.model_config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -206,20 +206,18 @@ class ExitHead(nn.Module):
             self.gate.weight.zero_()
         if config.init == "random":
             return
-        final_weight = model.lm_head.weight
         if config.kind == "lens":
-            self.lens.weight.copy_(torch.diag(model.model.norm.scale()))
+            self.lens.weight.copy_(torch.diag(final_norm.scale()))
         if config.kind in ("norm", "mlp", "block"):
-            self.norm.load_state_dict(model.model.norm.state_dict())
+            self.norm.load_state_dict(final_norm.state_dict())
         if config.kind == "mlp":
-            layer = model.model.layers[str(config.layer - 1)]
+            layer = layers[config.layer - 1]
             self.mlp.load_state_dict(layer.mlp.state_dict())
             post = layer.post_mlp_norm()
             if post is not None:
                 self.mlp_post_norm.load_state_dict(post.state_dict())
         if config.kind == "block":
-            last = str(self.model_config.num_hidden_layers - 1)
-            self.block.load_state_dict(model.model.layers[last].state_dict())
+            self.block.load_state_dict(layers[self.model_config.num_hidden_layers - 1].state_dict())
         rows = final_weight if self.candidate_ids is None else final_weight[self.candidate_ids]
         if config.output in ("own", "exits"):
             self.output.weight.copy_(rows)
