@@ -4,13 +4,16 @@ A scalar of numpy or torch counts as the number it holds, and a bool is not a nu
 :class:`UserError` that names the argument, its value and type, and what it must be.
 """
 
+import dataclasses
 import operator
 import os
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
-from exitlm.errors import UserError, short
+from exitlm.errors import UserError, nearest, short
+
+Settings = TypeVar("Settings")
 
 
 def wrong(name: str, value: Any, expected: str) -> UserError:
@@ -107,3 +110,13 @@ def paths_of(value: Any, name: str) -> list[str]:
     if isinstance(value, str | os.PathLike):
         return [path_of(value, name)]
     return [path_of(one, name) for one in elements(value, name, "a path or a sequence of paths")]
+
+
+def settings_of(kind: type[Settings], options: Mapping[str, Any], owner: str) -> Settings:
+    """Settings of a dataclass from a mapping; an unknown name is refused with the nearest known one. ``owner`` is what
+    the message says they belong to."""
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            raise UserError(f"{owner} has no setting '{name}'{nearest(name, known)}")
+    return kind(**options)

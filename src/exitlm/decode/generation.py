@@ -14,7 +14,7 @@ from exitlm.decode.sampling.grammar import read_response_format
 from exitlm.decode.sampling.sampler import LogitsProcessor, Sampler, bad_word
 from exitlm.errors import UserError, nearest, short
 from exitlm.palette import html, palette
-from exitlm.values import elements, flag, seed_of, whole, wholes, words, wrong
+from exitlm.values import elements, flag, seed_of, settings_of, whole, wholes, words, wrong
 
 MODES = ("full", "threshold", "lossless")
 DRAFTS = ("exits", "lookup", "grammar")
@@ -165,11 +165,7 @@ class GenerationConfig:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GenerationConfig:
         """From keyword arguments; an unknown one is refused with the nearest known name."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                raise UserError(f"generation has no setting '{name}'{nearest(name, known)}")
-        return cls(**options)
+        return settings_of(cls, options, "generation")
 
     def sampler(self, bad_words: Sequence[Sequence[int]] = ()) -> Sampler:
         """The sampling part of these settings, with :attr:`bad_words` as a tokenizer writes them: token ids alone."""

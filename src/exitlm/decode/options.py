@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exitlm.errors import UserError, nearest
-from exitlm.values import flag, number, whole
+from exitlm.errors import UserError
+from exitlm.values import flag, number, settings_of, whole
 
 MAX_ROWS = 512
 
@@ -53,8 +52,4 @@ class EngineConfig:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> EngineConfig:
         """From a mapping; an unknown key is refused with the nearest known one."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                raise UserError(f"the engine has no setting '{name}'{nearest(name, known)}")
-        return cls(**options)
+        return settings_of(cls, options, "the engine")
