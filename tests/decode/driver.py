@@ -105,7 +105,7 @@ class Driver:
         return arrived
 
     def truncate(self, length: int) -> None:
-        """Forget the positions from ``length`` on."""
+        """Forget the positions from ``length`` on; their blocks are written again."""
         assert length >= self.floor, "the blocks that the next row would see are gone"
         self.length = min(self.length, length)
         before = self.length
@@ -113,8 +113,6 @@ class Driver:
             filled = min(self.filled[boundary], length)
             self.held[boundary], self.filled[boundary] = held[: max(0, before - filled)], filled
             before = filled
-        for table in self.tables:
-            table.truncate(self.length)
 
     def release(self) -> None:
         """Give back all blocks."""

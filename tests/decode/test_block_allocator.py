@@ -1,4 +1,3 @@
-import itertools
 import random
 from collections.abc import Sequence
 
@@ -6,15 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exitlm.decode.cache.block_allocator import (
-    EVICTED_TOGETHER,
-    BlockAllocator,
-    chain_keys,
-    first_gap,
-    longest_gap,
-    next_key,
-    runs,
-)
+from exitlm.decode.cache.block_allocator import EVICTED_TOGETHER, BlockAllocator, first_gap, longest_gap, next_key
+from tests.decode.blocks import chain_keys, runs
 
 
 def take(allocator: BlockAllocator, count: int, expected: int | None = None) -> list[int]:
@@ -409,26 +401,6 @@ def test_gaps_are_those_found_bit_by_bit(free: int, length: int) -> None:
     gaps = plain_gaps(free)
     assert first_gap(free, length) == next((first for first, count in gaps if count >= length), None)
     assert longest_gap(free) == max(gaps, key=lambda gap: gap[1], default=(0, 0))
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 5)))
-def test_runs_are_maximal_and_expand_to_the_blocks(blocks: list[int]) -> None:
-    merged = runs(blocks)
-    assert [first + i for first, count in merged for i in range(count)] == blocks
-    assert all(a + n != b for (a, n), (b, _) in itertools.pairwise(merged))
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 2**31), max_size=20), st.integers(1, 6), st.binary(max_size=4))
-def test_keys_are_a_chain_over_full_blocks(ids: list[int], block_size: int, root: bytes) -> None:
-    keys = chain_keys(ids, block_size, root)
-    assert len(keys) == len(ids) // block_size
-    previous = root
-    for index, key in enumerate(keys):
-        previous = next_key(previous, ids[index * block_size : (index + 1) * block_size])
-        assert key == previous
-    assert chain_keys(tuple(ids[: len(keys) * block_size]), block_size, root) == keys
 
 
 @settings(deadline=None)

@@ -14,8 +14,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from exitlm.decode.cache.block_allocator import BlockAllocator, chain_keys, runs
+from exitlm.decode.cache.block_allocator import BlockAllocator
 from exitlm.decode.cache.block_table import BlockTable
+from tests.decode.blocks import chain_keys, runs
 
 BLOCK = 3
 CLAIMS = st.sampled_from([0, 10, 20, 60])
@@ -66,7 +67,6 @@ class Blocks(RuleBasedStateMachine):
         first, table = len(sequence.ids), sequence.table
         if not self.ensure(sequence, first + len(tokens)):
             return False
-        assert first >= table.first_writable
         sequence.ids += tokens
         slots = [slot + i for slot, count in table.slots(first, len(tokens)) for i in range(count)]
         for position, slot in zip(range(first, len(sequence.ids)), slots, strict=True):
@@ -119,11 +119,10 @@ class Blocks(RuleBasedStateMachine):
 
     @precondition(lambda self: self.running)
     @rule(index=INDEX, count=st.integers(1, 9))
-    def truncate(self, index: int, count: int) -> None:
+    def roll_back(self, index: int, count: int) -> None:
+        """Its blocks stay, and are written again."""
         sequence = self.running[index % len(self.running)]
         del sequence.ids[max(sequence.verified, len(sequence.ids) - count) :]
-        sequence.table.truncate(len(sequence.ids))
-        assert sequence.table.end - len(sequence.ids) < BLOCK, "a block beyond the length was kept"
 
     @precondition(lambda self: self.running)
     @rule(index=INDEX)
@@ -234,7 +233,6 @@ def test_a_lone_sequence_is_always_one_run(expected_length: int) -> None:
         assert table.ensure(length)
         assert table.slots(0, length) == [(0, length)]
         length -= rng.randrange(min(6, length))
-        table.truncate(length)
     assert not table.ensure(257)
 
 
@@ -251,7 +249,6 @@ def test_sequences_with_known_lengths_stay_one_run_each_while_drafts_are_rolled_
             drafted = min(lengths[i], done[i] + rng.randrange(12))
             assert tables[i].ensure(drafted)
             done[i] = min(drafted, done[i] + rng.randrange(3))
-            tables[i].truncate(done[i])
             assert len(tables[i].slots(0, done[i])) == 1
             allocator.check()
     assert allocator.free == 0
@@ -289,7 +286,6 @@ def test_a_prefix_hit_is_two_runs_at_most_and_leaves_its_owner_one(shared: int, 
             assert table.ensure(length)
             assert len(table.slots(0, length)) <= (1 if table is owner else 2)
     assert [table.blocks[:shared] for table in sharers] == [sharers[0].blocks[:shared]] * 2
-    assert [table.first_writable for table in sharers] == [4 * shared] * 2
 
 
 def leave(table: BlockTable, how: str) -> None:
@@ -297,13 +293,11 @@ def leave(table: BlockTable, how: str) -> None:
     match how:
         case "release":
             table.release()
-        case "truncate":
-            table.truncate(8)
         case "free_before":
             table.free_before(16)
 
 
-@pytest.mark.parametrize("how", ["release", "truncate", "free_before"])
+@pytest.mark.parametrize("how", ["release", "free_before"])
 def test_an_owner_that_leaves_takes_its_claim_from_a_block_that_is_still_shared(how: str) -> None:
     allocator = BlockAllocator(32)
     before = BlockTable(allocator, 4)
@@ -316,48 +310,6 @@ def test_an_owner_that_leaves_takes_its_claim_from_a_block_that_is_still_shared(
     assert allocator.claimed(table.blocks[-1]) == 0
     assert table.ensure(24)
     assert runs(table.blocks) == [(4, 6)], "the room behind the shared prefix is free again"
-
-
-def test_a_rollback_keeps_the_room_to_grow() -> None:
-    allocator = BlockAllocator(32)
-    table, other = BlockTable(allocator, 4, expected_length=40), BlockTable(allocator, 4, expected_length=40)
-    assert table.ensure(20)
-    table.truncate(5)
-    assert other.ensure(1)
-    assert other.blocks == [10]
-    assert table.ensure(40)
-    assert runs(table.blocks) == [(0, 10)]
-
-
-def test_a_run_that_was_cut_off_is_forgotten() -> None:
-    allocator = BlockAllocator(8)
-    table, other = BlockTable(allocator, 4), BlockTable(allocator, 4)
-    assert table.ensure(4)
-    assert other.ensure(4)
-    assert table.ensure(8)
-    assert table.slots(0, 8) == [(0, 4), (8, 4)]
-    table.truncate(4)
-    other.release()
-    assert table.ensure(8)
-    assert table.slots(0, 8) == [(0, 8)]
-
-
-def test_what_a_table_may_write_follows_what_it_holds() -> None:
-    allocator = BlockAllocator(16)
-    published(allocator, 3).release()
-    table = hit(allocator, 3)
-    assert table.first_writable == 12
-    table.truncate(4)
-    assert table.first_writable == 4
-    table.release()
-    assert table.first_writable == 0
-    assert table.ensure(12)
-    table.publish(0, b"again")
-    assert table.first_writable == 4
-    table.free_before(9)
-    assert table.first_writable == 8
-    table.release()
-    assert table.first_writable == 0
 
 
 def test_a_prompt_evicts_for_all_of_its_blocks_at_once() -> None:
@@ -423,22 +375,10 @@ def test_a_window_holds_few_blocks_in_few_runs() -> None:
     assert allocator.free == 64
 
 
-def test_cuts_that_would_overwrite_shared_or_freed_positions_are_refused() -> None:
-    allocator = BlockAllocator(16)
-    table = published(allocator, 2)
-    assert table.ensure(12)
-    for length in (1, 3, 7):
-        with pytest.raises(AssertionError, match="shared"):
-            table.truncate(length)
-    table.truncate(8)
-    assert table.end == 8
-    assert table.first_writable == 8
-    table.truncate(4)  # at a block's end: the shared block goes as a whole
-    assert table.end == 4
-    assert allocator.cached == 1
+def test_positions_that_were_freed_have_no_slots_and_a_prefix_comes_first() -> None:
+    table = published(BlockAllocator(16), 2)
     table.free_before(4)
-    with pytest.raises(AssertionError, match="freed"):
-        table.truncate(0)
+    assert (table.freed, table.end) == (1, 8)
     with pytest.raises(AssertionError, match="without a slot"):
         table.slots(3, 1)
     with pytest.raises(AssertionError, match="new table"):

@@ -268,32 +268,12 @@ def longest_gap(free: int) -> tuple[int, int]:
     return _lowest(free), known
 
 
-def runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring numbers merged into (first block, count), in the order of ``blocks``."""
-    merged: list[tuple[int, int]] = []
-    for block in blocks:
-        if merged and block == sum(merged[-1]):
-            merged[-1] = merged[-1][0], merged[-1][1] + 1
-        else:
-            merged.append((block, 1))
-    return merged
-
-
 def next_key(previous: bytes, ids: Sequence[int]) -> bytes:
     """Key of a full block with these ``ids``, behind the block whose key is ``previous``: 32 bytes of SHA-256.
 
     The length of ``previous`` is hashed too and each id takes 8 bytes, so different inputs give different messages.
     """
     return hashlib.sha256(len(previous).to_bytes(8, "little") + previous + array("q", ids).tobytes()).digest()
-
-
-def chain_keys(ids: Sequence[int], block_size: int, root: bytes) -> list[bytes]:
-    """Keys of the full blocks of ``ids``: each depends on all ids up to the end of its block, and on ``root``, which
-    stands for everything else that the contents depend on (adapters, position table, group of entries)."""
-    keys: list[bytes] = []
-    for end in range(block_size, len(ids) + 1, block_size):
-        keys.append(next_key(keys[-1] if keys else root, ids[end - block_size : end]))
-    return keys
 
 
 def _span(start: int, stop: int) -> int:

@@ -4,8 +4,7 @@ A group is all entries with the same attention window; each group has a table of
 no other sequence. Position p lies in block number ``p // block_size`` of the sequence (its logical index), at slot
 ``block * block_size + p % block_size`` of the pool. The name follows PagedAttention (arXiv 2309.06180, section 4).
 
-Leading blocks may be shared with other sequences. They are full and verified, and nothing is written to them:
-:attr:`BlockTable.first_writable` is the first position behind them.
+Leading blocks may be shared with other sequences. They are full and verified, and nothing is written to them.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ class BlockTable:
         self._expected = -(-expected_length // block_size)
         self._ahead = None if window is None else -(-window // block_size) + 1
         self._first_own = 0  # logical index from which on this table allocated the blocks itself
-        self._published = 0  # logical index behind the last published block
         # Runs of neighbouring blocks: the first position of each, and the slot of that position.
         self._run_positions: list[int] = []
         self._run_slots: list[int] = []
@@ -40,11 +38,6 @@ class BlockTable:
     def end(self) -> int:
         """The position behind the last one that has a slot."""
         return (self.freed + len(self.blocks)) * self.block_size
-
-    @property
-    def first_writable(self) -> int:
-        """The first position that does not lie in a block that is shared or may come to be."""
-        return max(self._first_own, self._published, self.freed) * self.block_size
 
     def ensure(self, length: int) -> bool:
         """Hold slots for the positions below ``length``; False, with nothing taken, when too few blocks are left."""
@@ -60,25 +53,6 @@ class BlockTable:
             assert block is not None
             self._append(block)
         return True
-
-    def truncate(self, length: int) -> None:
-        """Give back the blocks that lie wholly behind the first ``length`` positions. The length may not end within
-        a shared block: the next position would be written there."""
-        assert length >= self.first_writable or length % self.block_size == 0, "the cut is in a shared block"
-        kept = -(-length // self.block_size) - self.freed
-        assert kept >= 0, "positions before the window were freed: they can't be reached again"
-        if kept >= len(self.blocks):
-            return
-        self._drop_claim()
-        self.allocator.release_all(self.blocks[kept:])
-        del self.blocks[kept:]
-        last = self.freed + kept
-        self._first_own, self._published = min(self._first_own, last), min(self._published, last)
-        while self._run_positions and self._run_positions[-1] >= self.end:
-            self._run_positions.pop()
-            self._run_slots.pop()
-        if self._owns_tip():
-            self.allocator.claim(self.blocks[-1], self._growth())
 
     def free_before(self, position: int) -> None:
         """Give back the blocks that lie wholly before ``position``: no later position sees them."""
@@ -99,7 +73,7 @@ class BlockTable:
         self._drop_claim()
         self.allocator.release_all(self.blocks)
         self.blocks = []
-        self.freed = self._first_own = self._published = 0
+        self.freed = self._first_own = 0
         self._run_positions, self._run_slots = [], []
 
     def adopt(self, blocks: Sequence[int], first_index: int = 0) -> None:
@@ -113,10 +87,9 @@ class BlockTable:
 
     def publish(self, index: int, key: bytes) -> None:
         """Enter the block with this logical index into the prefix index. All its positions must be verified and
-        filled; none of them can be cut off or written again."""
+        filled; none of them can be written again."""
         assert self.freed <= index < self.freed + len(self.blocks), f"the table holds no block {index}"
         self.allocator.publish(self.blocks[index - self.freed], key)
-        self._published = max(self._published, index + 1)
 
     def slots(self, start: int, count: int) -> list[tuple[int, int]]:
         """Runs (first slot, count) of neighbouring slots that cover the positions ``start`` to ``start + count - 1``,

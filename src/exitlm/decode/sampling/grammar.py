@@ -412,20 +412,6 @@ class GrammarState:
         """The tokens that are allowed next, bool ``[V]`` on the CPU."""
         return unpack_mask(self.packed(), self.vocab_size)
 
-    def packed_along(self, drafts: Sequence[int]) -> Tensor:
-        """Packed masks int32 ``[M, W]``: of the next token, and after each of the ``drafts`` up to the first one that
-        is not allowed or that nothing can follow. The state stays where it is."""
-        rows, begin = [self.packed()], len(self.ids)
-        for token in drafts:
-            if not self._accept(token):
-                break
-            try:
-                rows.append(self.packed())
-            except UserError:  # of a draft, which the text need not follow
-                break
-        self.rollback(len(self.ids) - begin)
-        return torch.stack(rows)
-
     def allowed(self, token: int) -> bool:
         """Whether ``token`` may come next."""
         if fits := self._accept(token):
@@ -457,19 +443,6 @@ class GrammarState:
         if count > stops:
             self._matcher.rollback(count - stops)
         del self.ids[len(self.ids) - count :]
-
-    def replay(self, ids: Sequence[int]) -> None:
-        """Start again with the output ``ids``, as a preempted sequence does."""
-        self._matcher.reset()
-        self.ids, self._ended = [], 0
-        for token in ids:
-            self.advance(token)
-
-    def copy(self) -> GrammarState:
-        """An independent state at the same place."""
-        other = GrammarState(self._matcher.fork(), self._compiler, self._alphabet, self._stops)
-        other.ids, other._ended = list(self.ids), self._ended
-        return other
 
     def jump_forward(self) -> list[int]:
         """Tokens of the text that the grammar forces next, each allowed after those before it; often none.
