@@ -1,31 +1,23 @@
 """``exitlm plot``: the picture of a tiny tuning run, and one sentence for what is no run."""
 
+import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from exitlm import cli
 from exitlm.train import tune
 from tests.checkpoints import write_checkpoint
-
-Run = Callable[..., tuple[int, str, str]]
+from tests.conftest import Run
 
 LINES = "".join(json.dumps({"step": s, "loss/2": 3 / s, "loss/4": 2 / s, "lr": 0.1}) + "\n" for s in range(1, 6))
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run ``exitlm plot`` in this process: its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main(["plot", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def run(run: Run) -> Run:
+    """Run ``exitlm plot`` in this process."""
+    return functools.partial(run, "plot")
 
 
 def test_a_tuning_run_is_drawn_into_its_directory(

@@ -1,12 +1,13 @@
 """``exitlm generate --prompts``: every line is answered in order, whatever stopped the run before."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import exitlm
-from exitlm import UserError, cli, prompts_file
+from exitlm import UserError, prompts_file
 from exitlm.prompts_file import answer, answered, in_order, read_prompts
 from exitlm.weights.publish import locked
-from tests.checkpoints import write_checkpoint
+from tests.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("cache")
 SHORT = {"max_new_tokens": 3, "mode": "full", "ignore_eos": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What exitlm keeps between runs stays out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EXITLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +33,9 @@ def llm(checkpoint: Path) -> exitlm.LLM:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run ``exitlm generate`` in this process: its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = cli.main(["generate", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def run(run: Run) -> Run:
+    """Run ``exitlm generate`` in this process."""
+    return functools.partial(run, "generate")
 
 
 def write(path: Path, *lines: Any) -> Path:

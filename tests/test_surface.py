@@ -4,7 +4,7 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import exitlm
 from exitlm import UserError
 from exitlm.decode.generation import GenerationConfig
 from exitlm.train import RunConfig, model_of_run, train, tune
-from tests.checkpoints import VOCAB, write_checkpoint
+from tests.checkpoints import VOCAB
 
 IDS = [5, 9, 77, 200, 31]
+pytestmark = pytest.mark.usefixtures("cache")
 VALUES: list[Any] = [
     None, True, 5, -1, 2**70, 10**400, 1.5, math.nan, math.inf, 1j, "x", "", "a\0b", "\ud800", b"x", [], {}, {"x": 1},
     {1: "x"}, [None], [True], [1.5], ["x"], [[1], [2, 3]], {1, 2}, object(), float, Path("x"), range(3), torch.float32,
@@ -30,24 +31,11 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What exitlm keeps between runs stays out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EXITLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Paths such as "x" are in a directory of the test's own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
