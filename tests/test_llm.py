@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,12 @@ import transformers
 
 import exitlm
 from exitlm import UserError
+from exitlm.decode.kernels.fused import FusedModel
 from tests.checkpoints import VOCAB, write_checkpoint
 from tests.model.families import tiny_hf_model
 
 IDS = [5, 9, 77, 200, 31]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What exitlm keeps between runs stays out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EXITLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -160,6 +148,28 @@ def test_exits_stay_while_texts_are_decoded(model_with_exits: exitlm.LLM) -> Non
             change(model_with_exits.exit_layers[:1])
     pieces.close()  # type: ignore[attr-defined]
     model_with_exits.remove_exits(model_with_exits.exit_layers[:1])
+
+
+def test_few_functions_lie_between_generate_and_the_packed_layers(
+    model: exitlm.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains: set[tuple[str, ...]] = set()
+    package, plain = str(Path(exitlm.__file__).parent), FusedModel.run
+
+    def run(*arguments: Any) -> Any:
+        frame, names = sys._getframe(1), ["FusedModel.run"]
+        while frame.f_code.co_qualname != "LLM.generate":
+            frame = frame.f_back
+            if frame.f_code.co_filename.startswith(package):
+                names.append(frame.f_code.co_qualname)
+        chains.add(tuple(names[::-1]))
+        return plain(*arguments)
+
+    monkeypatch.setattr(FusedModel, "run", run)
+    model.generate(IDS, mode="full", max_new_tokens=2)
+    model.generate([IDS, IDS], mode="full", max_new_tokens=2)
+    assert len(chains) == 2
+    assert max(map(len, chains)) <= 8, chains
 
 
 def test_generate_takes_text_or_ids(model_with_exits: exitlm.LLM) -> None:

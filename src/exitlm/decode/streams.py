@@ -48,8 +48,12 @@ class Steps(Protocol):
     ) -> list[int]:
         """Add all texts of a request, or none of them, whose events go to ``sink``; their keys."""
 
-    def step_for(self, sink: deque[Event]) -> None:
-        """One pass, unless the sink has something already."""
+    @property
+    def lock(self) -> contextlib.AbstractContextManager[object]:
+        """Held by who advances the engine."""
+
+    def advance(self) -> None:
+        """One pass, under the lock."""
 
     def abort(self, key: int) -> None:
         """Drop a text that is not finished."""
@@ -74,7 +78,9 @@ def events(engine: Steps, requests: Iterable[Request]) -> Generator[tuple[int, i
             if not running:
                 return
             while not sink:
-                engine.step_for(sink)
+                with engine.lock:
+                    if not sink:  # else another thread's pass has put something there
+                        engine.advance()
             while sink:
                 event = sink.popleft()
                 yield *running[event.key], event

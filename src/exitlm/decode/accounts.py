@@ -1,0 +1,101 @@
+"""The accounts: what passes took, what they gave, and who is told.
+
+The scheduler learns from each pass, a sequence how long it waited, and the user where a mode was slower than another.
+No token depends on any of it.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import time
+from dataclasses import dataclass
+
+from exitlm.decode.agenda import Chosen
+from exitlm.decode.generation import Stats
+from exitlm.decode.kernels.runner import Runner
+from exitlm.decode.pricing.pass_times import PassTimes
+from exitlm.decode.pricing.pricing import Pricing
+from exitlm.decode.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What was known of a pass before it ran: when it began, the sequences that decode and the tokens that they had;
+    rows of those sequences, and of all; rows of final logits, the positions of a sequence on average, and the tokens
+    that drafted rows may bring."""
+
+    begun: float
+    decoding: list[Sequence]
+    generated: int
+    rows: tuple[int, int]
+    heads: int
+    context: float
+    worth: float
+
+
+class Accounts:
+    """Of one engine. ``times`` are those of passes of a single row."""
+
+    def __init__(self, runner: Runner, pricing: Pricing) -> None:
+        self.runner, self.pricing = runner, pricing
+        self.times = PassTimes()
+        self._busy, self._begun = 0.0, 0.0
+
+    # ---- the engine's own clock
+
+    def begin_step(self) -> None:
+        """From here on time counts."""
+        self._begun = time.perf_counter()
+
+    def end_step(self) -> None:
+        """From here on it does not."""
+        self._busy = self.now()
+
+    def now(self) -> float:
+        """Seconds spent in steps, within one."""
+        return self._busy + time.perf_counter() - self._begun
+
+    # ---- a pass
+
+    def before(self, chosen: Chosen, running: collections.abc.Sequence[Sequence]) -> Before | None:
+        """Look at a pass that is about to run; None where nobody asked for prices so far."""
+        begun = time.perf_counter()
+        if self.pricing.origin is None:
+            return None
+        decoding = [sequence for sequence in running if not sequence.prefilling]
+        at_end, worth, heads, rows = chosen.last == self.runner.segments, 0.0, 0, 0
+        for sequence, count in chosen.members:
+            if not sequence.prefilling:
+                rows += count
+                if at_end and sequence.is_priced:
+                    heads += count
+                    worth += sum(sequence.worths()[:count])
+                elif at_end and sequence.filled[chosen.first] + count >= len(sequence.ids):
+                    heads += 1
+        return Before(
+            begun, decoding, generated=sum(sequence.generated for sequence in decoding),
+            rows=(rows, sum(count for _, count in chosen.members)), heads=heads,
+            context=sum(sequence.filled[0] for sequence in running) / len(running), worth=worth,
+        )  # fmt: skip
+
+    def after(self, chosen: Chosen, before: Before, running: collections.abc.Sequence[Sequence]) -> None:
+        """Tell the scheduler what a pass took and gave, and those that ``running`` leaves waiting how long."""
+        seconds = time.perf_counter() - before.begun
+        keys = {sequence.key for sequence, _ in chosen.members}
+        for sequence in running:
+            if sequence.key not in keys and sequence.pending:
+                sequence.waited += seconds
+        emitted = sum(sequence.generated for sequence in before.decoding) - before.generated
+        self.pricing.observe(
+            chosen.first, chosen.last, before.rows, sequences=len(before.decoding), heads=before.heads,
+            tests=len(chosen.tested), context=before.context, seconds=seconds, emitted=emitted,
+            worth=before.worth or emitted,
+        )  # fmt: skip
+
+    # ---- a text
+
+    def ended(self, sequence: Sequence, stats: Stats) -> None:
+        """A text has ended. One that ran alone on a CPU, where passes are not submitted ahead, is compared with full
+        decoding."""
+        if sequence.alone and self.runner.fused.device.type == "cpu":
+            self.times.judge(stats, self.runner.bounds)
