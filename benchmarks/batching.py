@@ -259,17 +259,19 @@ class Clock:
     def of_tests(self, engine: Engine) -> ExitStack:
         """While it is open, count the exits' tests of an engine: gates, logits and scores."""
         stack = ExitStack()
-        for owner, name in ((engine.runner, "gates"), (engine.runner, "exit_logits"), (engine_module, "scores")):
+        for owner, name in ((engine.runner, "gates"), (engine.runner, "exit_scores"), (engine_module, "scores")):
             stack.enter_context(mock.patch.object(owner, name, self.timed(getattr(owner, name))))
         return stack
 
 
 def soak(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
-    """Short requests of all lengths, greedy and sampled, full and lossless, through a pool that holds 8 sequences, in
-    float32, where near-ties fall alike in any company; some are compared with the same request alone."""
+    """Short requests of all lengths, greedy and sampled, full and lossless, through a pool that holds 8 sequences, by
+    the native kernels, or in float32, where near-ties fall alike in nearly any company; some are compared with the same
+    request alone."""
     longest, held = 64, 8
-    budget = exitlm.LLM(llm.model, quant="none").engine.memory.pool.bytes_for(held * longest)
-    engine = exitlm.LLM(llm.model, quant="none", engine=EngineConfig(kv_bytes=budget)).engine
+    quant = "auto" if llm.engine.fused.exact else "none"
+    budget = exitlm.LLM(llm.model, quant=quant).engine.memory.pool.bytes_for(held * longest)
+    engine = exitlm.LLM(llm.model, quant=quant, engine=EngineConfig(kv_bytes=budget)).engine
     numbers = random.Random(0)
     prompts = company.passages(llm, TEXTS, 256, longest - 16)
     requests: list[Request] = [
@@ -297,7 +299,7 @@ def soak(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
     taken = time.perf_counter() - begin
     gc.unfreeze()
     left = [allocator.free for allocator in engine.memory.pool.allocators]
-    alone = exitlm.LLM(llm.model, quant="none").engine
+    alone = exitlm.LLM(llm.model, quant=quant).engine
     right = sum(kept[i] == alone.generate(*requests[i]).token_ids for i in sorted(sample))
     late = [point for point in memory if point[0] > size.requests / 2]
     slope = statistics.linear_regression(*zip(*late, strict=True)).slope

@@ -97,7 +97,7 @@ def full_speed(llm: exitlm.LLM, rounds: int, count: int, llama_python: str | Non
     }
     auto = Engine(llm.model).quant
     config = GenerationConfig(mode="full", max_new_tokens=count, ignore_eos=True)
-    for quant in ("none", "fp16", "bf16", "int8", "int4"):
+    for quant in dict.fromkeys((auto, "none", "fp16", "bf16", "int8", "int4")):
         engine = Engine(llm.model, quant=quant)
         name = f"exitlm {quant}{' (default)' if quant == auto else ''}"
         actions[name] = lambda engine=engine: 1.0 / engine.generate(prompt, config).stats.tokens_per_second

@@ -48,7 +48,7 @@ class Passes:
         batch = self.batch(rows)
         hidden = self.runner.embed([100 + i % 300 for i in range(batch.count)])
         arrived = self.runner.run(0, self.runner.segments, batch, hidden)
-        found: list[int] = self.runner.final_logits(arrived, range(batch.count)).argmax(-1).tolist()
+        found = self.runner.final_scores(arrived, range(batch.count)).best
         return found
 
     def release(self) -> None:

@@ -143,7 +143,8 @@ def forced(rounds: int, tokens: int) -> dict[str, Any]:
 def overhead(llm: exitlm.LLM, rounds: int) -> dict[str, Any]:
     """Processor time of a step in ``full`` behind 128 positions, layers and final head apart, and of its two reads of
     the final logits, argmax and the check that they are finite. The least of the repetitions, by one thread."""
-    sizes, threads, engine = (1, 8, 32), torch.get_num_threads(), llm.engine
+    sizes, threads = (1, 8, 32), torch.get_num_threads()
+    engine = Engine(llm.model, quant="none", tokenizer=llm.tokenizer)
     torch.set_num_threads(1)
     try:
         with ExitStack() as stack:

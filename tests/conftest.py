@@ -13,6 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # A store of torch looks up the names of the addresses that connect to it, and answers nobody while it waits for them.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 torch.set_num_threads(int(os.environ.get("EXITLM_TEST_THREADS", "1")))
+os.environ.setdefault("EXITLM_THREADS", os.environ.get("EXITLM_TEST_THREADS", "1"))
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs a command line: its exit code, stdout and stderr."""

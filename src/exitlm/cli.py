@@ -413,7 +413,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "--quant",
         default="auto",
         metavar="Q",
-        help="how weights are packed on a CPU: auto, none, fp16, bf16, int8, int4",
+        help="how weights are packed on a CPU: auto (as they are stored), q8_0, bf16, fp16, none, int8, int4",
     )
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add("--json", action="store_true", help="print one JSON object: text, token_ids, exit_layers, mode, stats")

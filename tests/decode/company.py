@@ -15,14 +15,13 @@ from exitlm.decode.batch import Batch
 from exitlm.decode.cache.block_table import BlockTable
 from exitlm.decode.engine import Engine
 from exitlm.decode.generation import Generation, GenerationConfig
-from exitlm.decode.kernels.fused import FusedModel
 from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.rules import RULES
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig
-from tests.decode.models import attach, fade, fit_lenses, make_engine, random_ids, some_costs, worst
-from tests.model.families import tiny_model
+from tests.decode.arithmetic import FLOAT64, Arithmetic
+from tests.decode.models import attach, fade, fit_lenses, random_ids, some_costs, worst
 
 
 class Letters:
@@ -38,11 +37,11 @@ class Letters:
 
 
 @functools.cache
-def company_model(family: str, seed: int) -> EarlyExitModel:
+def company_model(family: str, seed: int, arithmetic: Arithmetic = FLOAT64) -> EarlyExitModel:
     """Four layers with exits of all kinds behind some of them, often right; windows where the family has them."""
     rng = random.Random(f"company {family} {seed}")
     with torch.inference_mode(False):
-        model = fade(tiny_model(family, torch.float64, seed), 3, rng.choice([0.2, 0.5]))
+        model = fade(arithmetic.tiny_model(family, seed), 3, rng.choice([0.2, 0.5]))
         layers = sorted(rng.sample(range(1, 4), rng.randint(1, 3)))
         kinds = ["lens", "lens", "norm", "mlp", "block"]
         candidates = rng.choice([0, 0, 40])
@@ -50,7 +49,7 @@ def company_model(family: str, seed: int) -> EarlyExitModel:
             ExitConfig(layer=layer, kind=rng.choice(kinds), candidates=candidates, gate=rng.random() < 0.7)
             for layer in layers
         ]
-        return fit_lenses(attach(model, configs, seed), seed)
+        return fit_lenses(attach(model, configs, seed), seed).to(arithmetic.dtype)
 
 
 def shy(ids: list[int], logits: Tensor) -> Tensor:
@@ -110,12 +109,13 @@ class Company:
     requests: list[tuple[list[int], GenerationConfig]]
     arrivals: list[int]
     options: EngineConfig
+    arithmetic: Arithmetic
     dropped: set[int] = field(default_factory=set)
 
 
-def draw_company(rng: random.Random, family: str, most: int = 6) -> Company:
+def draw_company(rng: random.Random, family: str, most: int = 6, arithmetic: Arithmetic = FLOAT64) -> Company:
     """Prompts that partly begin alike, arriving over time at an engine with a small or large budget."""
-    model = company_model(family, rng.randrange(3))
+    model = company_model(family, rng.randrange(3), arithmetic)
     stem = random_ids(rng.randint(1, 14), rng.randrange(10**6))
     requests = []
     for _ in range(rng.randint(2, most)):
@@ -123,29 +123,30 @@ def draw_company(rng: random.Random, family: str, most: int = 6) -> Company:
         prompt = rng.choice([own, stem + own, own * 3, stem, (stem + own)[:14] * 2])
         requests.append((prompt, draw_config(rng, model)))
     size = rng.choice([1, 2, 3, 5, 8, 32])
-    options = EngineConfig(
+    options = arithmetic.options(
         block_size=size, prefill_chunk=rng.choice([1, 3, 8, 512]), max_sequences=rng.choice([1, 2, 3, 64]),
         prefix_sharing=rng.random() < 0.7, max_wait=rng.choice([0.0, 0.25, 3.0]),
     )  # fmt: skip
     if rng.random() < 0.5:  # room for the longest alone, and little more
         longest = max(len(prompt) + config.max_new_tokens for prompt, config in requests)
-        measure = make_engine(model, options=replace(options, max_sequences=1)).memory.pool
+        measure = arithmetic.engine(model, options=replace(options, max_sequences=1)).memory.pool
         options = replace(options, kv_bytes=int(measure.bytes_for(longest) * rng.choice([1.0, 1.3, 2.0])))
     arrivals = sorted(rng.choice([0, 0, 1, 3, 9, 20]) for _ in requests)
     dropped = {i for i in range(len(requests)) if rng.random() < 0.1}
-    return Company(model, requests, arrivals, options, dropped)
+    return Company(model, requests, arrivals, options, arithmetic, dropped)
 
 
 def alone(company: Company) -> list[Generation]:
     """What each request gets by itself, on an engine of its own that shares nothing."""
-    engine = make_engine(company.model, tokenizer=Letters(), options=EngineConfig(prefix_sharing=False))
+    options = company.arithmetic.options(prefix_sharing=False)
+    engine = company.arithmetic.engine(company.model, tokenizer=Letters(), options=options)
     return [engine.generate(prompt, config) for prompt, config in company.requests]
 
 
 def together(company: Company, rng: random.Random, check_every: int = 0) -> tuple[dict[int, Generation], Engine]:
     """What they get in company. Every ``check_every`` steps, keys and hidden states are compared with a full pass."""
     costs = some_costs(company.model, row=rng.choice([0.0, 0.1, 0.7]))
-    engine = make_engine(company.model, tokenizer=Letters(), options=company.options, costs=costs)
+    engine = company.arithmetic.engine(company.model, tokenizer=Letters(), options=company.options, costs=costs)
     left, keys, found, step = list(range(len(company.requests))), {}, {}, 0
     while left or engine.roster.running or engine.roster.waiting:
         while left and company.arrivals[left[0]] <= step:
@@ -157,7 +158,7 @@ def together(company: Company, rng: random.Random, check_every: int = 0) -> tupl
                 found[keys[event.key]] = event.generation
         step += 1
         if check_every and step % check_every == 0:
-            check_state(engine, company.model)
+            check_state(engine, company.model, company.arithmetic)
         for key, index in keys.items():
             if index in company.dropped and index not in found and rng.random() < 0.1:
                 engine.abort(key)
@@ -170,16 +171,19 @@ def together(company: Company, rng: random.Random, check_every: int = 0) -> tupl
 # ---- keys, values and hidden states
 
 
-@functools.cache
-def _reference(model: EarlyExitModel) -> Runner:
+@functools.lru_cache(maxsize=32)
+def _reference(model: EarlyExitModel, arithmetic: Arithmetic) -> Runner:
     with torch.inference_mode(False):
-        return Runner(FusedModel(model, "none"), EngineConfig(kv_bytes=1 << 24))
+        return Runner(arithmetic.pack(model), arithmetic.options(kv_bytes=1 << 24))
 
 
 @torch.inference_mode()
-def full_pass(model: EarlyExitModel, ids: Sequence[int]) -> list[Tensor]:
-    """Keys and values ``[2, Hkv, T, Dh]`` of every cache entry after one pass of all tokens through all layers."""
-    runner = _reference(model)
+def full_pass(
+    model: EarlyExitModel, ids: Sequence[int], arithmetic: Arithmetic = FLOAT64
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values ``[2, Hkv, T, Dh]`` of every cache entry after one pass of all tokens through all layers, and the
+    hidden states ``[T, D]`` at every boundary."""
+    runner = _reference(model, arithmetic)
     tables = [BlockTable(allocator, runner.pool.block_size) for allocator in runner.pool.allocators]
     try:
         assert all(table.ensure(len(ids)) for table in tables)
@@ -188,8 +192,10 @@ def full_pass(model: EarlyExitModel, ids: Sequence[int]) -> list[Tensor]:
             0, len(ids), tuple(0 for _ in windows), tuple(tuple(t.slots(0, len(ids))) for t in tables),
             tuple(tuple(t.slots(0, len(ids))) for t in tables),
         )  # fmt: skip
-        runner.run(0, runner.segments, Batch.of((draft,)), runner.embed(ids))
-        return [read(runner, tables, entry, 0, len(ids)) for entry in range(len(runner.pool.stores))]
+        hidden = [runner.embed(ids)]
+        for boundary in range(runner.segments):
+            hidden.append(runner.run(boundary, boundary + 1, Batch.of((draft,)), hidden[-1]).hidden_MD)
+        return [read(runner, tables, entry, 0, len(ids)) for entry in range(len(runner.pool.stores))], hidden
     finally:
         for table in tables:
             table.release()
@@ -202,8 +208,9 @@ def read(runner: Runner, tables: Sequence[BlockTable], entry: int, start: int, c
 
 
 @torch.inference_mode()
-def check_state(engine: Engine, model: EarlyExitModel, tolerance: float = 1e-12) -> None:
+def check_state(engine: Engine, model: EarlyExitModel, arithmetic: Arithmetic = FLOAT64) -> None:
     """Compare everything that is stored for every running sequence with one pass of its tokens through all layers."""
+    tolerance = arithmetic.tolerance
     entries = engine.fused.entries()
     for sequence in engine.roster.running:
         assert sequence.filled == sorted(sequence.filled, reverse=True)
@@ -211,7 +218,7 @@ def check_state(engine: Engine, model: EarlyExitModel, tolerance: float = 1e-12)
         ids = sequence.tokens(0, sequence.filled[0])
         if not ids:
             continue
-        expected = full_pass(model, ids)
+        expected, states = full_pass(model, ids, arithmetic)
         for number, entry in enumerate(entries):
             group = engine.memory.pool.group_of[number]
             start, stop = sequence.tables[group].freed * engine.memory.pool.block_size, sequence.filled[entry.segment]
@@ -219,12 +226,14 @@ def check_state(engine: Engine, model: EarlyExitModel, tolerance: float = 1e-12)
                 stored = read(engine.runner, sequence.tables, number, start, stop - start)
                 assert worst(stored, expected[number][:, :, start:stop]) <= tolerance
         if sequence.pending:
-            taps = model.taps(torch.tensor([ids]), engine.intake.exits.layers)
+            taps = {} if arithmetic.native else model.taps(torch.tensor([ids]), engine.intake.exits.layers)
             for boundary in range(1, engine.runner.segments):
                 first, last = sequence.filled[boundary], sequence.filled[boundary - 1]
                 if last > first:
                     hidden = engine.memory.hidden.get(sequence.slots_of(first, last - first))
-                    tapped = taps[engine.runner.bounds[boundary]].hidden[0, first:last]
-                    assert worst(hidden, tapped.to(hidden.dtype)) <= tolerance
+                    assert worst(hidden, states[boundary][first:last]) <= tolerance
+                    if taps:
+                        tapped = taps[engine.runner.bounds[boundary]].hidden[0, first:last]
+                        assert worst(hidden, tapped.to(hidden.dtype)) <= tolerance
     held = sum(sequence.pending for sequence in engine.roster.running)
     assert engine.memory.hidden.used == held

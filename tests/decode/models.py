@@ -12,7 +12,7 @@ from exitlm.decode.generation import Generation, GenerationConfig
 from exitlm.decode.pricing.costs import Costs
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig, RidgeStatistics
-from tests.model.families import tiny_model
+from tests.model.families import native_sizes, tiny_model
 
 
 def random_ids(count: int, seed: int = 0, vocab_size: int = 97) -> list[int]:
@@ -70,10 +70,12 @@ def fit_lenses(model: EarlyExitModel, seed: int = 0) -> EarlyExitModel:
 
 
 @functools.cache
-def drafting_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> EarlyExitModel:
-    """Four layers, fitted lenses with gates behind 1, 2 and 3: an exit is often right and often wrong. Shared by tests:
-    do not change it."""
-    model = fade(tiny_model(family, torch.float64, seed), 3, 0.5)
+def drafting_model(
+    family: str, seed: int = 0, dtype: torch.dtype = torch.float64, native: bool = False
+) -> EarlyExitModel:
+    """Four layers, fitted lenses with gates behind 1, 2 and 3: an exit is often right and often wrong. ``native``: of a
+    size that the native kernels take. Shared by tests: do not change it."""
+    model = fade(tiny_model(family, torch.float64, seed, **(native_sizes(family) if native else {})), 3, 0.5)
     attach(model, [ExitConfig(layer=layer, gate=True) for layer in (1, 2, 3)], seed)
     return fit_lenses(model, seed).to(dtype)
 

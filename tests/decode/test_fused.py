@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exitlm.decode.engine import expand
 from exitlm.decode.kernels.fused import FusedModel
+from exitlm.decode.kernels.native_model import NativeModel
 from exitlm.model import EarlyExitModel, ModelConfig
 from exitlm.model.exits import ExitConfig
 from tests.decode.driver import Driver, advance_many, logits_of, make_runner
@@ -22,11 +23,17 @@ from tests.model.test_parity import random_config
 
 TOLERANCE = 1e-12
 OUTPUTS = ("shared", "own", "exits", "low_rank")
+Make = Callable[[EarlyExitModel], FusedModel | NativeModel]
 
 
-def passes(model: EarlyExitModel, ids: list[int]) -> list[Tensor]:
-    """Final logits ``[T, V]`` of the fused model: row by row, and in passes of several rows."""
-    runner, found = make_runner(FusedModel(model, "none"), 4 * len(ids) + 64), []
+def plain(model: EarlyExitModel) -> FusedModel:
+    """The fused model in the model's own dtype."""
+    return FusedModel(model, "none")
+
+
+def passes(model: EarlyExitModel, ids: list[int], make: Make = plain) -> list[Tensor]:
+    """Final logits ``[T, V]`` of the model as ``make`` packs it: row by row, and in passes of several rows."""
+    runner, found = make_runner(make(model), 4 * len(ids) + 64), []
     for cuts in ([1] * len(ids), [len(ids)], [3, 1, 2, len(ids) - 6]):
         driver, rows, at = Driver(runner, total=len(ids)), [], 0
         for size in cuts:
@@ -131,11 +138,19 @@ def every_head() -> list[list[ExitConfig]]:
     return groups
 
 
-def compare_heads(model: EarlyExitModel, ids: list[int]) -> None:
-    """At every exit, reached in passes of one and of several rows, after a prefill: the logits of all rows."""
-    heads = model.exit_heads()
-    expected, taps = model.exit_logits(ids), model.taps(torch.tensor([ids]), heads)
-    runner = make_runner(FusedModel(model, "none"), 64)
+def compare_heads(
+    model: EarlyExitModel,
+    ids: list[int],
+    make: Make = plain,
+    tolerance: float = TOLERANCE,
+    reference: EarlyExitModel | None = None,
+) -> None:
+    """At every exit, reached in passes of one and of several rows, after a prefill: the logits of all rows, against
+    those of ``reference`` (None: the model itself)."""
+    reference = model if reference is None else reference
+    heads = reference.exit_heads()
+    expected, taps = reference.exit_logits(ids), reference.taps(torch.tensor([ids]), heads)
+    runner = make_runner(make(model), 64)
     driver = Driver(runner)
     driver.prefill(ids[:3])
     for size in (1, 1, 4, 1):
@@ -143,19 +158,24 @@ def compare_heads(model: EarlyExitModel, ids: list[int]) -> None:
         driver.enter(ids[at : at + size])
         for boundary, layer in enumerate(heads, 1):
             arrived, head = driver.advance([], boundary), runner.head(boundary)
-            assert head.layer == layer
-            logits_TK = runner.exit_logits(boundary, arrived, range(size))
-            wanted_TV = expected[layer][0, at : at + size]
-            for logits_K, wanted_V in zip(logits_TK, wanted_TV, strict=True):
+            assert head.config.layer == layer
+            scores = runner.exit_scores(boundary, arrived, range(size))
+            wanted_TV, finite = expected[layer][0, at : at + size], [True] * size
+            assert scores.finite == finite
+            for i, (logits_K, wanted_V) in enumerate(zip(scores.logits_MK, wanted_TV, strict=True)):
                 logits_V = expand(logits_K, head.candidate_ids, model.config.vocab_size)
-                assert worst(logits_V, wanted_V) <= TOLERANCE, heads[layer].config
-                assert head.token(int(logits_K.argmax())) == int(wanted_V.argmax())
+                assert worst(logits_V, wanted_V) <= tolerance, heads[layer].config
+                assert scores.best[i] == int(logits_K.argmax())
+                margin = 2 * tolerance * wanted_V[wanted_V.isfinite()].abs().max()
+                assert wanted_V[head.token(scores.best[i])] >= wanted_V.max() - margin
+                if scores.probability is not None:
+                    assert scores.probability[i] == pytest.approx(float(torch.softmax(logits_K, -1).max()), rel=2e-6)
             newest = runner.exit_logits(boundary, arrived, [size - 1])
-            assert worst(newest[0], logits_TK[-1]) <= TOLERANCE
+            assert worst(newest[0], scores.logits_MK[-1]) <= min(tolerance, TOLERANCE)
             if head.has_gate:
                 gates = torch.sigmoid(heads[layer].gate_logit(taps[layer].hidden[0, at : at + size])).tolist()
-                assert runner.gates(boundary, arrived, range(size)) == pytest.approx(gates, abs=TOLERANCE)
-                assert runner.gates(boundary, arrived, [size - 1]) == pytest.approx(gates[-1:], abs=TOLERANCE)
+                assert runner.gates(boundary, arrived, range(size)) == pytest.approx(gates, abs=tolerance)
+                assert runner.gates(boundary, arrived, [size - 1]) == pytest.approx(gates[-1:], abs=tolerance)
         driver.advance([])
 
 
@@ -199,10 +219,15 @@ def test_the_families_cover_what_the_fused_layers_branch_on() -> None:
 
 
 def company(
-    model: EarlyExitModel, scatter: int, leave_windows: bool, seed: int, starts: Sequence[int] = (1, 9, 30, 17)
+    model: EarlyExitModel,
+    scatter: int,
+    leave_windows: bool,
+    seed: int,
+    starts: Sequence[int] = (1, 9, 30, 17),
+    make: Make = plain,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Final and exit logits of sequences that share passes, and those of each alone in blocks that lie together."""
-    runner = make_runner(FusedModel(model, "none"), 4 * sum(starts) + 1024)
+    runner = make_runner(make(model), 4 * sum(starts) + 1024)
     rng, together, alone = random.Random(seed), [], []
     texts = [random_ids(start + 40, seed * 10 + i) for i, start in enumerate(starts)]
     drivers = [Driver(runner, scatter=scatter, leave_windows=leave_windows) for _ in starts]

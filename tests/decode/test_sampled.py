@@ -1,5 +1,5 @@
-"""Sampled text: of a seed `lossless` writes what `full` writes, whatever is drafted and dropped; and the text is a fair
-draw from the model's distribution, through the whole engine."""
+"""Sampled text: of a seed `lossless` writes what `full` writes, whatever is drafted and dropped, in float64 and by the
+native kernels; and the text is a fair draw from the model's distribution, through the whole engine."""
 
 import dataclasses
 import functools
@@ -22,12 +22,14 @@ from exitlm.decode.sampling.sampler import TokenCounts
 from exitlm.decode.sequence import Sequence as Text
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig
+from tests.decode.arithmetic import FLOAT64, Arithmetic, params, slow_params
 from tests.decode.chance import chi_square, rejected
 from tests.decode.company import Letters, company_model, draw_config, shy
 from tests.decode.models import attach, drafting_model, fade, fit_lenses, make_engine, random_ids, some_costs
 from tests.model.families import FAMILIES, tiny_model
 
 FAST, SLOW = 13, 130  # pairs of texts for each of 8 families
+FAST_NATIVE = 8
 LETTERS = 16
 
 
@@ -52,41 +54,41 @@ def draw_sampled(rng: random.Random, model: EarlyExitModel) -> GenerationConfig:
     )  # fmt: skip
 
 
-def check_same(found: Generation, expected: Generation) -> None:
-    """Tokens, text, reason and scores."""
+def check_same(found: Generation, expected: Generation, tolerance: float) -> None:
+    """Tokens, text, reason, and scores within ``tolerance``."""
     assert found.error is None
     assert found.token_ids == expected.token_ids
     assert found.text == expected.text
     assert found.finish_reason == expected.finish_reason
     for mine, its in zip(found.trace, expected.trace, strict=True):
-        assert mine.logprob == (None if its.logprob is None else pytest.approx(its.logprob, abs=1e-12))
-        assert mine.top_logprobs == pytest.approx(its.top_logprobs, abs=1e-12)
+        assert mine.logprob == (None if its.logprob is None else pytest.approx(its.logprob, abs=tolerance))
+        assert mine.top_logprobs == pytest.approx(its.top_logprobs, abs=tolerance)
     assert len(found.choices) == len(expected.choices)
     for mine_too, its_too in zip(found.choices[1:], expected.choices[1:], strict=True):
-        check_same(mine_too, its_too)
+        check_same(mine_too, its_too, tolerance)
 
 
-def compare(family: str, count: int) -> Counter[str]:
+def compare(family: str, count: int, arithmetic: Arithmetic = FLOAT64) -> Counter[str]:
     """Pairs of texts, all of one mode decoded together; what happened in them."""
     rng, seen = random.Random(f"sampled {family}"), Counter[str]()
     left = count
     while left > 0:
-        model = rng.choice([company_model(family, rng.randrange(3)), drafting_model(family)])
+        model = rng.choice([company_model(family, rng.randrange(3), arithmetic), arithmetic.drafting_model(family)])
         requests = [
             (random_ids(rng.randint(1, 6), rng.randrange(10**6)) * rng.choice([1, 3]), draw_sampled(rng, model))
             for _ in range(min(left, 13))
         ]
         left -= len(requests)
-        full = make_engine(model, tokenizer=Letters(), options=EngineConfig(prefix_sharing=False))
-        drafted = make_engine(
+        full = arithmetic.engine(model, tokenizer=Letters(), options=arithmetic.options(prefix_sharing=False))
+        drafted = arithmetic.engine(
             model, tokenizer=Letters(), costs=some_costs(model, row=rng.choice([0.0, 0.1, 0.7])),
-            options=EngineConfig(max_sequences=rng.choice([1, 3, 64]), block_size=rng.choice([2, 32])),
+            options=arithmetic.options(max_sequences=rng.choice([1, 3, 64]), block_size=rng.choice([2, 32])),
         )  # fmt: skip
         expected = full.generate_all([(ids, dataclasses.replace(config, mode="full")) for ids, config in requests])
         found = drafted.generate_all(requests)
         for request, mine, its in zip(requests, found, expected, strict=True):
             try:
-                check_same(mine, its)
+                check_same(mine, its, arithmetic.tolerance)
             except AssertionError as error:
                 raise AssertionError(f"{family}: {request}") from error
             for one in mine.choices or [mine]:
@@ -97,17 +99,18 @@ def compare(family: str, count: int) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lossless_writes_the_sampled_text_of_full(family: str) -> None:
-    assert compare(family, FAST)["cases"] >= FAST
+@pytest.mark.parametrize(("arithmetic", "family", "count"), params(FAST, FAST_NATIVE))
+def test_lossless_writes_the_sampled_text_of_full(arithmetic: Arithmetic, family: str, count: int) -> None:
+    assert compare(family, count, arithmetic)["cases"] >= count
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lossless_writes_the_sampled_text_of_full_in_many_cases(family: str) -> None:
-    seen = compare(family, SLOW)
-    assert seen["cases"] >= SLOW >= 1000 / len(FAMILIES)
-    assert min(seen["accepted"], seen["refused"]) > SLOW / 4
+@pytest.mark.parametrize(("arithmetic", "family", "count"), slow_params(SLOW))
+def test_lossless_writes_the_sampled_text_of_full_in_many_cases(
+    arithmetic: Arithmetic, family: str, count: int
+) -> None:
+    seen = compare(family, count, arithmetic)
+    assert seen["cases"] >= count >= 1000 / len(FAMILIES)
+    assert min(seen["accepted"], seen["refused"]) > count / 4
     assert seen["stopped"] > 2
 
 

@@ -42,6 +42,11 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = tuple(_FAMILIES)
 
 
+def native_sizes(family: str) -> dict[str, Any]:
+    """Sizes that the native kernels take, for ``over``; Phi-3 has no head width of its own."""
+    return {"hidden_size": 128 if family == "phi3" else 64, "intermediate_size": 96, "head_dim": 32}
+
+
 def tiny_hf_config(family: str, **over: Any) -> transformers.PreTrainedConfig:
     """A small transformers configuration of ``family``; ``over`` replaces any of its keys."""
     name, own = _FAMILIES[family]

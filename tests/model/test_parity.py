@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -43,16 +44,29 @@ def random_rope(rng: random.Random, rotary: int, total: int, old: bool) -> dict[
     return {"rope_parameters": {**settings, "rope_theta": theta}}
 
 
-def random_config(family: str, rng: random.Random, total: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sizes:
+    """Among which random settings choose: of the stream for each head, of a head, and between gate and down."""
+
+    stream: tuple[int, ...] = (8, 12)
+    head: tuple[int, ...] = (6, 8, 16)
+    inner: tuple[int, ...] = (20, 40)
+    phi3: int = 8
+
+
+TINY = Sizes()
+
+
+def random_config(family: str, rng: random.Random, total: int, sizes: Sizes = TINY) -> dict[str, Any]:
     """Random settings for ``tiny_hf_config``, as a configuration file of that family could hold them."""
     kv_heads = rng.choice([1, 2, 4])
     heads = kv_heads * rng.choice([1, 2]) if kv_heads < 4 else 4
     config: dict[str, Any] = {
-        "hidden_size": heads * rng.choice([8, 12]),
+        "hidden_size": heads * rng.choice(sizes.stream),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": rng.choice([6, 8, 16]),
-        "intermediate_size": rng.choice([20, 40]),
+        "head_dim": rng.choice(sizes.head),
+        "intermediate_size": rng.choice(sizes.inner),
         "num_hidden_layers": rng.choice([1, 3, 4]),
         "tie_word_embeddings": rng.random() < 0.5,
         "rms_norm_eps": rng.choice([1e-6, 1e-3]),
@@ -87,8 +101,9 @@ def random_config(family: str, rng: random.Random, total: int) -> dict[str, Any]
         }
     if family == "phi3":
         partial = rng.choice([1.0, 0.5])
-        config |= {"head_dim": 8, "hidden_size": 8 * heads, "original_max_position_embeddings": rng.choice([9, 64])}
-        rope = random_rope(rng, int(8 * partial), total, old)
+        config |= {"head_dim": sizes.phi3, "hidden_size": sizes.phi3 * heads}
+        config["original_max_position_embeddings"] = rng.choice([9, 64])
+        rope = random_rope(rng, int(sizes.phi3 * partial), total, old)
         settings = rope.get("rope_scaling") or rope.get("rope_parameters") or {}
         if settings.get("rope_type", settings.get("type")) in ("linear", "llama3"):  # transformers refuses these here
             rope = {"rope_theta": 300.0}

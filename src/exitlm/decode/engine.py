@@ -34,9 +34,7 @@ from exitlm.decode.cache.memory import MAX_PENDING, Memory
 from exitlm.decode.fair_lock import FairLock
 from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace
 from exitlm.decode.intake import Intake
-from exitlm.decode.kernels.formats import resolve_format
-from exitlm.decode.kernels.fused import FusedModel
-from exitlm.decode.kernels.graphs import resolve_compile
+from exitlm.decode.kernels.packed import packed_model
 from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.logits import expand, in_groups, log_probabilities, not_finite, restricted, scores
 from exitlm.decode.options import EngineConfig
@@ -45,7 +43,7 @@ from exitlm.decode.pricing.pricing import Pricing
 from exitlm.decode.results import result
 from exitlm.decode.roster import Roster
 from exitlm.decode.rules import fires
-from exitlm.decode.sampling.sampler import NoTokenLeft, finite_rows
+from exitlm.decode.sampling.sampler import NoTokenLeft
 from exitlm.decode.sequence import Draft, Sequence
 from exitlm.decode.streams import Event, Request
 from exitlm.decode.text import Tokenizer
@@ -75,12 +73,11 @@ class Engine:
     ) -> None:
         """``compile`` (auto, none, graphs, static) is how passes of few rows run, see ``graphs.py``. ``costs`` replaces
         measuring; ``cache_dir`` is where measured costs are kept."""
-        matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
-        self.quant = resolve_format(quant, matrices)
         self.config, self.tokenizer, self.options = model.config, tokenizer, options or EngineConfig()
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
-        self.fused = FusedModel(model, self.quant, resolve_compile(compile, model.device))
+        self.fused = packed_model(model, quant, compile, self.options)
+        self.quant = self.fused.quant
         self.runner = Runner(self.fused, self.options)
         self.memory = Memory(self.runner, self.options)
         self.pricing = Pricing(self.runner, self.options, costs, cache_dir)
@@ -199,9 +196,10 @@ class Engine:
             rows, tested, gates = [rows[i] for i in left], [tested[i] for i in left], [gates[i] for i in left]
             if not rows:
                 return
-        raw_TK = self.runner.exit_logits(boundary, arrived, rows)
+        found = self.runner.exit_scores(boundary, arrived, rows)
+        raw_TK = found.logits_MK
         logits_TK = restricted(raw_TK, tested, head.candidate_ids, self.config.vocab_size)
-        scored, best = scores(logits_TK, tested)
+        scored, best = scores(logits_TK, tested, found)
         for i, sequence in enumerate(tested):
             token = head.token(best[i])
             if not self._fires(sequence, layer, scored[i] * gates[i], token):
@@ -263,8 +261,8 @@ class Engine:
             at += count
         for group in in_groups(wanted, _FINAL_ROWS):
             started = time.perf_counter()
-            raw_RV = self.runner.final_logits(arrived, [row for _, rows in group for row in rows])
-            finite, best, at = finite_rows(raw_RV), raw_RV.argmax(-1).tolist(), 0
+            found = self.runner.final_scores(arrived, [row for _, rows in group for row in rows])
+            raw_RV, finite, best, at = found.logits_MK, found.finite, found.best, 0
             if len(best) == 1:
                 self.accounts.times.add_head(time.perf_counter() - started)
             for sequence, rows in group:
@@ -402,8 +400,8 @@ class Engine:
         if output.finish_reason is not None:
             seconds = self.accounts.now() - sequence.tally.first
             generation = result(
-                sequence, seconds, has_text=self.tokenizer is not None, quant=self.quant, costs=self.pricing.origin,
-                exact=self.fused.dtype == torch.float64,
+                sequence, seconds, has_text=self.tokenizer is not None, quant=self.quant,
+                kernels=self.fused.kernels_name, costs=self.pricing.origin, exact=self.fused.exact,
             )  # fmt: skip
             self.memory.publish(sequence)
             self.roster.remove(sequence)
@@ -456,7 +454,8 @@ class Engine:
     @property
     def notes(self) -> list[str]:
         """What the user should know of the choices that were made, each in one sentence."""
-        return [note for note in (self.pricing.note, *self.intake.notes.values(), self.accounts.times.note) if note]
+        notes = (self.fused.note, self.pricing.note, *self.intake.notes.values(), self.accounts.times.note)
+        return [note for note in notes if note]
 
 
 def _seed(config: GenerationConfig) -> int:

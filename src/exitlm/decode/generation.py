@@ -233,10 +233,11 @@ class Stats:
     ``prefill_seconds`` and ``decode_seconds`` count passes that were shared with other sequences in full. ``rounds``:
     passes that gave tokens after the prefill; ``layer_rows``: rows times layers run in them. ``drafted`` and
     ``accepted`` count drafts; ``max_pending``: positions that waited at once. ``exits``, ``rule`` and ``thresholds``:
-    what was tested. ``quant``: the format of the weights; ``costs``: where the table of costs came from (None if no
-    request needed it so far). ``seed`` gives this text again. ``shared_tokens``: positions whose keys came from another
-    text; ``preemptions``: how often it had to give its memory to others. ``exact``: whether rows are computed so
-    precisely (float64) that near-ties fall alike in any company.
+    what was tested. ``quant``: the format of the weights; ``kernels``: what computed, ``torch`` or ``native`` with its
+    instruction set; ``costs``: where the table of costs came from (None if no request needed it so far). ``seed`` gives
+    this text again. ``shared_tokens``: positions whose keys came from another text; ``preemptions``: how often it had
+    to give its memory to others. ``exact``: whether near-ties fall alike in any company, since rows are computed one
+    like the other (native kernels) or precisely enough (float64).
     """
 
     mode: str
@@ -255,6 +256,7 @@ class Stats:
     rule: str | None = None
     thresholds: dict[int, float] = field(default_factory=dict)
     quant: str = "none"
+    kernels: str = "torch"
     costs: str | None = None
     seed: int = 0
     shared_tokens: int = 0

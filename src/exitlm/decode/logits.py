@@ -11,9 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-from exitlm.decode.rules import SCORES
+from exitlm.decode.kernels.scores import Scores
+from exitlm.decode.rules import SCORES, certain, probability
 from exitlm.decode.sequence import Sequence
 from exitlm.errors import UserError
+
+_KNOWN = (probability, certain)
+"""Scores that the head's own numbers give."""
 
 
 def expand(logits_K: Tensor, candidates_K: Tensor | None, vocab_size: int) -> Tensor:
@@ -50,15 +54,40 @@ def restricted(
     return torch.stack(rows)
 
 
-def scores(logits_TK: Tensor, tested: collections.abc.Sequence[Sequence]) -> tuple[list[float], list[int]]:
-    """Score and best row of each row, with one wait for an accelerator."""
-    names = [sequence.plan.rule_name for sequence in tested]
-    if len(set(names)) == 1:
-        score_T = SCORES[names[0]](logits_TK)
+def scores(
+    logits_TK: Tensor, tested: collections.abc.Sequence[Sequence], known: Scores | None = None
+) -> tuple[list[float], list[int]]:
+    """Score and best row of each row, with one wait for an accelerator. ``known`` is what came with the logits before
+    anything was restricted. Each row is decided by itself: whose else is tested changes nothing of it."""
+    given = [None if known is None else _given(known, row, sequence) for row, sequence in enumerate(tested)]
+    rest = [row for row, score in enumerate(given) if score is None]
+    if rest:
+        rows_RK = logits_TK if len(rest) == len(given) else logits_TK[rest]
+        names = [tested[row].plan.rule_name for row in rest]
+        if len(set(names)) == 1:
+            score_R = SCORES[names[0]](rows_RK)
+        else:
+            score_R = torch.stack([SCORES[name](row_K) for name, row_K in zip(names, rows_RK, strict=True)])
+        found, best = torch.stack([score_R.double(), rows_RK.argmax(-1).double()]).tolist()
     else:
-        score_T = torch.stack([SCORES[name](row_K) for name, row_K in zip(names, logits_TK, strict=True)])
-    both = torch.stack([score_T.double(), logits_TK.argmax(-1).double()]).tolist()
-    return both[0], [int(index) for index in both[1]]
+        found, best = [], []
+    computed = {row: (score, int(at)) for row, score, at in zip(rest, found, best, strict=True)}
+    both = []
+    for row, score in enumerate(given):
+        if score is None:
+            both.append(computed[row])
+        else:
+            assert known is not None
+            both.append((score, known.best[row]))
+    return [score for score, _ in both], [at for _, at in both]
+
+
+def _given(known: Scores, row: int, sequence: Sequence) -> float | None:
+    """A row's score, where the numbers that came with its logits tell it."""
+    score = SCORES[sequence.plan.rule_name]
+    if known.probability is None or not known.finite[row] or sequence.restricts or score not in _KNOWN:
+        return None
+    return known.probability[row] if score is probability else 1.0
 
 
 def not_finite(token: int, dtype: torch.dtype) -> UserError:

@@ -23,7 +23,9 @@ class EngineConfig:
     rows of one pass. ``max_sequences``: texts decoded together, at most ``max_rows``; others wait. ``prefill_chunk``:
     rows of prompts in one pass. ``prefix_sharing``: texts that begin alike share the keys and values of their
     beginning. ``max_wait``: how long a row that must go deep waits for shallow passes of others, as a share of a full
-    pass. ``threads``: processor threads of a pass (None: torch's own number); torch has one number for the process.
+    pass. ``threads``: processor threads of a pass (None: one for each core); a process has one number.
+    ``activation_bits`` (15 or 8): what activations are rounded to where they meet weights on a grid, by the native
+    kernels. ``kv_dtype`` (float32 or float16): keys and values of the native kernels.
     """
 
     kv_bytes: int | None = None
@@ -34,6 +36,8 @@ class EngineConfig:
     prefix_sharing: bool = True
     max_wait: float = 0.25
     threads: int | None = None
+    activation_bits: int = 15
+    kv_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         found: dict[str, Any] = {"prefix_sharing": flag(self.prefix_sharing, "engine.prefix_sharing")}
@@ -46,6 +50,9 @@ class EngineConfig:
         found["max_wait"] = number(self.max_wait, "engine.max_wait", expected)
         if not 0.0 <= found["max_wait"] < math.inf:
             raise UserError(f"engine.max_wait is {found['max_wait']}, but must be {expected}")
+        for name, known in (("activation_bits", (15, 8)), ("kv_dtype", ("float32", "float16"))):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"engine.{name} is {value!r}, but must be {known[0]} or {known[1]}")
         for name, value in found.items():
             object.__setattr__(self, name, value)
 

@@ -7,7 +7,7 @@ from exitlm.decode.sequence import Sequence
 
 
 def result(
-    sequence: Sequence, seconds: float, *, has_text: bool, quant: str, costs: str | None, exact: bool
+    sequence: Sequence, seconds: float, *, has_text: bool, quant: str, kernels: str, costs: str | None, exact: bool
 ) -> Generation:
     """The generation of a sequence that has ended, after ``seconds`` of decoding."""
     output, tally, rule = sequence.output, sequence.tally, sequence.plan.rule
@@ -28,6 +28,7 @@ def result(
         rule=None if rule is None else rule.name,
         thresholds={} if rule is None else dict(rule.thresholds),
         quant=quant,
+        kernels=kernels,
         costs=costs,
         seed=sequence.seed,
         shared_tokens=tally.shared,

@@ -60,15 +60,16 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(path, display_name(source))
     if path.suffix in _PICKLES:
         raise _is_pickle(path)
-    return Checkpoint(gguf.converted(path), display_name(source))
+    return Checkpoint(gguf.converted(path), display_name(source), path)
 
 
 class Checkpoint:
     """The checkpoint in ``directory``. ``config`` is the content of its config.json, ``name`` what to call the model,
-    ``entries`` says by HF name where each tensor lies (a head that is tied to the embedding may be among them)."""
+    ``entries`` says by HF name where each tensor lies (a head that is tied to the embedding may be among them).
+    ``source`` is the GGUF file that the directory was converted from."""
 
-    def __init__(self, directory: Path, name: str) -> None:
-        self.directory, self.name = directory, name
+    def __init__(self, directory: Path, name: str, source: Path | None = None) -> None:
+        self.directory, self.name, self.source = directory, name, source
         if not (directory / "config.json").is_file():
             raise _no_model(directory)
         self.config = read_json(directory / "config.json")

@@ -176,19 +176,32 @@ class GGUFFile:
         if tensor.type in ("F32", "F16"):
             dtype = np.dtype("<f4" if tensor.type == "F32" else "<f2")
             return np.frombuffer(self._map, dtype, count, tensor.start).reshape(tensor.shape)
+        raw = self.raw(name)
+        values: NDArray[Any] = np.empty((len(raw), tensor.shape[-1]), np.float32)
+        step = max(1, _CHUNK // tensor.shape[-1])  # the package needs several times the memory of what it makes
+        for first in range(0, len(raw), step):
+            values[first : first + step] = self.values(tensor.type, raw[first : first + step])
+        return values.reshape(tensor.shape)
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor's rows, ``[rows, bytes of a row]``, where they lie in the file."""
+        tensor = self.tensors[name]
+        rows = math.prod(tensor.shape) // tensor.shape[-1]
+        return np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.start).reshape(rows, -1)
+
+    @staticmethod
+    def values(type: str, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The values of rows in a type, float32."""
+        if type in ("F32", "F16"):
+            return raw.view("<f4" if type == "F32" else "<f2").astype(np.float32)
         try:
             from gguf import GGMLQuantizationType, dequantize
         except ImportError:
             raise UserError(
                 "reading quantised GGUF files needs the gguf package; install it: pip install gguf"
             ) from None
-        rows = count // tensor.shape[-1]
-        raw = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.start).reshape(rows, -1)
-        values: NDArray[Any] = np.empty((rows, tensor.shape[-1]), np.float32)
-        step = max(1, _CHUNK // tensor.shape[-1])  # the package needs several times the memory of what it makes
-        for first in range(0, rows, step):
-            values[first : first + step] = dequantize(raw[first : first + step], GGMLQuantizationType[tensor.type])
-        return values.reshape(tensor.shape)
+        found: NDArray[np.float32] = dequantize(raw, GGMLQuantizationType[type])
+        return found
 
 
 def shortest(value: float) -> float:

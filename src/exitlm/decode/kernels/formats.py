@@ -25,6 +25,8 @@ Linear = Callable[[Tensor], Tensor]
 
 FORMATS = ("none", "fp16", "bf16", "int8", "int4")
 GRID_FORMATS = ("int8", "int4")
+NATIVE_FORMATS = ("stored", "q8_0")
+"""Formats of the native kernels alone (see ``packed.py``), which have bf16 and fp16 as well."""
 _INT4_GROUP = 32
 
 
@@ -173,7 +175,7 @@ def exit_format(quant: str) -> str:
 
 def check_quant(quant: str) -> None:
     """Refuse what is not the name of a format."""
-    known = ("auto", *FORMATS)
+    known = ("auto", *NATIVE_FORMATS, *FORMATS)
     if not isinstance(quant, str):
         raise wrong("quant", quant, f"one of {', '.join(known)}")
     if quant not in known:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ def _neighbours(runs: Sequence[Run], second: slice | None) -> tuple[slice | None
     return (slice(None), second, slice(None), run) if second is None else (slice(None), second, run)
 
 
-def _grown(length: int, least: int = 1024, most: int = 16384) -> int:
+def grown(length: int, least: int = 1024, most: int = 16384) -> int:
     """The next power of two from ``least`` to ``most``; above that the next multiple of ``most``."""
     if length > most:
         return -(-length // most) * most
@@ -385,15 +385,7 @@ class FusedHead:
 
     def gates(self, hidden_TD: Tensor) -> list[float]:
         """The gate's probability for each row: two dot products, no projection. NaN where they are not finite."""
-        if len(hidden_TD) == 1 and hidden_TD.device.type == "cpu":
-            hidden_D = hidden_TD[0]
-            square = float(torch.dot(hidden_D, hidden_D)) / len(hidden_D)
-            logits = [float(torch.dot(hidden_D, self.gate_weight)) / math.sqrt(square + self.eps) + self.gate_bias]
-        else:  # an accelerator is waited for once
-            wide = hidden_TD.to(self.gate_weight.dtype)
-            product = F.rms_norm(wide, (wide.shape[-1],), None, self.eps) @ self.gate_weight
-            logits = (product + self.gate_bias).tolist()
-        return [_sigmoid(logit) for logit in logits]
+        return gate_scores(hidden_TD, self.gate_weight, self.gate_bias, self.eps)
 
     def logits(self, hidden_MD: Tensor, residual_MD: Tensor | None, block_MD: Tensor | None) -> Tensor:
         """Logits ``[M, K]`` over the candidates or the vocabulary. ``block_MD`` is what :attr:`block` put out."""
@@ -431,9 +423,31 @@ class FusedHead:
         return index if self.candidate_list is None else int(self.candidate_list[index])
 
 
+def gate_scores(hidden_TD: Tensor, weight_D: Tensor, bias: float, eps: float) -> list[float]:
+    """The gate's probability for each row: two dot products, no projection. NaN where they are not finite."""
+    if hidden_TD.device.type == "cpu":  # one by one: a row's score does not depend on the others
+        logits = []
+        for hidden_D in hidden_TD:
+            square = float(torch.dot(hidden_D, hidden_D)) / len(hidden_D)
+            logits.append(float(torch.dot(hidden_D, weight_D)) / math.sqrt(square + eps) + bias)
+    else:  # an accelerator is waited for once
+        wide = hidden_TD.to(weight_D.dtype)
+        product = F.rms_norm(wide, (wide.shape[-1],), None, eps) @ weight_D
+        logits = (product + bias).tolist()
+    return [_sigmoid(logit) for logit in logits]
+
+
 def _sigmoid(x: float) -> float:
     """NaN stays NaN, which ``min`` and ``max`` would make 60."""
     return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, x)))) if math.isfinite(x) else math.nan
+
+
+def cache_entries(windows: Sequence[int | None], exits: Sequence[int], blocks: Mapping[int, int | None]) -> list[Entry]:
+    """The cache entries of layers with these windows and of block exits: ``blocks`` has the window of each by layer;
+    ``exits`` are all exit layers, ascending."""
+    bounds = [e for e in exits if e < len(windows)]
+    found = [Entry(window, bisect.bisect_right(bounds, i)) for i, window in enumerate(windows)]
+    return found + [Entry(window, bisect.bisect_left(bounds, e)) for e, window in sorted(blocks.items())]
 
 
 class FusedModel:
@@ -443,6 +457,9 @@ class FusedModel:
         """``quant`` and ``compile`` are resolved ones (see ``formats.py`` and ``graphs.py``)."""
         self.config, self.quant, self.compile = model.config, quant, compile
         self.dtype, self.device = stream_dtype(model), model.lm_head.weight.device
+        self.cache_dtype = self.dtype
+        self.kernels_name, self.note = "torch", ""
+        self.exact = self.dtype == torch.float64  # else a row's last bits may depend on how many run beside it
         self.groups = self.config.num_attention_heads // self.config.num_key_value_heads
         self.static = static_runner(compile, self.config.hidden_size, self.dtype, self.device)
         self.embedding = model.model.embed_tokens.weight.detach()
@@ -496,7 +513,7 @@ class FusedModel:
         """
         found = self._rotations.get(stretched)
         if found is None or len(found[0]) < length:
-            capacity = _grown(length)
+            capacity = grown(length)
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
             positions = torch.arange(capacity, device=self.device)
             total = self.config.rope.original_max_position_embeddings + 1 if stretched else 0
@@ -511,13 +528,12 @@ class FusedModel:
 
     def entries(self) -> list[Entry]:
         """The cache entries: one for every layer, then one for every block exit."""
-        bounds = [e for e in sorted(self.heads) if e < self.config.num_hidden_layers]
-        found = [Entry(layer.window, bisect.bisect_right(bounds, i)) for i, layer in enumerate(self.layers)]
-        blocks = sorted((head for head in self.heads.values() if head.block is not None), key=lambda head: head.layer)
-        for head in blocks:
-            assert head.block is not None
-            found.append(Entry(head.block.window, bisect.bisect_left(bounds, head.layer)))
-        return found
+        blocks = {e: head.block.window for e, head in self.heads.items() if head.block is not None}
+        return cache_entries([layer.window for layer in self.layers], sorted(self.heads), blocks)
+
+    def rows(self, batch: Batch, pool: KVPool) -> Rows:
+        """What all layers of a pass share."""
+        return Rows(self, batch, pool)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Hidden states ``[M, D]`` of token ids."""

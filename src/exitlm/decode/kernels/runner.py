@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exitlm.decode.batch import Batch
 from exitlm.decode.cache.kv_pool import KVPool
-from exitlm.decode.kernels.fused import FusedHead, FusedModel, Rows
+from exitlm.decode.kernels.fused import FusedHead, FusedModel
 from exitlm.decode.kernels.graphs import attention_backends
+from exitlm.decode.kernels.native_model import NativeHead, NativeModel
+from exitlm.decode.kernels.scores import Scores
 from exitlm.decode.options import EngineConfig
 
 
@@ -33,14 +36,14 @@ class Arrived:
 
 
 class Runner:
-    """The runner of this process: eager torch, or static shapes and CUDA graphs (see ``graphs.py``)."""
+    """The runner of this process: native kernels, eager torch, or static shapes and CUDA graphs (see ``graphs.py``)."""
 
-    def __init__(self, fused: FusedModel, options: EngineConfig) -> None:
+    def __init__(self, fused: FusedModel | NativeModel, options: EngineConfig) -> None:
         self.fused, config = fused, fused.config
         self.early = tuple(e for e in sorted(fused.heads) if e < config.num_hidden_layers)
         self.bounds = (0, *self.early, config.num_hidden_layers)
         self.pool = KVPool(
-            fused.entries(), heads=config.num_key_value_heads, head_dim=config.head_dim, dtype=fused.dtype,
+            fused.entries(), heads=config.num_key_value_heads, head_dim=config.head_dim, dtype=fused.cache_dtype,
             device=fused.device, context=config.max_position_embeddings, options=options,
             zeroed=fused.static is not None,
         )  # fmt: skip
@@ -63,7 +66,8 @@ class Runner:
     def run(self, first: int, last: int, batch: Batch, hidden_MD: Tensor) -> Arrived:
         """Take rows from boundary ``first`` to boundary ``last``; segments without a block exit between them are one
         call."""
-        rows, at = Rows(self.fused, batch, self.pool), self.bounds[first]
+        rows: Any = self.fused.rows(batch, self.pool)  # of its own kind
+        at = self.bounds[first]
         residual, block_MD = hidden_MD, None
         for boundary in range(first + 1, last + 1):
             layer = self.bounds[boundary]
@@ -77,18 +81,31 @@ class Runner:
                     block_MD = block.attend(hidden_MD, rows)
         return Arrived(hidden_MD, residual, block_MD)
 
-    def head(self, boundary: int) -> FusedHead:
+    def head(self, boundary: int) -> FusedHead | NativeHead:
         """The exit head at a boundary."""
         return self.fused.heads[self.bounds[boundary]]
 
     def exit_logits(self, boundary: int, arrived: Arrived, rows: Sequence[int]) -> Tensor:
         """Logits ``[T, K]`` of the exit at a boundary for some of the rows that arrived there."""
         head = self.head(boundary)
-        block_TD: Tensor | None = None
-        if head.block is not None:
-            assert arrived.block_MD is not None
-            block_TD = head.block.feed_forward(select(arrived.block_MD, rows))
+        block_TD = self._block(head, arrived, rows)
         return head.logits(select(arrived.hidden_MD, rows), select(arrived.residual_MD, rows), block_TD)
+
+    def exit_scores(self, boundary: int, arrived: Arrived, rows: Sequence[int]) -> Scores:
+        """The same with what is read of each row."""
+        head = self.head(boundary)
+        if isinstance(head, NativeHead):
+            block_TD = self._block(head, arrived, rows)
+            read = head.input(select(arrived.hidden_MD, rows), select(arrived.residual_MD, rows), block_TD)
+            return head.scores(read, mass=True)
+        return Scores.of(self.exit_logits(boundary, arrived, rows))
+
+    def _block(self, head: FusedHead | NativeHead, arrived: Arrived, rows: Sequence[int]) -> Tensor | None:
+        """What the block of an exit puts out for some of the rows, where the exit has one."""
+        if head.block is None:
+            return None
+        assert arrived.block_MD is not None
+        return head.block.feed_forward(select(arrived.block_MD, rows))
 
     def gates(self, boundary: int, arrived: Arrived, rows: Sequence[int]) -> list[float]:
         """The gate's score for some of the rows that arrived at a boundary."""
@@ -97,6 +114,12 @@ class Runner:
     def final_logits(self, arrived: Arrived, rows: Sequence[int]) -> Tensor:
         """Logits ``[T, V]`` of the final head for some of the rows that arrived at the end."""
         return self.fused.final_logits(select(arrived.hidden_MD, rows))
+
+    def final_scores(self, arrived: Arrived, rows: Sequence[int]) -> Scores:
+        """The same with what is read of each row."""
+        if isinstance(self.fused, NativeModel):
+            return self.fused.final.scores(select(arrived.hidden_MD, rows))
+        return Scores.of(self.final_logits(arrived, rows))
 
 
 def select(rows_MX: Tensor, rows: Sequence[int]) -> Tensor:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,8 @@ from exitlm.decode.batch import Batch
 from exitlm.decode.batch import Part as Rows
 from exitlm.decode.cache.block_table import BlockTable
 from exitlm.decode.kernels.fused import FusedHead, FusedModel
-from exitlm.decode.kernels.runner import Runner
+from exitlm.decode.kernels.native_model import NativeHead, NativeModel
+from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.pricing.costs import STEADY, Costs
 from exitlm.decode.rules import probability
 
@@ -45,7 +45,7 @@ _MAX_SWITCHES = 1  # how often the system may take the processor away while a pa
 _DEVIATION = 1.5  # how far times relative to a kept table may lie from each other, or all of them from 1, squared
 
 
-def ideal(fused: FusedModel) -> Costs:
+def ideal(fused: FusedModel | NativeModel) -> Costs:
     """Costs by bytes alone, in units of a layer at any number of rows: the bound of a machine where rows are free."""
     config = fused.config
     layer = 4 * config.hidden_size * config.num_attention_heads * config.head_dim
@@ -71,15 +71,24 @@ def _seconds(action: Callable[[], object], before: Callable[[], object], device:
         before()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken, begin = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw, time.perf_counter()
+        taken, begin = _switches(), time.perf_counter()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begin
-        if count and resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - taken <= _MAX_SWITCHES:
+        if count and _switches() - taken <= _MAX_SWITCHES:
             found.append(seconds)
         count += 1
     return found
+
+
+def _switches() -> int:
+    """How often the system has taken the processor away; 0 where it does not tell."""
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 Timed = tuple[Callable[[], object], Callable[[], object]]
@@ -89,7 +98,7 @@ Part = tuple[str, int]
 ``test`` or ``gate`` with an exit's layer."""
 
 
-def _contexts(fused: FusedModel) -> tuple[int, ...]:
+def _contexts(fused: FusedModel | NativeModel) -> tuple[int, ...]:
     """The contexts to measure: both, or less where the model's own is shorter."""
     longest = fused.config.max_position_embeddings
     near = max(1, min(CONTEXTS[0], longest - SIZES[-1]))
@@ -122,10 +131,13 @@ def _parts(runner: Runner) -> Iterator[dict[Part, Timed]]:
             runner.run(0, runner.segments, batch, fused.embed(tokens[:rows]))
 
         def final(rows: int) -> None:
-            fused.final_logits(hidden[:rows]).argmax(-1).tolist()
+            runner.final_scores(Arrived(hidden[:rows], hidden[:rows]), range(rows))
 
-        def test(head: FusedHead) -> None:
-            probability(head.logits(hidden[:1], hidden[:1], hidden[:1])).tolist()
+        def test(head: FusedHead | NativeHead) -> None:
+            if isinstance(head, NativeHead):
+                head.scores(hidden[:1], mass=True)
+            else:
+                probability(head.logits(hidden[:1], hidden[:1], hidden[:1])).tolist()
 
         one = partial(layers, 1)
         parts: dict[Part, Timed] = {
@@ -184,7 +196,7 @@ def _rounds(parts: Mapping[Part, Timed], device: torch.device) -> tuple[dict[Par
     return best, spread
 
 
-def _table(fused: FusedModel, best: Mapping[Part, float], spread: float) -> Costs:
+def _table(fused: FusedModel | NativeModel, best: Mapping[Part, float], spread: float) -> Costs:
     """The table of the best times. More rows than were timed take proportionally long until passes tell; of another
     context only one row is timed, and every further row, of another sequence, reads as much again."""
     L = fused.config.num_hidden_layers
@@ -260,7 +272,7 @@ def cached(runner: Runner, directory: Path) -> Costs:
     return costs
 
 
-def _kept(data: Any, fused: FusedModel) -> Costs:
+def _kept(data: Any, fused: FusedModel | NativeModel) -> Costs:
     """A stored table, checked. Raises one of Python's own errors for anything else."""
     layer = tuple(tuple(map(float, column)) for column in data["layer"])
     head = tuple(map(float, data["head"]))
