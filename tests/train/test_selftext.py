@@ -12,9 +12,7 @@ from exitlm.errors import UserError
 from exitlm.train.selftext import (
     Answer,
     Writing,
-    answer_steps,
     as_blocks,
-    draw,
     fitting,
     read_prompts,
     write_answers,
@@ -37,37 +35,25 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
-def test_greedy_answers_are_those_of_one_prompt_at_a_time(family: str) -> None:
+def test_greedy_answers_are_those_of_one_prompt_at_a_time(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
-    settings = writing(temperature=0.0, stop_ids=(2, 3, 40, 41, 42, 43, 44, 45, 46))
-    answers: list[list[int]] = [[] for _ in PROMPTS]
-    for step in answer_steps(model, PROMPTS, settings, torch.Generator()):
-        for row, token in step:
-            answers[row].append(token)
+    over: dict[str, Any] = {"temperature": 0.0, "stop_ids": (2, 3, 40, 41, 42, 43, 44, 45, 46)}
+    answers = collect(model, tmp_path, None, **over)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         ids = list(prompt)
-        while len(ids) < settings.seq_len + 1 and (len(ids) == len(prompt) or ids[-1] not in settings.stop_ids):
+        while len(ids) < writing().seq_len + 1 and (len(ids) == len(prompt) or ids[-1] not in over["stop_ids"]):
             ids.append(int(model.logits(ids)[0, -1].argmax()))
-        assert answer == ids[len(prompt) :]
-    assert len({len(a) for a in answers}) > 1
+        assert answer.ids == ids
+    assert len({len(answer.ids) - answer.start for answer in answers}) > 1
 
 
 def test_a_model_whose_logits_are_not_finite_writes_nothing(tmp_path: Path) -> None:
     model = tiny_model("llama", seed=3)
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
-    with pytest.raises(UserError, match="final logits are not finite"):
+    with pytest.raises(UserError, match="final logits for new token 1 are not finite"):
         list(write_answers(lambda: model, PROMPTS, writing(), tokens=50, vocab_size=VOCAB, cache=tmp_path))
     assert not any(path.stat().st_size for path in tmp_path.rglob("*.jsonl"))
-
-
-def test_draws_follow_the_distribution() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0], dtype=torch.float64)
-    drawn = draw(logits.expand(20_000, 4), 0.7, torch.Generator().manual_seed(0))
-    found = torch.bincount(drawn, minlength=4) / 20_000
-    expected = (logits / 0.7).softmax(-1)
-    assert (found - expected).abs().max() < 4 * (0.25 / 20_000) ** 0.5
-    assert torch.equal(draw(logits[None], 0.0, torch.Generator()), torch.tensor([2]))
 
 
 def collect(
@@ -75,6 +61,18 @@ def collect(
 ) -> list[Answer]:
     options: dict[str, Any] = {"tokens": tokens, "vocab_size": VOCAB, "cache": cache, "stopped": stopped}
     return list(write_answers(lambda: model, PROMPTS, writing(**over), **options))
+
+
+def test_a_prompt_that_is_asked_twice_is_answered_twice(model: Any, tmp_path: Path) -> None:
+    """And a text does not depend on how many are written together."""
+    answers = collect(model, tmp_path, 250)
+    by_prompt: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for answer in answers[:-3]:  # the last batch is cut
+        by_prompt.setdefault(tuple(answer.ids[: answer.start]), set()).add(tuple(answer.ids))
+    assert all(len(texts) > 1 for texts in by_prompt.values())
+    assert len(by_prompt) == len(PROMPTS)
+    once = collect(model, tmp_path, None, batch=5)
+    assert collect(model, tmp_path, None, batch=2) == once
 
 
 def test_answers_are_kept_extended_and_the_same(model: Any, cache: Path, tmp_path: Path) -> None:

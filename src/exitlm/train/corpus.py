@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from exitlm.decode.kernels.packed import why_not_native
 from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
@@ -148,6 +149,7 @@ def corpus_of_answers(
             "use the tokenizer that belongs to the model"
         )
     stop_ids = {*opened.model_config.eos_token_ids, *([] if tokens.eos_id is None else [tokens.eos_id])}
+    dtype = getattr(torch, d.self_dtype)
     writing = Writing(
         base=opened.digest(),
         prompts=prompts_digest(train),
@@ -157,9 +159,10 @@ def corpus_of_answers(
         seed=config.train.seed,
         dtype=d.self_dtype,
         stop_ids=tuple(sorted(stop_ids)),
+        kernels="torch" if why_not_native(opened.model_config, model.device, dtype) else "native",
     )
     greedy = replace(writing, prompts=prompts_digest(held), temperature=0.0, seed=0, batch=d.self_batch)
-    writer = _Writer(opened, model, getattr(torch, d.self_dtype))
+    writer = _Writer(opened, model, dtype)
     sampled = _shown("the model writes text", train, writing, count, writer, cache, stopped)
     answered = [] if stopped() else _shown("it answers held-out prompts", held, greedy, None, writer, cache, stopped)
     return None if stopped() else Corpus(as_blocks(sampled), as_blocks(answered))

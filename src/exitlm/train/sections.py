@@ -138,7 +138,8 @@ class DataSection:
     self_batch: int = 64
     """How many prompts are answered at once."""
     self_dtype: Dtype = "auto"
-    """auto: bfloat16 where the device computes in it natively, else the backbone's."""
+    """auto: the backbone's, where the native kernels run; else bfloat16 if the device computes in it natively, or the
+    backbone's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,8 @@
 """Text that the model writes itself: answers to prompts, sampled in batches, kept in a file that survives a kill.
 
 Exits tuned on it agree with the final head more often than exits tuned on documents, since it is what decoding visits.
-Each batch is a pure function of its index and the settings, and is appended to the file with an fsync; a killed run
-goes on with the next batch and ends with the same file. This is the plain batched reference loop: no exits, no drafts.
-
-Shapes: B prompts of a batch, S positions so far, V vocab_size, KV key/value heads, Dh head_dim.
+Each answer has a seed of its own, from the run's seed and the answer's number. Each batch is appended to the file with
+an fsync; a killed run goes on with the next batch and ends with the same file.
 """
 
 from __future__ import annotations
@@ -21,23 +19,23 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from exitlm.decode.sampling.sampler import finite_rows
+from exitlm.decode.engine import Engine
+from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.options import MAX_ROWS, EngineConfig
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.train.data import Blocks, batch_indices
 from exitlm.weights.store import cannot_keep
 
-FORMAT = 1
+FORMAT = 2
 LEAST_ANSWER = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Writing:
     """How answers are written: prompt and answer together have at most ``seq_len + 1`` tokens; temperature 0 is greedy;
-    ``prompts`` is a digest of the encoded prompts, ``base`` of the weights."""
+    ``prompts`` is a digest of the encoded prompts, ``base`` of the weights; ``kernels`` says whose arithmetic it is."""
 
     base: str
     prompts: str
@@ -47,6 +45,7 @@ class Writing:
     seed: int
     dtype: str
     stop_ids: tuple[int, ...]
+    kernels: str = "torch"
     format: int = FORMAT
 
     def key(self) -> str:
@@ -135,7 +134,7 @@ def write_answers(
     home = cache / "self" / writing.key()
     total = tokens if tokens is not None else len(prompts)
     with _exclusive(home / "answers.jsonl") as file:
-        loaded: EarlyExitModel | None = None
+        engine: Engine | None = None
         done = index = 0
         written = _read_batches(file, chosen, writing.seq_len + 1, vocab_size)
         while done < total:
@@ -143,8 +142,8 @@ def write_answers(
             if room is not None and index < len(written) and written[index].cut and written[index].tokens < room:
                 file.truncate(written.pop().place)  # it was cut for fewer tokens
             if index == len(written):
-                loaded = loaded or model()
-                found = _write_batch(loaded, chosen(index), writing, index, stopped, room, shown)
+                engine = engine or _engine(model(), writing)
+                found = _write_batch(engine, chosen(index), writing, index, stopped, room, shown)
                 if found is None:
                     return
                 written.append(_append(file, index, *found))
@@ -260,7 +259,7 @@ def _choose(count: int, index: int, writing: Writing, once: bool) -> list[int]:
 
 
 def _write_batch(
-    model: EarlyExitModel,
+    engine: Engine,
     prompts: Sequence[list[int]],
     writing: Writing,
     index: int,
@@ -270,99 +269,52 @@ def _write_batch(
 ) -> tuple[list[Answer], bool] | None:
     """Answer one batch, and whether it was cut where it had ``room`` tokens; None if ``stopped()`` while at it.
     ``report`` is told how many tokens there are by now, or without ``room`` how many answers are finished."""
-    generator = torch.Generator().manual_seed((writing.seed * 1_000_003 + index) % (1 << 62))
+    longest = min(writing.seq_len + 1, engine.config.max_position_embeddings)
+    rows = {
+        engine.add(prompt, _settings(writing, index * writing.batch + row, longest - len(prompt))): row
+        for row, prompt in enumerate(prompts)
+    }
     answers: list[list[int]] = [[] for _ in prompts]
-    count, cut = 0, False
-    for step in answer_steps(model, prompts, writing, generator):
-        if stopped():
-            return None
-        for row, token in step:
-            answers[row].append(token)
-        count += len(step)
-        report(len(prompts) - len(step) if room is None else count)
-        if cut := room is not None and count >= room:
-            break
-    return [Answer([*p, *a], len(p)) for p, a in zip(prompts, answers, strict=True)], cut
+    running, cut = dict(rows), False
+    try:
+        while running and not cut:
+            if stopped():
+                return None
+            finished = len(prompts) - len(running)
+            for event in engine.step():
+                if event.error is not None:
+                    raise UserError(
+                        f"the model can't write text ({event.error}); where data.self_dtype is too narrow for its "
+                        "weights, set it to 'float32'"
+                    ) from event.error
+                if event.piece is not None:
+                    answers[rows[event.key]] += event.piece.token_ids
+                if event.last:
+                    running.pop(event.key)
+            report(finished if room is None else sum(map(len, answers)))
+            if room is not None and running:  # all unfinished ones have come as far as the shortest of them
+                least = min(len(answers[row]) for row in running.values())
+                cut = sum(min(len(answer), least) for answer in answers) >= room
+    finally:
+        for key in running:
+            engine.abort(key)
+    found = [Answer([*p, *a], len(p)) for p, a in zip(prompts, answers, strict=True)]
+    if room is None or sum(map(len, answers)) < room:
+        return found, False
+    kept = first_tokens(found, room)
+    return kept, kept != found or cut
 
 
-@torch.no_grad()
-def answer_steps(
-    model: EarlyExitModel, prompts: Sequence[list[int]], writing: Writing, generator: torch.Generator
-) -> Iterator[list[tuple[int, int]]]:
-    """Decode a left-padded batch step by step: pairs (row, token) of the rows that are not finished. Finished rows
-    leave the batch once a quarter of it is finished."""
-    device = model.lm_head.weight.device
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    room = torch.tensor([writing.seq_len + 1 - len(p) for p in prompts])
-    limit = min(int(room.max()), model.config.max_position_embeddings - width)
-    past = RowsPast(width + limit)
-    rows = list(range(len(prompts)))
-    alive = [True] * len(prompts)
-    depth = model.config.num_hidden_layers
-    for length in range(1, limit + 1):
-        hidden = model.taps(ids, [depth], attention_mask=mask, past=past)[depth].hidden[:, -1]
-        past.advance(ids.shape[1])
-        logits_BV = torch.nn.functional.linear(model.final_features(hidden), model.lm_head.weight)
-        if not all(finite_rows(logits_BV)):
-            raise UserError(
-                "the model's final logits are not finite (NaN or infinity), so it can't write text; its weights are "
-                f"damaged, or {writing.dtype} is too narrow for them: set data.self_dtype to 'float32'"
-            )
-        chosen = draw(logits_BV, writing.temperature, generator)
-        tokens = chosen.tolist()
-        step = [(row, token) for row, token, live in zip(rows, tokens, alive, strict=True) if live]
-        yield step
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            alive[i] = alive[i] and token not in writing.stop_ids and length < int(room[row])
-        if not any(alive):
-            return
-        ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        if alive.count(False) * 4 >= len(alive):
-            keep = torch.tensor([i for i, live in enumerate(alive) if live], device=device)
-            ids, mask = ids[keep], mask[keep]
-            past.keep(keep)
-            rows = [row for row, live in zip(rows, alive, strict=True) if live]
-            alive = [True] * len(rows)
+def _settings(writing: Writing, number: int, room: int) -> GenerationConfig:
+    """How the answer of this number is written: by a seed of its own, so that a prompt asked twice has two answers."""
+    seed = hashlib.sha256(f"{writing.seed} {number}".encode()).digest()[:8]
+    return GenerationConfig(
+        mode="full", temperature=writing.temperature, seed=int.from_bytes(seed) >> 1, max_new_tokens=room,
+        stop_token_ids=writing.stop_ids,
+    )  # fmt: skip
 
 
-def draw(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """One id per row ``[B]``: the best one at temperature 0, else by inverting the distribution function."""
-    if temperature == 0.0:
-        return logits_BV.argmax(-1)
-    wide = torch.promote_types(logits_BV.dtype, torch.float32)
-    cdf_BV = torch.softmax(logits_BV.to(wide) / temperature, -1).cumsum(-1)
-    u_B = torch.rand(len(cdf_BV), generator=generator, dtype=torch.float64).to(cdf_BV) * cdf_BV[:, -1]
-    found = torch.searchsorted(cdf_BV, u_B[:, None], right=True)[:, 0]
-    return found.clamp_(max=logits_BV.shape[-1] - 1)
-
-
-class RowsPast:
-    """A cache for the rows of a batch: preallocated, and rows may leave it."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
-        self.stored: dict[Any, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key: Any, key_BKTd: Tensor, value_BKTd: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new positions and return all, ``[B, KV, length + T, Dh]`` each."""
-        if key not in self.stored:
-            B, KV, _, Dh = key_BKTd.shape
-            self.stored[key] = (
-                key_BKTd.new_zeros(B, KV, self.capacity, Dh),
-                value_BKTd.new_zeros(B, KV, self.capacity, value_BKTd.shape[-1]),
-            )
-        keys, values = self.stored[key]
-        end = self.length + key_BKTd.shape[2]
-        keys[:, :, self.length : end] = key_BKTd
-        values[:, :, self.length : end] = value_BKTd
-        return keys[:, :, :end], values[:, :, :end]
-
-    def advance(self, count: int) -> None:
-        """Count ``count`` positions as stored."""
-        self.length += count
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these rows."""
-        self.stored = {key: (k[rows], v[rows]) for key, (k, v) in self.stored.items()}
+def _engine(model: EarlyExitModel, writing: Writing) -> Engine:
+    """What writes: every answer as if it were alone, where its kernels are exact."""
+    rows = max(MAX_ROWS, writing.batch)
+    return Engine(model, options=EngineConfig(max_sequences=writing.batch, max_rows=rows))

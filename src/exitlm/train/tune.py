@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from exitlm.decode.kernels.packed import why_not_native
 from exitlm.errors import UserError
 from exitlm.model.exits import ExitConfig, check_layers
 from exitlm.model.record import ExitRecord
@@ -139,7 +140,9 @@ def resolve(config: RunConfig, opened: Checkpoint) -> RunConfig:
         base = os.path.abspath(Path(base).expanduser())  # the run is gone on with, and exported, from anywhere
     data = config.data
     if self_tokens(config) is not None:
-        data = replace(data, self_dtype=_name(resolve_dtype(data.self_dtype, place, backbone)))
+        native = data.self_dtype == "auto" and why_not_native(opened.model_config, place, backbone) is None
+        writes = backbone if native else resolve_dtype(data.self_dtype, place, backbone)
+        data = replace(data, self_dtype=_name(writes))
     resolved = replace(
         config,
         model=replace(config.model, base=base, device=device, dtype=_name(backbone)),
