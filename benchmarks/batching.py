@@ -295,7 +295,8 @@ def soak(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
             kept[index] = generation.token_ids
         if done % max(1, size.requests // 100) == 0:
             gc.collect()
-            memory.append((done, resident("VmRSS") * 2**20))
+            # not the pages of mapped weights, which come in as tokens first occur
+            memory.append((done, resident("RssAnon") * 2**20))
     taken = time.perf_counter() - begin
     gc.unfreeze()
     left = [allocator.free for allocator in engine.memory.pool.allocators]

@@ -47,7 +47,7 @@ class Task:
 
 
 def resident(which: str) -> float:
-    """VmRSS or VmHWM of this process in MiB."""
+    """VmRSS, RssAnon or VmHWM of this process in MiB."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(which))
     return int(line.split()[1]) / 1024
 
