@@ -28,6 +28,8 @@ from tests.native.cases import ISAS, forced, needs_native, threads, values_of
 
 pytestmark = needs_native
 FLOAT, ROUNDED, ROUNDED_8 = 1e-5, 1e-3, 5e-2
+FACTORED = 5e-3
+"""Five directions of 64 hold little of what is projected on them, and as much of its rounding as any others."""
 KERNEL_SIZES = Sizes(stream=(32, 64), head=(32, 64, 96), inner=(64, 160), phi3=32)
 THREE = [ExitConfig(layer=e, kind=kind) for e, kind in enumerate(("block", "lens", "mlp"), 1)]
 
@@ -128,7 +130,8 @@ def test_every_head(family: str, every: int) -> None:
 @pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_head_on_a_grid(family: str, every: int) -> None:
     for model, number in some_heads(family, every):
-        compare_heads(model, random_ids(10, number), GRID.pack, ROUNDED, rounded(model))
+        factored = any(head.config.output == "low_rank" for head in model.exit_heads().values())
+        compare_heads(model, random_ids(10, number), GRID.pack, FACTORED if factored else ROUNDED, rounded(model))
 
 
 def test_heads_that_share_a_matrix_are_packed_once() -> None:
