@@ -10,7 +10,6 @@ from exitlm.native.pack import (
     FORMATS,
     RAW_TYPES,
     RawMatrix,
-    concatenated,
     fits,
     format_of,
     pack,
@@ -106,8 +105,6 @@ def test_rows_are_taken_in_any_order(type: str) -> None:
     assert np.array_equal(values_of(raw.take(some)), values_of(raw)[some])
     found = unpacked(format_of(type), pack(raw.take(slice(5, 44))), 64, cols).values
     assert np.array_equal(found[:39].astype(np.float32), values_of(raw)[5:44])
-    both = concatenated([raw.take(slice(0, 7)), raw.take(slice(50, 70))])
-    assert np.array_equal(values_of(both), np.concatenate([values_of(raw)[:7], values_of(raw)[50:]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

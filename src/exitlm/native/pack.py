@@ -8,7 +8,6 @@ Shapes: N rows (outputs), K columns (inputs), G = K / 32 groups, B = N / 16 bloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,8 +256,3 @@ _PACKERS = {
     "BF16": _floats(2),
     "F32": _floats(4),
 }
-
-
-def concatenated(parts: Sequence[RawMatrix]) -> RawMatrix:
-    """Matrices of one type, one below the other."""
-    return RawMatrix(parts[0].type, np.concatenate([part.rows for part in parts]), parts[0].cols)
