@@ -165,6 +165,7 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *rounds: list[float], passes: tuple[float, float] = (1.0, 1.0)):
         self.rounds, self.passes, self.timed = list(rounds), passes, 0
+        monkeypatch.setattr(measure_costs, "_PATIENCE", math.inf)  # a busy machine must not end it
         monkeypatch.setattr(measure_costs, "_MAX_PASS", math.inf)
         monkeypatch.setattr(measure_costs, "_MAX_PASS", math.inf)
         monkeypatch.setattr(measure_costs, "_seconds", self.seconds)

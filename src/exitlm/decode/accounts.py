@@ -20,11 +20,10 @@ from exitlm.decode.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """What was known of a pass before it ran: when it began, the sequences that decode and the tokens that they had;
-    rows of those sequences, and of all; rows of final logits, the positions of a sequence on average, and the tokens
-    that drafted rows may bring."""
+    """What was known of a pass before it ran: the sequences that decode and the tokens that they had; rows of those
+    sequences, and of all; rows of final logits, the positions of a sequence on average, and the tokens that drafts may
+    bring."""
 
-    begun: float
     decoding: list[Sequence]
     generated: int
     rows: tuple[int, int]
@@ -39,6 +38,7 @@ class Accounts:
     def __init__(self, runner: Runner, pricing: Pricing) -> None:
         self.runner, self.pricing = runner, pricing
         self.times = PassTimes()
+        self.in_kernels = 0.0  # seconds of this step
         self._busy, self._begun = 0.0, 0.0
 
     # ---- the engine's own clock
@@ -46,6 +46,7 @@ class Accounts:
     def begin_step(self) -> None:
         """From here on time counts."""
         self._begun = time.perf_counter()
+        self.in_kernels = 0.0
 
     def end_step(self) -> None:
         """From here on it does not."""
@@ -59,7 +60,6 @@ class Accounts:
 
     def before(self, chosen: Chosen, running: collections.abc.Sequence[Sequence]) -> Before | None:
         """Look at a pass that is about to run; None where nobody asked for prices so far."""
-        begun = time.perf_counter()
         if self.pricing.origin is None:
             return None
         decoding = [sequence for sequence in running if not sequence.prefilling]
@@ -73,14 +73,14 @@ class Accounts:
                 elif at_end and sequence.filled[chosen.first] + count >= len(sequence.ids):
                     heads += 1
         return Before(
-            begun, decoding, generated=sum(sequence.generated for sequence in decoding),
+            decoding, generated=sum(sequence.generated for sequence in decoding),
             rows=(rows, sum(count for _, count in chosen.members)), heads=heads,
             context=sum(sequence.filled[0] for sequence in running) / len(running), worth=worth,
         )  # fmt: skip
 
     def after(self, chosen: Chosen, before: Before, running: collections.abc.Sequence[Sequence]) -> None:
         """Tell the scheduler what a pass took and gave, and those that ``running`` leaves waiting how long."""
-        seconds = time.perf_counter() - before.begun
+        seconds = time.perf_counter() - self._begun
         keys = {sequence.key for sequence, _ in chosen.members}
         for sequence in running:
             if sequence.key not in keys and sequence.pending:
@@ -88,8 +88,8 @@ class Accounts:
         emitted = sum(sequence.generated for sequence in before.decoding) - before.generated
         self.pricing.observe(
             chosen.first, chosen.last, before.rows, sequences=len(before.decoding), heads=before.heads,
-            tests=len(chosen.tested), context=before.context, seconds=seconds, emitted=emitted,
-            worth=before.worth or emitted,
+            tests=len(chosen.tested), context=before.context, seconds=seconds,
+            own=seconds - self.in_kernels, emitted=emitted, worth=before.worth or emitted,
         )  # fmt: skip
 
     # ---- a text

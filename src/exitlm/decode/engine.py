@@ -143,8 +143,10 @@ class Engine:
         hidden_MD = self.memory.hidden.get(slots) if first else self.runner.embed(tokens)
         begin = time.perf_counter()
         arrived = self.runner.run(first, last, Batch.of(tuple(parts)), hidden_MD)
+        seconds = time.perf_counter() - begin
+        self.accounts.in_kernels += seconds
         if len(members) == 1 and members[0][1] == 1:
-            self.accounts.times.add(first, last, time.perf_counter() - begin)
+            self.accounts.times.add(first, last, seconds)
         layers = self.runner.bounds[last] - self.runner.bounds[first]
         for sequence, count in members:
             end = sequence.filled[first] + count
@@ -196,7 +198,9 @@ class Engine:
             rows, tested, gates = [rows[i] for i in left], [tested[i] for i in left], [gates[i] for i in left]
             if not rows:
                 return
+        started = time.perf_counter()
         found = self.runner.exit_scores(boundary, arrived, rows)
+        self.accounts.in_kernels += time.perf_counter() - started
         raw_TK = found.logits_MK
         logits_TK = restricted(raw_TK, tested, head.candidate_ids, self.config.vocab_size)
         scored, best = scores(logits_TK, tested, found)
@@ -263,8 +267,10 @@ class Engine:
             started = time.perf_counter()
             found = self.runner.final_scores(arrived, [row for _, rows in group for row in rows])
             raw_RV, finite, best, at = found.logits_MK, found.finite, found.best, 0
+            seconds = time.perf_counter() - started
+            self.accounts.in_kernels += seconds
             if len(best) == 1:
-                self.accounts.times.add_head(time.perf_counter() - started)
+                self.accounts.times.add_head(seconds)
             for sequence, rows in group:
                 cut = slice(at, at + len(rows))
                 try:

@@ -166,7 +166,7 @@ def _default_drafting(config: GenerationConfig, exits: Exits, name: str, costs: 
         records = {e: record for e, record in exits.records.items() if record.rule == name}
         curves = {e: record.calibration for e, record in records.items() if record.calibration is not None}
         table = costs()
-        tests = {e: table.test[e] if name == "gate" else table.draft[e] for e in exits.layers}
+        tests = {e: table.cut() + (table.test[e] if name == "gate" else table.draft[e]) for e in exits.layers}
         chosen = choose_drafting(table, curves, tests) if curves else {}
         found.update({e: chosen.get(e, 1.0) for e in curves})
         why = "draft"

@@ -398,7 +398,10 @@ class NativeModel:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Hidden states ``[M, D]`` of token ids."""
-        hidden = self.embedding.index_select(0, torch.tensor(tokens)).to(torch.float32)
+        if self.embedding.dtype == torch.float32:  # a copy of rows costs numpy less than torch
+            hidden = torch.from_numpy(self.embedding.numpy()[tokens])
+        else:
+            hidden = self.embedding.index_select(0, torch.tensor(tokens)).to(torch.float32)
         return hidden * self.embedding_scale if self.embedding_scale != 1.0 else hidden
 
     def run(self, hidden_MD: Tensor, first: int, last: int, rows: NativeRows) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from exitlm.model.record import Calibration
 STEADY = 0.3  # the largest spread of a table that is kept: 0.1 on an idle machine, 0.8 to 50 on a busy one
 _LARGEST_SUBSET = 4
 _SPEED_WEIGHT, _SHAPE_WEIGHT = 0.1, 0.1  # how far one pass moves all cells, and the cells next to it further
+_STEP_WEIGHT = 0.05  # how far one pass moves the engine's own share
 _MAX_RATIO = 3.0  # a pass that was interrupted tells no more than this
 
 
@@ -25,8 +26,9 @@ class Costs:
 
     ``rows`` and ``contexts`` are the axes: the rows of a pass, of one sequence with so many tokens before
     them. ``test`` and ``draft`` hold seconds for one row by the exit's layer; a draft is a test that reads the exit's
-    vocabulary matrix. ``speed`` multiplies everything; it follows the machine. ``spread`` says how much longer than at
-    best a part took, as a share, or fewer rows than more of them; ``origin`` where a table came from.
+    vocabulary matrix. ``step`` are seconds of the engine's own in each pass, so that a pass that is cut in two at an
+    exit costs them twice. ``speed`` multiplies everything; it follows the machine. ``spread`` says how much longer than
+    at best a part took, as a share, or fewer rows than more of them; ``origin`` where a table came from.
     """
 
     rows: tuple[int, ...]
@@ -36,6 +38,7 @@ class Costs:
     draft: Mapping[int, float]
     num_hidden_layers: int
     contexts: tuple[int, ...] = (128,)
+    step: float = 0.0
     speed: float = 1.0
     spread: float = 0.0
     origin: str = "given"
@@ -72,15 +75,16 @@ class Costs:
         return near + (context - low) / (high - low) * (self._at(self.layer[right], rows) - near)
 
     def span(self, first: int, last: int, rows: float, context: float = 0.0) -> float:
-        """Seconds of the layers from ``first`` up to ``last`` on ``rows`` rows with ``context`` tokens before each."""
-        return (last - first) * self._layer(rows, context) if rows and last > first else 0.0
+        """Seconds of a pass from layer ``first`` up to ``last`` on ``rows`` rows, each behind ``context`` tokens."""
+        return (last - first) * self._layer(rows, context) + self.step * self.speed if rows and last > first else 0.0
 
     def final(self, rows: float = 1) -> float:
         """Seconds of the final head on ``rows`` rows."""
         return self._at(self.head, rows) if rows else 0.0
 
     def tests(self, layer: int, rows: float = 1, *, draft: bool = True) -> float:
-        """Seconds of the test of the exit at ``layer`` on ``rows`` rows, with its token where ``draft`` says so.
+        """Seconds of the test of the exit at ``layer`` on ``rows`` rows, with its token where ``draft`` says so,
+        in a pass that ends there anyway.
 
         Only one row is measured; a vocabulary matrix is taken to grow with rows as the final head does."""
         one = self.draft[layer] if draft else self.test[layer]
@@ -88,8 +92,12 @@ class Costs:
         return one * growth if rows else 0.0
 
     def layers(self, count: int, rows: int) -> float:
-        """Seconds of ``count`` layers on ``rows`` rows."""
-        return self.span(0, count, rows)
+        """Seconds of ``count`` layers on ``rows`` rows, of a pass that is there anyway."""
+        return count * self._layer(rows, 0.0) if rows else 0.0
+
+    def cut(self) -> float:
+        """Seconds that it costs to end a pass at an exit and go on with another."""
+        return self.step * self.speed
 
     def full(self, rows: float = 1, context: float = 0.0) -> float:
         """Seconds of all layers and the final head on ``rows`` rows."""
@@ -101,7 +109,7 @@ class Costs:
 
     def draft_cost(self, layer: int, rows: int = 1) -> float:
         """Seconds that one more draft from the exit at ``layer`` adds to a round that verifies ``rows`` rows so far."""
-        return self.layers(layer, 1) + self.tests(layer) + self.deep(layer, rows + 1) - self.deep(layer, rows)
+        return self.span(0, layer, 1) + self.tests(layer) + self.deep(layer, rows + 1) - self.deep(layer, rows)
 
     def observed(self, predicted: float, seconds: float, rows: int, context: float = 0.0) -> Costs:
         """The table after a pass of ``rows`` rows that took ``seconds`` where the table said ``predicted``.
@@ -122,6 +130,13 @@ class Costs:
         cells[: left + 1] = reversed(list(falling))
         layer = (*self.layer[:column], tuple(itertools.accumulate(cells, max)), *self.layer[column + 1 :])
         return replace(self, layer=layer, speed=self.speed * ratio**_SPEED_WEIGHT)
+
+    def with_step(self, seconds: float) -> Costs:
+        """The table after a pass in which the engine itself took so long; one that was interrupted tells little."""
+        now = seconds / self.speed
+        if not self.step:
+            return replace(self, step=now)
+        return replace(self, step=self.step + _STEP_WEIGHT * (min(now, _MAX_RATIO * self.step) - self.step))
 
 
 def choose_drafting(

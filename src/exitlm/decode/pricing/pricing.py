@@ -113,13 +113,13 @@ class Pricing:
 
     def observe(
         self, first: int, last: int, rows: tuple[int, int], *, sequences: int, heads: int, tests: int, context: float,
-        seconds: float, emitted: int, worth: float,
+        seconds: float, own: float, emitted: int, worth: float,
     ) -> None:  # fmt: skip
         """Learn from a pass between two boundaries.
 
         ``rows``: those of decoding sequences, and all; ``sequences`` that decode; ``heads``: rows of final logits;
-        ``tests`` at its end; ``context``: positions of a sequence on average; ``emitted`` tokens in ``seconds``, where
-        ``worth`` were to be expected.
+        ``tests`` at its end; ``context``: positions of a sequence on average; ``emitted`` tokens in ``seconds``, of
+        which ``own`` were the engine's, where ``worth`` were to be expected.
         """
         costs = self._costs
         if costs is None or not rows[0]:
@@ -139,4 +139,4 @@ class Pricing:
             self._unit_is_unknown = False
             self._costs = replace(costs, speed=costs.speed * seconds / whole)
         elif costs.origin != "given":
-            self._costs = costs.observed(whole, seconds, rows[1], context)
+            self._costs = costs.observed(whole, seconds, rows[1], context).with_step(own)

@@ -196,8 +196,8 @@ class _State:
         return self.costs.deep(first, rows, self.context)
 
     def tests(self, layer: int, rows: float) -> float:
-        """Seconds of testing rows at a boundary."""
-        return self.costs.tests(layer, rows) if layer in self.costs.draft else 0.0
+        """Seconds of testing rows at a boundary, where a pass ends for it."""
+        return self.costs.tests(layer, rows) + self.costs.cut() if layer in self.costs.draft and rows else 0.0
 
     def price(self, front: int, rows: float, deep_rows: float) -> float:
         """Tokens that it must bring to run ``rows`` new rows up to ``front`` by themselves, and on beside

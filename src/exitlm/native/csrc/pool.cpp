@@ -1,4 +1,5 @@
 #include "pool.h"
+#include <chrono>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -9,7 +10,9 @@ static inline void relax() { asm volatile("yield"); }
 
 namespace {
 constexpr int SPINS = 2000;        // while a phase is not done: its last chunks take microseconds
-constexpr int IDLE_SPINS = 20000;  // until the next run: the caller does a little work in between
+constexpr int LOOKS = 64;          // spins between two looks at the clock
+constexpr std::chrono::microseconds IDLE(1000);  // until the next run: the caller does a little work in between, and a
+                                                 // thread that sleeps wakes up late
 }  // namespace
 
 void Worker::wait(std::atomic<int> &value, int wanted) {
@@ -65,9 +68,12 @@ void Pool::run(int phases, std::function<void(Worker &)> work) {
 void Pool::serve(int thread) {
     unsigned seen = 0;
     for (;;) {
-        for (int spins = 0; epoch.load(std::memory_order_acquire) == seen;) {
+        const auto begin = std::chrono::steady_clock::now();
+        bool idle = false;
+        for (int spins = 1; epoch.load(std::memory_order_acquire) == seen; spins++) {
             relax();
-            if (++spins > IDLE_SPINS) epoch.wait(seen, std::memory_order_acquire);
+            if (spins % LOOKS == 0 && !idle) idle = std::chrono::steady_clock::now() - begin > IDLE;
+            if (idle) epoch.wait(seen, std::memory_order_acquire);
         }
         seen = epoch.load(std::memory_order_acquire);
         if (stop.load()) return;
