@@ -5,9 +5,9 @@
 ``full``: greedy decoding of one sequence by activations of 15 and 8 bits, by every instruction set and on one thread,
 beside torch's best format and (where ``--llama-python`` names an interpreter that has llama_cpp) llama.cpp on the same
 file; all take turns, and so does reading all weights once, the bound of the memory. ``rows``: a whole pass (layers and
-final head) over M rows of one sequence, or of M, against one. ``texts``: greedy texts and teacher-forced tokens against float32 of
-the dequantised weights. ``lossless``: texts of lossless, alone and eight at a time, against full. ``prefill``: a prompt
-of 512 tokens. ``load``: import, load, first token, in a new process.
+final head) over M rows of one sequence, or of M, against one. ``texts``: greedy texts and teacher-forced tokens against
+float32 of the dequantised weights. ``lossless``: texts of lossless, alone and eight at a time, against full.
+``prefill``: a prompt of 512 tokens. ``load``: import, load, first token, in a new process.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def full(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
 
 
 def row_costs(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
-    """Seconds of a pass over M rows against one row: rows of one sequence, as drafts are, or of M, each of which has keys
-    of its own to read. The goals are those of drafts."""
+    """Seconds of a pass over M rows against one row: rows of one sequence, as drafts are, or of M, each of which reads
+    keys of its own. The goals are those of drafts."""
     sizes, rows, claims = (1, 2, 4, 8, 16), [], []
     goals = {15: {4: 1.3, 8: 1.75, 16: 3.0}, 8: {4: 1.2, 8: 1.5, 16: 2.5}}
     for bits, limits in goals.items():
