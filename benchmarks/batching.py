@@ -29,6 +29,7 @@ from unittest import mock
 import company
 import stand_ins
 from checkout import Checkout
+from llama_slots import Slots
 from measure import at_least, at_most, interleave, quartiles, ratios, save, seconds, spread, table
 from passes import Passes
 from peer import resident
@@ -42,6 +43,7 @@ from exitlm.decode.engine import Engine
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.streams import Request
+from exitlm.native import library
 
 SIZES = (1, 2, 4, 8, 16)
 TURNS = 4  # of each text, before the next one begins behind the same number of tokens
@@ -146,7 +148,7 @@ def _median_pass(passes: Passes, rows: list[int]) -> float:
     return statistics.median(seconds(partial(passes.run, rows)) for _ in range(9))
 
 
-def peers(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
+def peers(llm: exitlm.LLM, size: Size, model: str, llama: str | None) -> dict[str, Any]:
     """8 chats of different lengths by each engine, prefill included, nothing kept from the round before."""
     prompts = chats(llm)[: 8 if len(size.sizes) > 2 else 2]
     count, apart = size.tokens, EngineConfig(prefix_sharing=False)
@@ -165,7 +167,8 @@ def peers(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
         actions[name] = partial(ours, name, exitlm.LLM(llm.model, quant=quant, engine=apart))
     padded, paged = Padded(llm, prompts, count), Paged(llm, prompts, count)
     why_not = paged.why_not()
-    for peer in (padded, *(() if why_not else (paged,))):
+    slots = [Slots(llama, model, prompts, count, library.default_threads())] if llama else []
+    for peer in (padded, *(() if why_not else (paged,)), *slots):
         actions[peer.name] = partial(peer.run, texts)
     found = interleave(actions, size.rounds)
     base, rows, claims, total = found["exitlm, float32"], [], [], count * len(prompts)
@@ -180,6 +183,8 @@ def peers(llm: exitlm.LLM, size: Size) -> dict[str, Any]:
         if name.startswith("transformers"):
             claims.append(at_least(f"float32 against {name}", ratios(values, base), 2.0))
             claims.append(at_least(f"the default against {name}", ratios(values, found[list(found)[1]]), 2.0))
+        if name.startswith("llama.cpp"):
+            claims.append(at_least(f"the default against {name}", ratios(values, found[list(found)[1]]), 3.0))
     if why_not:
         blank = dict.fromkeys(rows[0], "-")
         rows.append({**blank, "what": f"{paged.name}: {why_not}"})
@@ -331,6 +336,7 @@ def main() -> None:
     parser.add_argument("--against", default=None, help="another checkout, for section one")
     parser.add_argument("--section", nargs="+", default=names[:-1], choices=names)
     parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--llama-python", help="an interpreter that has llama_cpp, for the peers")
     parser.add_argument("--quick", action="store_true", help="a few tokens of everything, to see that it runs")
     given = parser.parse_args()
     size = QUICK if given.quick else FULL
@@ -340,7 +346,7 @@ def main() -> None:
     runs: dict[str, Callable[[exitlm.LLM], dict[str, Any]]] = {
         "one": lambda llm: one(llm, given.model, given.adapter, given.against, size),
         "many": lambda llm: many(llm, size),
-        "peers": lambda llm: peers(llm, size),
+        "peers": lambda llm: peers(llm, size, given.model, given.llama_python),
         "modes": lambda llm: modes(llm, size),
         "forced": lambda llm: stand_ins.forced(min(rounds, 3), size.forced_tokens),
         "overhead": lambda llm: stand_ins.overhead(llm, 4 * rounds),

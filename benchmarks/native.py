@@ -1,13 +1,14 @@
 """The native kernels on this CPU: speed against torch's path and llama.cpp, cost of rows, texts against float32.
 
-    python benchmarks/native.py [--section full rows texts lossless prefill load] [--llama-python BIN] [--rounds 9]
+    python benchmarks/native.py [--section full rows texts checkpoint ...] [--llama-python BIN] [--rounds 9]
 
 ``full``: greedy decoding of one sequence by activations of 15 and 8 bits, by every instruction set and on one thread,
 beside torch's best format and (where ``--llama-python`` names an interpreter that has llama_cpp) llama.cpp on the same
 file; all take turns, and so does reading all weights once, the bound of the memory. ``rows``: a whole pass (layers and
 final head) over M rows of one sequence, or of M, against one. ``texts``: greedy texts and teacher-forced tokens against
-float32 of the dequantised weights. ``lossless``: texts of lossless, alone and eight at a time, against full.
-``prefill``: a prompt of 512 tokens. ``load``: import, load, first token, in a new process.
+float32 of the dequantised weights. ``checkpoint``: the same model in bfloat16. ``lossless``: texts of lossless, alone
+and eight at a time, against full. ``prefill``: a prompt of 512 tokens. ``load``: import, load, first token, in a new
+process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,6 +32,7 @@ import exitlm
 from decode import PROMPTS, QUESTION
 from exitlm.decode.engine import Engine
 from exitlm.decode.generation import GenerationConfig
+from exitlm.decode.kernels.formats import sixteen_bit_format
 from exitlm.decode.kernels.native_model import NativeModel
 from exitlm.decode.options import EngineConfig
 from exitlm.native import abi, library
@@ -210,20 +213,61 @@ def texts(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
     ):  # fmt: skip
         found = [engine.generate(prompt, config).token_ids for prompt in prompts]
         equal = sum(a == b for a, b in zip(found, wanted, strict=True))
-        same = total = 0
-        for prompt, text in zip(prompts, wanted, strict=True):
-            forced = GenerationConfig(mode="full", max_new_tokens=0, prompt_logprobs=1)
-            scores = engine.generate(prompt + text, forced).prompt_logprobs[len(prompt) - 1 :]
-            same += sum(token in tops for token, (_, tops) in zip(text, scores, strict=True))
-            total += len(text)
-        rows.append(
-            {"what": name, "equal texts": f"{equal} of {len(prompts)}", "best token equal": f"{same / total:.4f}"}
-        )
+        same = forced(engine, prompts, wanted)
+        rows.append({"what": name, "equal texts": f"{equal} of {len(prompts)}", "best token equal": f"{same:.4f}"})
         if name == "native, 15 bits":
             claims = [at_least("texts equal to float32's, of 32", equal, 31),
-                      at_least("best tokens equal to float32's, teacher-forced", same / total, 0.999)]  # fmt: skip
+                      at_least("best tokens equal to float32's, teacher-forced", same, 0.999)]  # fmt: skip
     print(table(rows))
     return {"rows": rows, "claims": claims}
+
+
+@torch.inference_mode()
+def checkpoint(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
+    """Seconds per token of the same model as a bfloat16 checkpoint, as it is and as Q8_0, beside torch's formats; and
+    how often each says what float32 of the same weights says."""
+    count, prompts, rows, claims = 64, chats(llm, 8), [], []
+    usual = sixteen_bit_format()
+    with tempfile.TemporaryDirectory() as home:
+        llm.export(home, dtype="bfloat16")
+        half = exitlm.load(home)
+        engines = {
+            "native, as it is": engine_of(half),
+            "native, Q8_0": engine_of(half, "q8_0"),
+            f"torch, {usual} (its default)": engine_of(half, usual),
+            "torch, float32": engine_of(exitlm.load(home, dtype="float32"), "none"),
+        }
+        kernels_of(engines["native, as it is"])
+        config = GenerationConfig(mode="full", max_new_tokens=count, ignore_eos=True)
+
+        def decode(engine: Engine) -> float:
+            return 1.0 / engine.generate(prompts[0], config).stats.tokens_per_second
+
+        found = interleave({name: partial(decode, engine) for name, engine in engines.items()}, rounds)
+        wanted = [engines["torch, float32"].generate(prompt, config).token_ids for prompt in prompts]
+        torchs = found[list(found)[2]]
+        for name, engine in engines.items():
+            equal = sum(engine.generate(p, config).token_ids == text for p, text in zip(prompts, wanted, strict=True))
+            rows.append(
+                {"what": name, "ms/token": spread([v * 1e3 for v in found[name]]),
+                 "speed of torch's default": ratios(torchs, found[name]), "equal texts": f"{equal} of {len(prompts)}",
+                 "best token equal": f"{forced(engine, prompts, wanted):.4f}"}
+            )  # fmt: skip
+    print(table(rows))
+    for what, goal in (("as it is", 1.5), ("Q8_0", 2.0)):
+        ratio = ratios(torchs, found[f"native, {what}"])
+        claims.append(at_least(f"a bfloat16 checkpoint, {what}: speed of torch's", ratio, goal))
+    return {"rows": rows, "claims": claims}
+
+
+def forced(engine: Engine, prompts: list[list[int]], texts: list[list[int]]) -> float:
+    """The share of given tokens that are an engine's most likely ones."""
+    config = GenerationConfig(mode="full", max_new_tokens=0, prompt_logprobs=1)
+    same = 0
+    for prompt, text in zip(prompts, texts, strict=True):
+        scores = engine.generate(prompt + text, config).prompt_logprobs[len(prompt) - 1 :]
+        same += sum(token in tops for token, (_, tops) in zip(text, scores, strict=True))
+    return same / sum(map(len, texts))
 
 
 def lossless(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
@@ -304,7 +348,10 @@ def load(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
     return {"rows": rows, "claims": claims}
 
 
-SECTIONS = {"full": full, "rows": row_costs, "texts": texts, "lossless": lossless, "prefill": prefill, "load": load}
+SECTIONS = {
+    "full": full, "rows": row_costs, "texts": texts, "checkpoint": checkpoint, "lossless": lossless, "prefill": prefill,
+    "load": load,
+}  # fmt: skip
 
 
 def main() -> None:
