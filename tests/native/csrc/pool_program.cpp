@@ -4,7 +4,9 @@
 #include <stdio.h>
 #include <sys/resource.h>
 #include <unistd.h>
+#include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <vector>
@@ -139,10 +141,11 @@ void too_many_threads() {  // for the memory that their stacks may take
 
 int main(int count, char **) {
     alarm(120);
-    a_thread_held_in_a_chunk();
-    threads_held_between_phases();
-    many_short_runs();
-    if (count > 1) too_many_threads();  // sanitizers need more memory than it leaves
+    setvbuf(stdout, nullptr, _IONBF, 0);  // the last line says what never ended
+    puts("a thread held in a chunk"), a_thread_held_in_a_chunk();
+    puts("threads held between phases"), threads_held_between_phases();
+    puts("many short runs"), many_short_runs();
+    if (count > 1) puts("too many threads"), too_many_threads();  // sanitizers need more memory than it leaves
     printf("%d failures\n", failures);
     return failures != 0;
 }
