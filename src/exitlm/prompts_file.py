@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from exitlm.assignments import numbered
+from exitlm.atomic import locked
 from exitlm.decode.generation import Generation, GenerationConfig
 from exitlm.decode.prompts import Prompt
 from exitlm.decode.settings import GenerationSettings
 from exitlm.errors import UserError, nearest
 from exitlm.llm import LLM
 from exitlm.values import wrong
-from exitlm.weights.publish import locked
 
 _OWN_FIELDS = ("prompt", "messages", "id")
 _SETTINGS = tuple(GenerationSettings.__annotations__)

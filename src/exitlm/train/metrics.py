@@ -15,10 +15,10 @@ from typing import Any, Protocol, TextIO
 
 import torch
 
+from exitlm.atomic import replace_file
 from exitlm.errors import UserError
 from exitlm.train.run import RunConfig
 from exitlm.train.sections import LoggingSection
-from exitlm.weights.publish import fresh_file
 
 PLAIN_SECONDS = 10.0
 # The largest rate of dense bfloat16 products, in FLOP/s, as the makers state it.
@@ -43,7 +43,7 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int) -> None:
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
-            with fresh_file(path) as fresh:
+            with replace_file(path) as fresh:
                 fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.file: TextIO = path.open("a", encoding="utf-8")
 
