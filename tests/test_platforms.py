@@ -22,9 +22,9 @@ llm = exitlm.load(model)
 llm.add_exits([2], kind="norm")
 llm.save_exits(place + "/exits")
 print(llm.generate([5, 9, 77], max_new_tokens=4, mode="lossless").token_ids)
-cli.main(["generate", model, "--exits", place + "/exits", "--prompt", "x", "--max-new-tokens", "2"])
+assert cli.main(["generate", model, "--adapter", place + "/exits", "--prompt", "x", "--max-new-tokens", "2"]) == 0
 open(place + "/prompts.jsonl", "w").write('{"prompt": "Call me"}\\n')
-cli.main(["generate", model, "--prompts", place + "/prompts.jsonl", "--out", place + "/out.jsonl"])
+assert cli.main(["generate", model, "--prompts", place + "/prompts.jsonl", "--out", place + "/out.jsonl"]) == 0
 """
 
 
