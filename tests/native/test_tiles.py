@@ -146,6 +146,7 @@ BAD_MATRICES = [
     *[("rows", value) for value in (-32, 0, 16, 33)],
     *[("cols", value) for value in (-32, 0, 16, 33)],
     *[("data", value) for value in (0, NOWHERE + 1, NOWHERE + 32)],
+    *[("stride", value) for value in (-64, 32, 64, (1 << 62) + 1)],
 ]
 
 

@@ -141,7 +141,7 @@ bool is_wrong(const Matrix &w, int cols, int digits) {
     if (w.digits != digits || w.data == nullptr || w.cols != cols || w.rows <= 0 || w.rows % 32 || w.cols <= 0 || w.cols % 32)
         return true;
     if (w.format < 0 || w.format >= FORMATS || w.digits < 1 || w.digits > 2 || (uintptr_t)w.data % 64) return true;
-    if (w.stride % 64 || stride_of(w) < pair_bytes(w.format, w.cols)) return true;
+    if (w.stride % 64 || stride_of(w) < pair_bytes(w.format, w.cols) || is_beyond(w.rows / 32, stride_of(w), INT64_MAX)) return true;
     return (w.format == FORMAT_K4 || w.format == FORMAT_K6) && w.cols % 256;
 }
 
@@ -381,7 +381,7 @@ size_t most_scores(const Call &c, const std::vector<Query> &queries) {  // that 
         const size_t needed = (size_t)scores_of_query(c.shape, seen_from(last, window)) * (u.to - u.from);
         most = needed > most ? needed : most;
     }
-    return most;
+    return most + (size_t)c.batch.block_size * c.shape.head_dim;
 }
 
 // ---- heads
