@@ -21,7 +21,8 @@ demo: $(NATIVE)  ## tune exits on SmolLM2-135M and decode with them (ARGS=--quic
 test: $(NATIVE)  ## the fast tests
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-test-slow: $(NATIVE)  ## the tests that need the real model or minutes of time
+test-slow: $(NATIVE)  ## the tests that need the real model or minutes of time (with qemu-user: an ARM processor's, too)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(ZIG)
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
 
 lint: $(READY)  ## style, types, and the layers of packages

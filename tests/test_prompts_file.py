@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import exitlm
 from exitlm import UserError, prompts_file
+from exitlm.atomic import locked
 from exitlm.prompts_file import answer, answered, in_order, read_prompts
-from exitlm.weights.publish import locked
 from tests.conftest import Run
 
 pytestmark = pytest.mark.usefixtures("cache")

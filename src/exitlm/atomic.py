@@ -93,13 +93,13 @@ def replace_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     temporary = _beside(path, "tmp")
     try:
         with _sentences(path, temporary):
-            _check_destination(path, overwrite)
+            check_free(path, overwrite=overwrite)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             yield temporary
             for place in temporary.rglob("*"):
                 if not place.is_symlink():
-                    (_sync_directory if place.is_dir() else _sync_file)(place)
+                    sync(place)
             _sync_directory(temporary)
             _exchange(temporary, path, overwrite)
             _sync_directory(path.parent)
@@ -107,8 +107,12 @@ def replace_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_destination(path: Path, overwrite: bool) -> None:
-    """Refuse what must not be replaced by a directory. Another writer may move it at any moment."""
+def check_free(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse what :func:`replace_directory` would not replace. Another writer may move it at any moment.
+
+    Raises:
+        UserError: it is a file or, without ``overwrite``, a directory that holds something.
+    """
     try:
         occupied = any(path.iterdir())
     except FileNotFoundError:
@@ -173,10 +177,20 @@ def _sentences(path: Path, temporary: Path) -> Iterator[None]:
             ours = error.errno in _NO_ROOM
         if not ours:
             raise
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; nothing was left half-written, "
-            "free some space or choose another place"
-        ) from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The sentence for a write that the operating system refused."""
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; nothing was left half-written, "
+        "free some space or choose another place"
+    )
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the entries of a directory, are on the disk."""
+    (_sync_directory if path.is_dir() else _sync_file)(path)
 
 
 def _beside(path: Path, kind: str) -> Path:

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from exitlm.assignments import numbered
+from exitlm.atomic import locked
 from exitlm.decode.generation import Generation, GenerationConfig
 from exitlm.decode.prompts import Prompt
 from exitlm.decode.settings import GenerationSettings
 from exitlm.errors import UserError, nearest
 from exitlm.llm import LLM
+from exitlm.progress import progress
 from exitlm.values import wrong
-from exitlm.weights.publish import locked
 
 _OWN_FIELDS = ("prompt", "messages", "id")
 _SETTINGS = tuple(GenerationSettings.__annotations__)
@@ -189,8 +190,6 @@ def answer(llm: LLM, lines: Sequence[Line], out: Path) -> Answered:
     Raises:
         UserError: another process writes there, or it can't be written; what is there already stays as it is.
     """
-    from exitlm.train.metrics import progress  # loading the package of training takes a second
-
     with _appending(out, lines) as (start, append):
         done, failed = start.done, start.failed
         try:

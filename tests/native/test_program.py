@@ -1,4 +1,5 @@
-"""The library without Python, under sanitizers and on an emulated ARM processor: its own program finds no fault."""
+"""The library without Python: under sanitizers, on an emulated ARM processor, with an instruction made of others, and
+where memory is refused, its own program finds no fault."""
 
 import importlib.util
 import shutil
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from exitlm.native import build, pack
+from tests.native.programs import CSRC, X86_64, compiler, program, run
 
-PROGRAM = Path(__file__).parent / "csrc" / "program.cpp"
+PROGRAM = CSRC / "program.cpp"
+GENERIC = ("layers.cpp", "pool.cpp", "dispatch.cpp", "tiles_generic.cpp")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
@@ -61,12 +64,17 @@ def check(done: subprocess.CompletedProcess[str]) -> None:
     """It ran to its end and found nothing."""
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "36 cases" in done.stdout
-    assert "0 failures" in done.stdout
+    assert "\n0 failures" in done.stdout
+
+
+def lacks_it(done: subprocess.CompletedProcess[str]) -> bool:
+    """This processor, or this build, has not the instruction set that was asked for."""
+    return "FAILED: the instruction set" in done.stdout
 
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizer: str, cases: Path, tmp_path: Path) -> None:
-    flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g"]
+    flags = ["-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-g"]
     target = build.host_target()
     assert target is not None
     library = tmp_path / target.library
@@ -74,40 +82,43 @@ def test_sanitizers_find_nothing(sanitizer: str, cases: Path, tmp_path: Path) ->
         build.build(library, build.SOURCES, extra=flags)
     except build.NoCompiler as error:
         pytest.skip(str(error))
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no compiler of C++ programs")
-    command = [compiler, "-O1", "-std=c++20", *flags, f"-I{build.SOURCES}", str(PROGRAM), str(library), "-pthread"]
+    command = [compiler(), "-std=c++20", *flags, f"-I{build.SOURCES}", str(PROGRAM), str(library), "-pthread"]
     subprocess.run([*command, f"-Wl,-rpath,{tmp_path}", "-o", str(tmp_path / "program")], check=True, timeout=600)
+    ran = []
     for isa in ("avx512vnni", "avxvnni", "avx2", "neon", "generic"):
-        again = [str(tmp_path / "program"), str(cases), isa]
-        done = subprocess.run(again, capture_output=True, text=True, timeout=900)
-        if "the instruction set" not in done.stdout:  # this processor has it
+        done = run([tmp_path / "program", cases, isa])
+        if not lacks_it(done):
             check(done)
+            ran.append(isa)
+    assert "generic" in ran
+
+
+def test_refused_memory_is_an_error_and_changes_nothing(cases: Path, tmp_path: Path) -> None:
+    """Each piece in turn. Threads other than the caller's ask for none: an exception there would end the process."""
+    sources = {build.SOURCES / name: ["-Dposix_memalign=failing_memalign"] for name in GENERIC}
+    sources |= {PROGRAM: ["-DFAILING_MEMORY"], CSRC / "failing_memory.cpp": []}
+    check(run([program(tmp_path, sources), cases, "generic"]))
+
+
+@pytest.mark.skipif(not X86_64, reason="needs an x86-64 processor")
+def test_avx_vnni_with_its_instruction_made_of_others_computes_the_same(cases: Path, tmp_path: Path) -> None:
+    sources = {build.SOURCES / name: [] for name in GENERIC}
+    sources |= {PROGRAM: [], build.SOURCES / "tiles_avxvnni.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"]}
+    flags = ["-O1", "-include", str(CSRC / "avxvnni_by_avx2.h"), "-DHAVE_AVXVNNI"]
+    done = run([program(tmp_path, sources, flags), cases, "avxvnni"])
+    if lacks_it(done):
+        pytest.skip("this processor has no AVX2")
+    check(done)
 
 
 def test_an_emulated_arm_processor_computes_the_same(cases: Path, tmp_path: Path) -> None:
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if emulator is None or importlib.util.find_spec("ziglang") is None:
         pytest.skip("needs qemu-aarch64 (Debian's qemu-user) and the package ziglang")
-    zig = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-O2", "-std=c++20"]
-    common = [
-        *zig,
-        "-ffp-contract=fast",
-        "-fno-math-errno",
-        "-fno-sanitize=undefined",
-        "-DHAVE_NEON",
-        f"-I{build.SOURCES}",
-    ]
-    objects = []
-    for source in [*sorted(build.SOURCES.glob("*.cpp")), PROGRAM]:
-        if source.stem.startswith("tiles_avx"):
-            continue
-        flags = ["-mcpu=generic+v8_2a+dotprod+fullfp16"] if source.stem == "tiles_neon" else []
-        objects.append(tmp_path / f"{source.stem}.o")
-        subprocess.run([*common, *flags, "-c", str(source), "-o", str(objects[-1])], check=True, timeout=600)
-    program = tmp_path / "program"
-    subprocess.run([*zig, "-static", *map(str, objects), "-o", str(program)], check=True, timeout=600)
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl"]
+    sources = {build.SOURCES / name: [] for name in GENERIC}
+    sources |= {PROGRAM: [], build.SOURCES / "tiles_neon.cpp": ["-mcpu=generic+v8_2a+dotprod+fullfp16"]}
+    flags = ["-O2", "-fno-sanitize=undefined", "-DHAVE_NEON"]
+    made = program(tmp_path, sources, flags, zig, ["-static"])
     for isa in ("neon", "generic"):
-        command = [emulator, "-cpu", "max", str(program), str(cases), isa]
-        check(subprocess.run(command, capture_output=True, text=True, timeout=900))
+        check(run([emulator, "-cpu", "max", made, cases, isa]))

@@ -146,6 +146,7 @@ BAD_MATRICES = [
     *[("rows", value) for value in (-32, 0, 16, 33)],
     *[("cols", value) for value in (-32, 0, 16, 33)],
     *[("data", value) for value in (0, NOWHERE + 1, NOWHERE + 32)],
+    *[("stride", value) for value in (-64, 32, 64, (1 << 62) + 1)],
 ]
 
 
@@ -177,6 +178,15 @@ def test_a_product_of_nothing_is_refused() -> None:
         matrix.times(np.empty((0, 64), np.float32))
 
 
+def test_a_product_beyond_all_memory_is_an_error() -> None:
+    """Before anything is read."""
+    most = (1 << 31) - 32
+    matrix, lib = abi.Matrix(NOWHERE, None, 32, most, FORMATS.index("f32"), 2), kernels().lib
+    with pytest.raises(RuntimeError, match="there is too little memory"):
+        abi._checked(lib.exitcpu_matmul(ctypes.byref(matrix), most, NOWHERE, NOWHERE))
+    assert np.isfinite(Packed(random_raw("F32", 32, 64)).times(random_rows(3, 64))).all()
+
+
 def test_threads_that_cannot_be_are_refused() -> None:
     for count in (0, -1, 1025):
         with pytest.raises(RuntimeError, match="refuse"):
@@ -192,6 +202,11 @@ def set_at(owner: str, index: Any, value: int) -> Callable[[SmallLayer], None]:
         getattr(small, owner)[index] = value
 
     return change
+
+
+def right_but_for_2_32(small: SmallLayer) -> None:
+    """Products of these wrap to those of the small layer, in 32 bits."""
+    small.shape.heads, small.shape.kv_heads = small.HEADS + (1 << 28), small.KV + (1 << 27)
 
 
 def set_matrix(matrix: str, name: str, value: int) -> Callable[[SmallLayer], None]:
@@ -211,10 +226,11 @@ BAD_LAYERS: list[tuple[str, Callable[[SmallLayer], None]]] = [
     *[(f"layer.rotation={value}", set_in("layer", "rotation", value)) for value in (2, 7, -2)],
     *[(f"layer.rotary={value}", set_in("layer", "rotary", value)) for value in (0, -2, 31, 34, 64)],
     *[(f"layer.group={value}", set_in("layer", "group", value)) for value in (-1, 1)],
-    *[(f"layer.slots={value}", set_in("layer", "slots", value)) for value in (-1, 0, 23)],
+    *[(f"layer.slots={value}", set_in("layer", "slots", value)) for value in (-1, 0, 23, 1 << 54, (1 << 63) - 1)],
     *[(f"layer.qk_norm={value}", set_in("layer", "qk_norm", value)) for value in (-1, 3)],
     *[(f"layer.activation={value}", set_in("layer", "activation", value)) for value in (-1, 3)],
     ("layer.cache=0", set_in("layer", "cache", None)),
+    ("heads that wrap", right_but_for_2_32),
     *[(f"rows={value}", set_in("batch", "rows", value)) for value in (0, -1, 2, 4)],
     *[(f"parts={value}", set_in("batch", "parts", value)) for value in (0, -1, 1)],
     *[(f"groups={value}", set_in("batch", "groups", value)) for value in (0, -1)],

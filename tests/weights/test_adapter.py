@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from exitlm import atomic
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel, ExitConfig, ExitRecord
 from exitlm.weights import attach, export, load_model, read_adapter, save_adapter
-from exitlm.weights import publish as publish_module
 from exitlm.weights.adapter import plain
 from exitlm.weights.tensorfile import digest_of_file
 from tests.model.families import tiny_hf_model
@@ -463,7 +463,9 @@ def test_a_full_disk_leaves_everything_as_it_was(
     old = files_of(directory) if before else None
     model = with_exits(base, [ExitConfig(layer=2)])
     with monkeypatch.context() as patch:
-        patch.setattr(f"exitlm.weights.{'adapter' if at == 'write_tensors' else 'publish'}.{at}", disk_full)
+        patch.setattr(
+            f"exitlm.{'weights.adapter.write_tensors' if at == 'write_tensors' else 'atomic._sync'}", disk_full
+        )
         with pytest.raises(UserError, match="No space left on device; nothing was left half-written"):
             save_adapter(directory, model)
     assert (files_of(directory) if before else None) == old
@@ -477,7 +479,7 @@ def test_a_full_disk_while_the_bytes_are_written(base: Path, tmp_path: Path) -> 
     from exitlm.weights.tensorfile import Written, write_tensors
 
     tensor = Written("x", torch.float32, (1000000,), lambda: torch.zeros(1000000))
-    with pytest.raises(UserError, match="No space left"), publish_module.fresh_file(tmp_path / "x"):
+    with pytest.raises(UserError, match="No space left"), atomic.replace_file(tmp_path / "x"):
         write_tensors(Path("/dev/full"), [tensor], {})
     assert os.listdir(tmp_path) == []
 
@@ -556,8 +558,8 @@ def test_two_writers_and_a_reader(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_writer_that_never_ends_is_named(tmp_path: Path) -> None:
-    second = publish_module.locked(tmp_path, timeout=0.1)
-    with publish_module.locked(tmp_path), pytest.raises(UserError, match="another process has been writing"), second:
+    second = atomic.locked(tmp_path, timeout=0.1)
+    with atomic.locked(tmp_path), pytest.raises(UserError, match="another process has been writing"), second:
         pass
 
 

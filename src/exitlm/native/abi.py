@@ -29,6 +29,7 @@ _REASONS = {
     3: "a shape is not supported",
     4: "the rows of a pass do not fit their blocks",
     5: "there is too little memory",
+    6: "the system starts no more threads; set EXITLM_THREADS to a smaller number",
 }
 
 

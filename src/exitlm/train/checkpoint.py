@@ -22,9 +22,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from exitlm.atomic import replace_directory, replace_file
 from exitlm.errors import UserError
 from exitlm.train.run import RunConfig, differences
-from exitlm.weights.publish import fresh_directory, fresh_file
 from exitlm.weights.tensorfile import Written, write_tensors
 
 FORMAT = 1
@@ -106,7 +106,7 @@ def claim(out: Path, config: RunConfig, kind: str = _META) -> None:
     if not saved.exists() or not (adapter or places):  # nothing depends yet on what was set before
         if adapter:
             raise UserError(f"{out} holds an exit adapter already; choose another directory")
-        with fresh_file(saved) as path:
+        with replace_file(saved) as path:
             path.write_text(config.to_toml(), encoding="utf-8")
         return
     changed = differences(RunConfig.from_toml(saved), config)
@@ -147,7 +147,7 @@ def save(out: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep
     place = out / "checkpoints" / f"step-{int(meta['step']):08d}"
     if place.exists():  # left by an earlier life of the run and found damaged, else it would have been resumed from
         remove(place)
-    with fresh_directory(place) as home:
+    with replace_directory(place) as home:
         write_tensors(home / _TENSORS, [_written(name, tensor.detach()) for name, tensor in tensors.items()], {})
         with (home / _TENSORS).open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()

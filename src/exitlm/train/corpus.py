@@ -18,6 +18,7 @@ from exitlm.decode.kernels.packed import why_not_native
 from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
+from exitlm.progress import Progress
 from exitlm.train.data import (
     Blocks,
     ByteTokenizer,
@@ -28,7 +29,6 @@ from exitlm.train.data import (
     load_blocks,
     tokenise_all,
 )
-from exitlm.train.metrics import Progress
 from exitlm.train.run import RunConfig
 from exitlm.train.selftext import Answer, Writing, as_blocks, fitting, prompts_digest, read_prompts, write_answers
 from exitlm.train.stream import Stream

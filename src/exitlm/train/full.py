@@ -24,12 +24,13 @@ from exitlm.model import ExitRecord
 from exitlm.parallel.mesh import Launch, Mesh, group
 from exitlm.parallel.pipeline.schedule import fill_room, simulate
 from exitlm.parallel.roll import Roll, meet
+from exitlm.progress import progress
 from exitlm.train import checkpoint as run_files
 from exitlm.train import sharded
 from exitlm.train.corpus import rows_of_files
 from exitlm.train.initial import InitialValues
 from exitlm.train.loop import Clock, Interrupted, StopSignal, stop_signal
-from exitlm.train.metrics import Tracker, memory_gib, open_trackers, peak_flops, progress
+from exitlm.train.metrics import Tracker, memory_gib, open_trackers, peak_flops
 from exitlm.train.objective import candidate_vocabulary
 from exitlm.train.run import TRAINING, RunConfig
 from exitlm.train.setup import Setup, resolve

@@ -1,26 +1,22 @@
-"""What a run tells while it goes: ``metrics.jsonl`` always, trackers where asked for, and progress on the terminal."""
+"""What a run tells while it goes: ``metrics.jsonl`` always, trackers where asked for."""
 
 from __future__ import annotations
 
 import json
 import math
 import resource
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import torch
 
+from exitlm.atomic import replace_file
 from exitlm.errors import UserError
 from exitlm.train.run import RunConfig
 from exitlm.train.sections import LoggingSection
-from exitlm.weights.publish import fresh_file
 
-PLAIN_SECONDS = 10.0
 # The largest rate of dense bfloat16 products, in FLOP/s, as the makers state it.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
@@ -43,7 +39,7 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int) -> None:
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
-            with fresh_file(path) as fresh:
+            with replace_file(path) as fresh:
                 fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.file: TextIO = path.open("a", encoding="utf-8")
 
@@ -126,60 +122,6 @@ def check_trackers(settings: LoggingSection) -> None:
     for package in ("tensorboard", "wandb", "trackio"):
         if getattr(settings, package) and find_spec(package) is None:
             raise UserError(f"logging.{package} needs a package that is not installed: pip install 'exitlm[{package}]'")
-
-
-class Progress:
-    """A bar with what is worth watching, by rich on a terminal; a line now and then elsewhere."""
-
-    def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
-        self.title, self.total = title, total
-        self.stream = stream or sys.stderr
-        self.last = 0.0
-        self.bar: Any = None
-        self.task: Any = None
-        if not self.stream.isatty():
-            return
-        try:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-        except ImportError:
-            return
-        self.bar = Bar(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(file=self.stream),
-        )
-        self.task = self.bar.add_task(title, total=total, note="")
-        self.bar.start()
-
-    def update(self, done: int, note: str = "") -> None:
-        """Show that ``done`` of the total are done."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, note=note)
-        elif done >= self.total or time.monotonic() - self.last >= PLAIN_SECONDS:
-            self.last = time.monotonic()
-            print(f"{self.title}: {done}/{self.total} {note}".rstrip(), file=self.stream, flush=True)
-
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-        if self.bar is not None:
-            self.bar.stop()
-
-
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Progress]:
-    """A :class:`Progress` that is closed at the end."""
-    shown = Progress(title, total)
-    try:
-        yield shown
-    finally:
-        shown.close()
 
 
 def step_note(losses: Mapping[int, float], agreement: Mapping[int, float], tokens_per_second: float) -> str:

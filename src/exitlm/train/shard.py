@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from exitlm.atomic import sync
 from exitlm.errors import UserError
-from exitlm.weights.publish import sync
 from exitlm.weights.store import cannot_keep
 
 TOKENS, OFFSETS, META = "tokens.bin", "offsets.npy", "meta.json"

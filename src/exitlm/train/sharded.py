@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from exitlm.atomic import sync
 from exitlm.errors import UserError
 from exitlm.train.checkpoint import (
     Damaged,
@@ -40,7 +41,6 @@ from exitlm.train.checkpoint import (
     remove,
     retain,
 )
-from exitlm.weights.publish import sync
 
 FORMAT = 1
 META = "sharded.json"

@@ -22,6 +22,7 @@ from exitlm.errors import UserError
 from exitlm.model.exits import ExitConfig, check_layers
 from exitlm.model.record import ExitRecord
 from exitlm.parallel.mesh import Launch
+from exitlm.progress import Progress, progress
 from exitlm.train import checkpoint as run_files
 from exitlm.train.corpus import Corpus, corpus_of_answers, corpus_of_files, open_tokens, self_tokens
 from exitlm.train.data import Blocks, TextTokenizer, Tokens
@@ -30,7 +31,7 @@ from exitlm.train.full import train
 from exitlm.train.heads import Heads
 from exitlm.train.hidden import HiddenStates, Row, Wanted
 from exitlm.train.loop import Clock, Interrupted, StopSignal, Trainer, loss_settings, stop_signal, validation_values
-from exitlm.train.metrics import Progress, Tracker, check_trackers, open_trackers, progress, step_note
+from exitlm.train.metrics import Tracker, check_trackers, open_trackers, step_note
 from exitlm.train.objective import candidate_vocabulary
 from exitlm.train.precision import resolve_dtype
 from exitlm.train.run import RunConfig

@@ -2,8 +2,8 @@
 
 The table names the base and the digest of its weights, each exit's configuration and tuning record, and the SHA-256 of
 the tensors' file. The two files change together: the new table is laid beside the old one first, so that after a crash
-at any moment one of the two tables fits the tensors, and that one is read. A lock of the operating system on the
-directory keeps writers, and a reader from a writer, apart.
+at any moment one of the two tables fits the tensors, and that one is read. A lock keeps writers apart. A reader takes
+none, for it may have no right to: it reads again if files changed meanwhile.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exitlm.atomic import cannot_write, locked, replace_file, sync
 from exitlm.errors import UserError, nearest
 from exitlm.model import EarlyExitModel, ExitConfig, ExitHead, ExitRecord
 from exitlm.model.exits import check_layers
 from exitlm.weights.checkpoint import HEAD, INDEX, SINGLE, Checkpoint, read_json
 from exitlm.weights.load import Unfilled
-from exitlm.weights.publish import cannot_write, fresh_file, locked, sync
 from exitlm.weights.tensorfile import (
     Written,
     damaged,
@@ -41,6 +41,7 @@ from exitlm.weights.tensorfile import (
 FORMAT, VERSION = "exitlm exits", 1
 TENSORS, TABLE = "exits.safetensors", "exits.json"
 _NEXT_TABLE = "exits.json.new"
+_READS = 100  # of an adapter that changes each time
 _NAME = re.compile(r"exits\.(\d{1,9})\.([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)", re.ASCII)
 _OUTPUT = "output.weight"
 _CONFIG_KEYS = {field.name for field in fields(ExitConfig)}
@@ -93,13 +94,19 @@ def save_adapter(
     except OSError as error:
         raise cannot_write(directory, error) from error
     try:
-        with locked(directory):
+        with locked(_lock_of(directory)):
             write_adapter(directory, model, base, training=training)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):
                 directory.rmdir()
         raise
+
+
+def _lock_of(directory: Path) -> Path:
+    """What writers lock: the directory, or a file in it where nothing can be made beside it."""
+    place = Path(os.path.abspath(directory))
+    return place if os.access(place.parent, os.W_OK) else place / TABLE
 
 
 def check_place(directory: Path, digest: Callable[[], str]) -> None:
@@ -184,10 +191,10 @@ def write_adapter(
     }
     following = directory / _NEXT_TABLE
     try:
-        with fresh_file(directory / TENSORS) as file:
+        with replace_file(directory / TENSORS) as file:
             write_tensors(file, tensors, {"format": "pt"})
             table["tensors_sha256"] = digest_of_file(file)
-            with fresh_file(following) as beside:
+            with replace_file(following) as beside:
                 beside.write_text(json.dumps(table, indent=2, allow_nan=False), encoding="utf-8")
     except BaseException:
         following.unlink(missing_ok=True)
@@ -252,11 +259,38 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
         raise UserError(
             f"{directory} is not an exit adapter: it has no {TABLE}; give a directory that exitlm tune made"
         )
-    with locked(directory, shared=True):
-        table = _fitting_table(directory)
-        exits, records, output_from = _exits(directory, table)
-        tensors = _tensors(directory / TENSORS, {config.layer for config in exits})
+    for _ in range(_READS):
+        before = _state(directory)
+        try:
+            found = _read(directory)
+        except (UserError, OSError):
+            if _state(directory) == before:
+                raise
+        else:
+            if _state(directory) == before:
+                return found
+    raise UserError(f"another process writes to {directory} again and again; wait for it")
+
+
+def _read(directory: Path) -> Adapter:
+    """What its files hold, if none of them is replaced meanwhile."""
+    table = _fitting_table(directory)
+    exits, records, output_from = _exits(directory, table)
+    tensors = _tensors(directory / TENSORS, {config.layer for config in exits})
     return Adapter(directory, table, exits, records, output_from, tensors)
+
+
+def _state(directory: Path) -> list[tuple[int, int, int] | None]:
+    """What changes when one of the files is replaced."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (TENSORS, TABLE, _NEXT_TABLE):
+        try:
+            status = (directory / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return found
 
 
 def _fitting_table(directory: Path) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exitlm.atomic import check_free, replace_directory
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
 from exitlm.model.families import FAMILIES
 from exitlm.weights.adapter import attach, backbone_tensors, base_of, is_adapter, write_adapter
 from exitlm.weights.checkpoint import INDEX, SINGLE, Checkpoint, dtype_of
 from exitlm.weights.load import load_model
-from exitlm.weights.publish import check_free, fresh_directory
 from exitlm.weights.source import resolve
 from exitlm.weights.tensorfile import DTYPE_NAMES, TensorsDigest, Written, raw_bytes, write_tensors
 
@@ -62,7 +62,7 @@ def export(
     model = source if isinstance(source, EarlyExitModel) else _load(source)
     if len(model.model.layers) != model.config.num_hidden_layers:
         raise UserError("the model has only some of its layers; load all of them to export it")
-    with fresh_directory(directory) as place:
+    with replace_directory(directory) as place:
         digest = _write_weights(place, backbone_tensors(model), chosen, shard_bytes)
         config = exported_config(model, chosen or model.dtype)
         (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

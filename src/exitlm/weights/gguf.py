@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from exitlm.atomic import locked, replace_directory
 from exitlm.errors import UserError
 from exitlm.model import ModelConfig
 from exitlm.weights.gguf_config import (
@@ -31,7 +32,6 @@ from exitlm.weights.gguf_config import (
 )
 from exitlm.weights.gguf_file import GGUFFile
 from exitlm.weights.gguf_tokenizer import write_tokenizer
-from exitlm.weights.publish import fresh_directory, locked
 from exitlm.weights.store import cache_directory, cannot_keep, kept_digest
 from exitlm.weights.tensorfile import DTYPE_NAMES, TensorsDigest, Written, digest_of_file, raw_bytes, write_tensors
 
@@ -58,7 +58,7 @@ def converted(path: Path) -> Path:
         with locked(place.parent, timeout=3600):
             if not _is_whole(place):  # another process may have been faster
                 shutil.rmtree(place, ignore_errors=True)
-                with fresh_directory(place) as directory:
+                with replace_directory(place) as directory:
                     convert(file, directory)
     return place
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exitlm.atomic import check_free
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel, ExitHead, ModelConfig
 from exitlm.weights.checkpoint import HEAD, dtype_of
@@ -31,7 +32,6 @@ from exitlm.weights.export import export
 from exitlm.weights.load import Unfilled
 from exitlm.weights.megatron_config import MegatronConfig
 from exitlm.weights.megatron_file import MegatronCheckpoint, open_megatron
-from exitlm.weights.publish import check_free
 
 _COPY = "word_embeddings_for_head.weight"
 

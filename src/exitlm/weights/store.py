@@ -7,19 +7,19 @@ Everything in it can be deleted at any time. ``$EXITLM_CACHE``, else ``$XDG_CACH
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from exitlm.atomic import locked, replace_file
 from exitlm.errors import UserError
-from exitlm.weights.publish import fresh_file
 
 # A file changed this recently may change again within one tick of its file system's clock: its digest is not kept.
 _SETTLED_SECONDS = 2.0
+_LOCK_SECONDS = 3600.0  # how long one process waits for the digest that another computes
 
 
 def cache_directory() -> Path:
@@ -61,13 +61,15 @@ def kept_digest(files: Sequence[Path], label: str, compute: Callable[[], str]) -
     place = cache_directory() / "digests" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if (digest := _kept(place, key)) is not None:
         return digest
-    with _one_at_a_time(place.with_suffix(".lock")):
+    with contextlib.ExitStack() as alone:
+        with contextlib.suppress(UserError):  # a cache that can't be written has no locks
+            alone.enter_context(locked(place.parents[1] / "locks" / place.stem, timeout=_LOCK_SECONDS))
         if (digest := _kept(place, key)) is not None:
             return digest
         digest = compute()
         newest = max((int(value) for entry in before for value in entry[-2:]), default=0) / 1e9
         if time.time() - newest > _SETTLED_SECONDS and stamp(files) == before:
-            with contextlib.suppress(UserError), fresh_file(place) as temporary:
+            with contextlib.suppress(UserError), replace_file(place) as temporary:
                 temporary.write_text(json.dumps({"key": key, "digest": digest}))
         return digest
 
@@ -78,16 +80,3 @@ def _kept(place: Path, key: str) -> str | None:
         if kept["key"] == key and isinstance(kept["digest"], str):
             return kept["digest"]
     return None
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold the operating system's lock on a file of the cache, which is gone afterwards; without a lock where the cache
-    knows none."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-            stack.callback(path.unlink, missing_ok=True)
-        yield

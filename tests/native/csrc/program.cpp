@@ -1,5 +1,6 @@
 // The library without Python: products of cases that numpy wrote, passes of a small model with random weights, calls that
-// must be refused, and threads that come and go. For sanitizers, and for processors that only an emulator has here.
+// must be refused, and threads that come and go. For sanitizers, and for processors that only an emulator has here. With
+// FAILING_MEMORY each piece of memory that a call asks for is refused once (see failing_memory.h).
 //
 //     program CASES [INSTRUCTION SET] [THREADS]
 //
@@ -13,6 +14,9 @@
 #include <thread>
 #include <vector>
 #include "exitcpu.h"
+#if defined(FAILING_MEMORY)
+#include "failing_memory.h"
+#endif
 
 namespace {
 int failures = 0;
@@ -96,13 +100,14 @@ struct Model {
     Matrix matrix(int rows, int cols) {  // any order of random weights is a matrix
         return {(const uint8_t *)floats((size_t)rows * cols, 1.0f / sqrtf((float)cols)), nullptr, rows, cols, FORMAT_F32, 2};
     }
-    explicit Model(bool post, int qk_norm) {
+    explicit Model(bool post, int qk_norm, int activation = SILU, bool half_cache = false) {
+        shape.half_cache = half_cache;
         for (Layer &layer : layers) {
             layer.queries = matrix(H * Dh, D), layer.keys = matrix(Hkv * Dh, D), layer.values = matrix(Hkv * Dh, D);
             layer.out = matrix(D, H * Dh), layer.gate = matrix(F, D), layer.up = matrix(F, D), layer.down = matrix(D, F);
             layer.norm_attention = floats(D, 1.0f), layer.norm_mlp = floats(D, 1.0f);
             if (post) layer.post_attention = floats(D, 1.0f), layer.post_mlp = floats(D, 1.0f);
-            layer.qk_norm = qk_norm;
+            layer.qk_norm = qk_norm, layer.activation = activation;
             layer.norm_queries = floats(H * Dh, 1.0f), layer.norm_keys = floats(H * Dh, 1.0f);
             layer.cache = floats((size_t)2 * Hkv * BLOCKS * BLOCK * Dh, 0.0f);
             layer.slots = BLOCKS * BLOCK;
@@ -110,13 +115,25 @@ struct Model {
         }
         head.first = matrix(V, D);
         head.lens = matrix(D, D), head.gate = matrix(F, D), head.up = matrix(F, D), head.down = matrix(D, F);
-        head.norm = floats(D, 1.0f), head.unit = 1, head.width = V - 3;
+        head.norm = floats(D, 1.0f), head.unit = 1, head.width = V - 3, head.activation = activation;
         for (float &value : rotations) value = random.next();
         for (const float *&table : tables) table = rotations.data();
     }
     ~Model() {
         for (Aligned<float> *each : kept) delete each;
     }
+    std::vector<float> rows(int count) {
+        std::vector<float> found((size_t)count * D);
+        for (float &value : found) value = random.next();
+        return found;
+    }
+    std::vector<float> caches() const {
+        std::vector<float> found;
+        for (const Layer &layer : layers)
+            found.insert(found.end(), (float *)layer.cache, (float *)layer.cache + (size_t)2 * Hkv * BLOCKS * BLOCK * Dh);
+        return found;
+    }
+    Model(const Model &) = delete;
 };
 
 struct Pass {  // rows of two sequences whose blocks lie apart
@@ -133,13 +150,9 @@ struct Pass {  // rows of two sequences whose blocks lie apart
 
 void passes(bool post, int qk_norm) {
     Model whole(post, qk_norm), cut(post, qk_norm);  // the same numbers
-    const int D = Model::D;
     for (int first = 0; first < 12; first += 3) {
         const Pass both(whole, first, 3, 6);
-        std::vector<float> hidden((size_t)9 * D), again;
-        for (float &value : hidden) value = whole.random.next();
-        again = hidden;
-        std::vector<float> residual(hidden.size());
+        std::vector<float> hidden = whole.rows(9), again = hidden, residual(hidden.size());
         expect(exitcpu_layers(&whole.shape, whole.layers, 3, PART_ALL, &both.batch, hidden.data(), residual.data()) == OK, "a pass");
         for (int i = 0; i < 3; i++)  // layer by layer, attention and the rest apart
             for (int part = PART_ATTENTION; part <= PART_MLP; part++)
@@ -157,6 +170,93 @@ void passes(bool post, int qk_norm) {
         expect(best[0] == -1 && best[1] >= 0, "a row that is no number, alone");
     }
 }
+
+// What is not the tiles' (norms, rotations, activations, attention, halves in the cache) as the generic kernels have it.
+void near_generic(bool post, int qk_norm, int activation, bool half_cache) {
+    const char *isa = exitcpu_isa();
+    std::vector<float> found[2];
+    for (int generic = 0; generic < 2; generic++) {
+        if (generic) exitcpu_use("generic");
+        Model m(post, qk_norm, activation, half_cache);
+        for (int first = 0; first < 16; first += 3) {
+            const Pass pass(m, first, 3, 6);
+            std::vector<float> hidden = m.rows(9), scores((size_t)9 * Model::V), top(9), mass(9);
+            std::vector<int32_t> best(9);
+            expect(exitcpu_layers(&m.shape, m.layers, 3, PART_ALL, &pass.batch, hidden.data(), nullptr) == OK, "a pass to compare");
+            expect(exitcpu_head(&m.shape, &m.head, 9, hidden.data(), scores.data(), best.data(), top.data(), mass.data()) == OK, "a head to compare");
+            found[generic].insert(found[generic].end(), hidden.begin(), hidden.end());
+            found[generic].insert(found[generic].end(), scores.begin(), scores.end());
+            found[generic].insert(found[generic].end(), mass.begin(), mass.end());
+        }
+    }
+    exitcpu_use(isa);
+    float worst = 0.0f;
+    for (size_t i = 0; i < found[0].size(); i++) {
+        const float off = fabsf(found[0][i] - found[1][i]) / (1.0f + fabsf(found[1][i]));
+        if (!(off <= worst)) worst = off;
+    }
+    if (!(worst <= (half_cache ? 5e-3f : 1e-4f))) {
+        printf("post %d, qk_norm %d, activation %d, half_cache %d: off by %g\n", post, qk_norm, activation, half_cache, worst);
+        expect(false, "near the generic kernels");
+    }
+}
+
+#if defined(FAILING_MEMORY)
+// Every piece of memory that a call asks for is refused once: an error, nothing is changed, and the next call is good.
+template <class Call, class State> int each_refused(const char *what, Call call, State state) {
+    const auto before = state();
+    for (int number = 0;; number++) {
+        exitcpu_after_fork();  // nothing is kept of former calls
+        memory_left = number;
+        const int code = call();
+        const bool was_refused = memory_left.load() < 0;
+        memory_left = -1;
+        if (!was_refused) {
+            expect(code == OK, what);
+            return number;
+        }
+        expect(code == NO_MEMORY, what);
+        expect(state() == before, "what a refused call leaves alone");
+    }
+}
+
+void failing_memory(int threads) {
+    exitcpu_threads(threads);
+    for (int count : {1, 6}) {  // with few rows each thread norms for itself
+        Model m(true, QK_NORM_HEAD), same(true, QK_NORM_HEAD);
+        const Pass pass(m, 7, 1, count);
+        const int rows = 1 + count;
+        std::vector<float> hidden = m.rows(rows), expected = hidden;
+        exitcpu_layers(&same.shape, same.layers, 3, PART_ALL, &pass.batch, expected.data(), nullptr);
+        const int layers = each_refused(
+            "layers", [&] { return exitcpu_layers(&m.shape, m.layers, 3, PART_ALL, &pass.batch, hidden.data(), nullptr); },
+            [&] {
+                std::vector<float> all = m.caches();
+                all.insert(all.end(), hidden.begin(), hidden.end());
+                return all;
+            });
+        expect(hidden == expected && m.caches() == same.caches(), "layers after memory was refused");
+        std::vector<float> scores((size_t)rows * Model::V), top(rows), mass(rows);
+        std::vector<int32_t> best(rows);
+        const int head = each_refused(
+            "a head", [&] { return exitcpu_head(&m.shape, &m.head, rows, hidden.data(), scores.data(), best.data(), top.data(), mass.data()); },
+            [&] { return scores; });
+        const int product = each_refused(
+            "a product", [&] { return exitcpu_matmul(&m.head.first, rows, hidden.data(), scores.data()); }, [&] { return scores; });
+        expect(layers > 10 && head > 10 && product > 5, "memory that was refused");
+    }
+    for (int round = 0; round < 200; round++) {
+        exitcpu_after_fork();
+        Model m(round % 2, round % 3);
+        const Pass pass(m, round % 8, 1, 1 + round % 9);
+        std::vector<float> hidden = m.rows(2 + round % 9);
+        memory_left = 1 << 30;
+        exitcpu_layers(&m.shape, m.layers, 3, PART_ALL, &pass.batch, hidden.data(), nullptr);
+        memory_left = -1;
+    }
+    expect(asked_elsewhere.load() == 0, "no memory but the caller's");
+}
+#endif
 
 void refused() {
     Model m(false, QK_PLAIN);
@@ -180,6 +280,10 @@ void refused() {
     pass.starts[1] = -1;
     expect(exitcpu_layers(&m.shape, m.layers, 3, PART_ALL, &pass.batch, hidden.data(), nullptr) == BAD_BATCH, "below 0");
     expect(exitcpu_layers(nullptr, m.layers, 3, PART_ALL, &pass.batch, hidden.data(), nullptr) == BAD_SHAPE, "nothing");
+    m.shape.heads += 1 << 28, m.shape.kv_heads += 1 << 27, call(BAD_SHAPE, "sizes that are right but for 2^32");
+    m.shape.heads = Model::H, m.shape.kv_heads = Model::Hkv;
+    m.layers[0].slots = INT64_MAX / 64, call(BAD_SHAPE, "a cache beyond all addresses"), m.layers[0].slots = Model::BLOCKS * Model::BLOCK;
+    expect(exitcpu_read(nullptr, 64, 1) < 0 && exitcpu_read((uint8_t *)hidden.data(), 64, 0) < 0, "nothing to read");
     expect(exitcpu_threads(0) == BAD_SHAPE && exitcpu_packed_bytes(FORMAT_K4, 32, 64) == -1, "sizes");
 }
 }  // namespace
@@ -194,6 +298,7 @@ int main(int count, char **words) {
     cases(words[1]);
     for (int qk_norm = QK_PLAIN; qk_norm <= QK_NORM_FULL; qk_norm++)
         for (int post = 0; post < 2; post++) passes(post, qk_norm);
+    for (int kind = 0; kind < 36; kind++) near_generic(kind % 2, kind / 4 % 3, kind / 12, kind / 2 % 2);
     refused();
     std::vector<std::thread> callers;  // who call at once take turns
     for (int i = 0; i < 3; i++) callers.emplace_back([] { passes(false, QK_NORM_HEAD); });
@@ -202,6 +307,9 @@ int main(int count, char **words) {
         exitcpu_threads(i);
         passes(true, QK_PLAIN);
     }
+#if defined(FAILING_MEMORY)
+    for (int i = 1; i < 4; i++) failing_memory(i);
+#endif
     printf("%d failures\n", failures);
     return failures != 0;
 }

@@ -30,7 +30,7 @@ enum {
 enum { SILU = 0, GELU_TANH = 1, GELU = 2 };
 enum { QK_PLAIN = 0, QK_NORM_HEAD = 1, QK_NORM_FULL = 2 };
 enum { PART_ALL = 0, PART_ATTENTION = 1, PART_MLP = 2 };
-enum { OK = 0, BAD_ABI = 1, BAD_MATRIX = 2, BAD_SHAPE = 3, BAD_BATCH = 4, NO_MEMORY = 5 };
+enum { OK = 0, BAD_ABI = 1, BAD_MATRIX = 2, BAD_SHAPE = 3, BAD_BATCH = 4, NO_MEMORY = 5, NO_THREADS = 6 };
 
 typedef struct {
     const uint8_t *data;  // from a 64-byte boundary; null: absent
@@ -103,7 +103,7 @@ EXPORT int exitcpu_head(const Shape *shape, const Head *head, int32_t rows, cons
 // out [rows, N] = x [rows, K] times a matrix.
 EXPORT int exitcpu_matmul(const Matrix *matrix, int32_t rows, const float *x, float *out);
 EXPORT int64_t exitcpu_packed_bytes(int32_t format, int32_t rows, int32_t cols);  // -1: not a shape of this format
-EXPORT double exitcpu_read(const uint8_t *data, int64_t bytes, int32_t rounds);   // seconds to read all, all threads
+EXPORT double exitcpu_read(const uint8_t *data, int64_t bytes, int32_t rounds);   // seconds to read all, all threads; -1: can't
 #if defined(__cplusplus)
 }
 #endif

@@ -2,10 +2,12 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include "kernels.h"
 #include "pool.h"
 
@@ -16,6 +18,7 @@ template <class T> class Buffer {  // grows; begins at 64 bytes
   public:
     T *of(size_t count) {
         if (count > held) {
+            if (count > (SIZE_MAX - 4095) / sizeof(T)) throw std::bad_alloc();
             free(at);
             at = nullptr;
             held = 0;
@@ -58,7 +61,7 @@ class Activations : public Acts {
     Buffer<int8_t> q_held;
 };
 
-struct Scratch {  // of one thread
+struct Scratch {  // of one thread, made by the caller: an exception in another thread would end the process
     Activations rows;  // what it normed itself
     int64_t stamp = -1;
     Buffer<float> scores, tile;
@@ -78,12 +81,23 @@ struct Team {
         if ((int)scratch.size() < pool->size) scratch = std::vector<Scratch>(pool->size);
         return *pool;
     }
+    // Room for what each thread keeps of a pass: rows of so many columns if it norms them itself, a tile, scores.
+    void reserve(int rows, int cols, size_t tile, size_t scores);
 };
 Team *team = new Team;  // never destroyed: threads may outlive the end of the program
 
 constexpr int OWN_ROWS = 4;    // up to which each thread norms the rows itself, which saves waiting for others
 constexpr int QUERIES = 64;    // that attend together
 constexpr int PHASES = 10;     // of a layer
+constexpr int64_t MOST = 1 << 30;  // rows, positions, units of a phase: what a thread adds to a count still fits an int
+
+void Team::reserve(int rows, int cols, size_t tile, size_t scores) {
+    for (Scratch &each : scratch) {
+        if (rows <= OWN_ROWS) each.rows.shape(rows, cols, 2), each.stamp = -1;
+        each.tile.of(tile);
+        each.scores.of(scores);
+    }
+}
 
 // Rows, normed (or as they are), for the matrices that read them: made by each thread for itself, or once for all.
 struct Normed {
@@ -118,11 +132,16 @@ struct Normed {
 
 // ---- what is refused
 
+bool is_beyond(int64_t a, int64_t b, int64_t most = MOST) {  // the product of two numbers
+    int64_t product;
+    return __builtin_mul_overflow(a, b, &product) || product > most;
+}
+
 bool is_wrong(const Matrix &w, int cols, int digits) {
     if (w.digits != digits || w.data == nullptr || w.cols != cols || w.rows <= 0 || w.rows % 32 || w.cols <= 0 || w.cols % 32)
         return true;
     if (w.format < 0 || w.format >= FORMATS || w.digits < 1 || w.digits > 2 || (uintptr_t)w.data % 64) return true;
-    if (w.stride % 64 || stride_of(w) < pair_bytes(w.format, w.cols)) return true;
+    if (w.stride % 64 || stride_of(w) < pair_bytes(w.format, w.cols) || is_beyond(w.rows / 32, stride_of(w), INT64_MAX)) return true;
     return (w.format == FORMAT_K4 || w.format == FORMAT_K6) && w.cols % 256;
 }
 
@@ -131,7 +150,8 @@ int check(const Shape &s, const Layer *layers, int count, int part, const Batch 
     bool known = false;
     for (int dim : dims) known = known || dim == s.head_dim;
     if (!known || s.heads <= 0 || s.kv_heads <= 0 || s.heads % s.kv_heads || s.heads / s.kv_heads > QUERIES || s.hidden <= 0 ||
-        s.hidden % 32 || s.inner <= 0 || s.inner % 32 || count <= 0 || part < PART_ALL || part > PART_MLP)
+        s.hidden % 32 || s.inner <= 0 || s.inner % 32 || count <= 0 || part < PART_ALL || part > PART_MLP ||
+        is_beyond((int64_t)s.heads + 2 * (int64_t)s.kv_heads, s.head_dim))
         return BAD_SHAPE;
     const int digits = part == PART_MLP ? layers->gate.digits : layers->queries.digits;  // of all that share activations
     for (int i = 0; i < count; i++) {
@@ -144,7 +164,7 @@ int check(const Shape &s, const Layer *layers, int count, int part, const Batch 
                 return BAD_MATRIX;
             if (l.cache == nullptr || l.group < 0 || l.group >= b.groups || l.window < 0 || l.rotation < -1 || l.rotation > 1 ||
                 (l.rotation >= 0 && (l.rotary < 2 || l.rotary % 2 || l.rotary > s.head_dim)) ||
-                l.qk_norm < QK_PLAIN || l.qk_norm > QK_NORM_FULL)
+                l.qk_norm < QK_PLAIN || l.qk_norm > QK_NORM_FULL || is_beyond(l.slots, (int64_t)8 * s.kv_heads * s.head_dim, INT64_MAX))
                 return BAD_SHAPE;
             if (b.blocks == nullptr || (l.rotation >= 0 && b.rotations == nullptr)) return BAD_BATCH;
         }
@@ -155,12 +175,13 @@ int check(const Shape &s, const Layer *layers, int count, int part, const Batch 
             return BAD_MATRIX;
     }
     if (b.rows <= 0 || b.parts <= 0 || b.block_size <= 0 || b.width <= 0 || b.groups <= 0 ||
-        b.starts == nullptr || b.counts == nullptr || b.variants == nullptr)
+        b.starts == nullptr || b.counts == nullptr || b.variants == nullptr || is_beyond(b.rows, s.heads))
         return BAD_BATCH;
     int64_t rows = 0;
     for (int i = 0; i < b.parts; i++) {
         const int64_t last = (int64_t)b.starts[i] + b.counts[i] - 1;
-        if (b.starts[i] < 0 || b.counts[i] <= 0 || last >= (int64_t)b.width * b.block_size || last >= b.positions) return BAD_BATCH;
+        if (b.starts[i] < 0 || b.counts[i] <= 0 || last >= (int64_t)b.width * b.block_size || last >= b.positions || last >= MOST)
+            return BAD_BATCH;
         if (b.variants[i] < 0 || b.variants[i] > 1) return BAD_BATCH;
         rows += b.counts[i];
         for (int j = 0; part != PART_MLP && j < count; j++) {
@@ -235,6 +256,10 @@ void project(Team &t, Worker &worker, const Call &c, const Layer &l, int64_t sta
     });
 }
 
+int seen_from(int position, int window) { return window && position >= window ? window : position + 1; }
+
+int64_t scores_of_query(const Shape &s, int longest) { return (2 * s.head_dim + longest + 47) / 16 * 16; }
+
 void attend(Team &t, Worker &worker, const Call &c, const Layer &l, const std::vector<Query> &queries) {
     const Shape &s = c.shape;
     const int H = s.heads, Hkv = s.kv_heads, Dh = s.head_dim, N = (H + 2 * Hkv) * Dh, G = H / Hkv;
@@ -249,10 +274,10 @@ void attend(Team &t, Worker &worker, const Call &c, const Layer &l, const std::v
             q[n] = c.qkv + (size_t)m * N + h * Dh;
             out[n] = t.heads.x + (size_t)m * H * Dh + h * Dh;
             lasts[n] = position;
-            firsts[n] = l.window && position >= l.window ? position - l.window + 1 : 0;
-            longest = lasts[n] - firsts[n] + 1 > longest ? lasts[n] - firsts[n] + 1 : longest;
+            longest = seen_from(position, l.window);  // of a part, later rows see no fewer
+            firsts[n] = position - longest + 1;
         }
-        const int64_t stride = (2 * Dh + longest + 47) / 16 * 16, bytes = s.half_cache ? 2 : 4;
+        const int64_t stride = scores_of_query(s, longest), bytes = s.half_cache ? 2 : 4;
         const char *keys = (const char *)l.cache + (int64_t)u.head * l.slots * Dh * bytes;
         const Seen seen = {keys, keys + (int64_t)Hkv * l.slots * Dh * bytes,
                            c.batch.blocks + ((int64_t)l.group * c.batch.parts + u.part) * c.batch.width,
@@ -346,7 +371,22 @@ std::vector<Query> queries_of(const Call &c, int threads) {
     return found;
 }
 
+size_t most_scores(const Call &c, const std::vector<Query> &queries) {  // that a thread needs at once
+    int window = c.layers[0].window;
+    for (const Layer &l : c.layers) window = window == 0 || l.window == 0 ? 0 : l.window > window ? l.window : window;
+    const int G = c.shape.heads / c.shape.kv_heads;
+    size_t most = 0;
+    for (const Query &u : queries) {
+        const int last = c.rows[c.first_row[u.part] + (u.to - 1) / G].position;
+        const size_t needed = (size_t)scores_of_query(c.shape, seen_from(last, window)) * (u.to - u.from);
+        most = needed > most ? needed : most;
+    }
+    return most + (size_t)c.batch.block_size * c.shape.head_dim;
+}
+
 // ---- heads
+
+constexpr int STRETCH = 4096;  // scores that are looked at together
 
 int check_head(const Shape &s, const Head &h, int rows) {
     const int D = s.hidden, digits = h.first.digits;
@@ -357,10 +397,9 @@ int check_head(const Shape &s, const Head &h, int rows) {
                         is_wrong(h.down, h.gate.rows, digits) || h.down.rows != D))
         return BAD_MATRIX;
     if (is_wrong(h.first, D, digits) || (h.second.data && is_wrong(h.second, h.first.rows, digits))) return BAD_MATRIX;
-    return h.width > (h.second.data ? h.second.rows : h.first.rows) ? BAD_SHAPE : OK;
+    if (h.width > (h.second.data ? h.second.rows : h.first.rows)) return BAD_SHAPE;
+    return is_beyond(rows, (h.width - 1) / STRETCH + 1) ? BAD_SHAPE : OK;
 }
-
-constexpr int STRETCH = 4096;  // scores that are looked at together
 
 struct HeadCall {
     Shape shape;
@@ -423,7 +462,7 @@ void looked_at(Team &t, Worker &worker, HeadCall &c) {
         worker.each(h.second.rows / 32, [&](int b) { kernels().pair(&h.second, b, &t.heads, c.scores + 32 * b, width); });
     }
     // The best token, and the sum beside it, by stretches of one length: no thread changes an order of sums
-    const int stretches = (h.width + STRETCH - 1) / STRETCH;
+    const int stretches = (h.width - 1) / STRETCH + 1;
     const auto length = [&](int i) { return h.width - i * STRETCH < STRETCH ? h.width - i * STRETCH : STRETCH; };
     worker.each(M * stretches, [&](int u) {
         const int m = u / stretches, i = u % stretches;
@@ -456,8 +495,8 @@ template <class F> int guarded(F &&work) {  // no exception leaves the library
     try {
         std::lock_guard<std::mutex> hold(team->mutex);
         return work(*team);
-    } catch (const std::bad_alloc &) {
-        return NO_MEMORY;
+    } catch (const std::system_error &) {
+        return NO_THREADS;
     } catch (...) {
         return NO_MEMORY;
     }
@@ -506,6 +545,7 @@ int exitcpu_layers(const Shape *shape, const Layer *layers, int32_t count, int32
         t.inner.shape(M, shape->inner, digits);
         t.shared.shape(M, shape->hidden, digits);
         auto queries = std::make_shared<std::vector<Query>>(queries_of(*c, pool.size));
+        t.reserve(M, shape->hidden, std::max((size_t)M * 64, (size_t)shape->hidden), part == PART_MLP ? 0 : most_scores(*c, *queries));
         pool.run(PHASES * count + 2, [&t, c, queries](Worker &worker) { through(t, worker, *c, *queries); });
         return (int)OK;
     });
@@ -522,7 +562,7 @@ int exitcpu_head(const Shape *shape, const Head *head, int32_t rows, const float
         c->mass = mass;
         c->stamp = t.stamp;
         t.stamp += 3;
-        const int stretches = (head->width + STRETCH - 1) / STRETCH;
+        const int stretches = (head->width - 1) / STRETCH + 1;
         c->places.resize((size_t)rows * stretches);
         c->tops.resize((size_t)rows * stretches);
         c->masses.resize((size_t)rows * stretches);
@@ -533,6 +573,7 @@ int exitcpu_head(const Shape *shape, const Head *head, int32_t rows, const float
             t.heads.shape(rows, head->first.rows, head->first.digits);
         }
         if (head->gate.data) t.inner.shape(rows, head->gate.rows, head->first.digits);
+        t.reserve(rows, shape->hidden, (size_t)rows * 64, 0);
         pool.run(20, [&t, c](Worker &worker) { looked_at(t, worker, *c); });
         return (int)OK;
     });
@@ -544,6 +585,7 @@ int exitcpu_matmul(const Matrix *matrix, int32_t rows, const float *x, float *ou
         Pool &pool = t.ready();
         const Matrix w = *matrix;
         t.shared.shape(rows, w.cols, w.digits);
+        t.reserve(rows, w.cols, 0, 0);
         const Normed normed = {x, nullptr, false, is_grid(w.format), 0.0f, rows, w.cols, w.digits, t.stamp++};
         pool.run(2, [&t, w, normed, out](Worker &worker) {
             normed.share(t, worker);
@@ -564,6 +606,7 @@ int64_t exitcpu_packed_bytes(int32_t format, int32_t rows, int32_t cols) {
 
 double exitcpu_read(const uint8_t *data, int64_t bytes, int32_t rounds) {
     double seconds = -1.0;
+    if (!data || bytes < 0 || bytes > INT64_MAX / 65536 || rounds <= 0) return seconds;
     guarded([&](Team &t) {
         Pool &pool = t.ready();
         std::vector<int64_t> found((size_t)pool.size * 8);

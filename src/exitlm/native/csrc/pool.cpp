@@ -24,10 +24,17 @@ void Worker::wait(std::atomic<int> &value, int wanted) {
 }
 
 Pool::Pool(int count) : size(count) {
-    for (int thread = 1; thread < count; thread++) threads.emplace_back([this, thread] { serve(thread); });
+    try {
+        for (int thread = 1; thread < count; thread++) threads.emplace_back([this, thread] { serve(thread); });
+    } catch (...) {  // the system has no more of them, and those that run must not be left
+        join();
+        throw;
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { join(); }
+
+void Pool::join() {
     stop.store(true);
     epoch.fetch_add(1);
     epoch.notify_all();
@@ -50,6 +57,10 @@ void Pool::run(int phases, std::function<void(Worker &)> work) {
         job = jobs.back().get();
         job->inside.store(1);
     }
+    struct Leave {
+        Job *job;
+        ~Leave() { job->inside.fetch_sub(1); }
+    } leave{job};
     if ((int)job->phases.size() < phases) job->phases = std::vector<Phase>(phases);
     for (Phase &phase : job->phases) {
         phase.next.store(0, std::memory_order_relaxed);
@@ -62,7 +73,6 @@ void Pool::run(int phases, std::function<void(Worker &)> work) {
     Worker worker(*job, 0, size);
     job->work(worker);
     current.store(nullptr);  // who comes now has missed it
-    job->inside.fetch_sub(1);
 }
 
 void Pool::serve(int thread) {

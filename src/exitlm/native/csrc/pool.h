@@ -59,11 +59,13 @@ class Pool {
   public:
     explicit Pool(int threads);
     ~Pool();
-    void run(int phases, std::function<void(Worker &)> work);  // on every thread, of at most so many phases
+    // On every thread, of at most so many phases. The work must not throw: no thread could tell the others.
+    void run(int phases, std::function<void(Worker &)> work);
     const int size;
 
   private:
     void serve(int thread);
+    void join();
     alignas(64) std::atomic<unsigned> epoch{0};
     alignas(64) std::atomic<Job *> current{nullptr};
     std::atomic<bool> stop{false};
