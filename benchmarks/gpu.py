@@ -452,6 +452,7 @@ def tuning_steps(section: Section, llm: Any, kind: str) -> tuple[int, list[float
     import numpy as np
 
     from exitlm.model.exits import ExitConfig
+    from exitlm.train.backbone import TorchBackbone
     from exitlm.train.data import Blocks
     from exitlm.train.heads import Heads
     from exitlm.train.hidden import HiddenStates, Wanted
@@ -473,7 +474,7 @@ def tuning_steps(section: Section, llm: Any, kind: str) -> tuple[int, list[float
     blocks = Blocks([ids.astype(np.int64)], segments, np.arange(4 * batch + 1), "random")
     with tempfile.TemporaryDirectory() as home:
         wanted = Wanted(exits=layers, final=True)
-        hidden = HiddenStates(model, blocks, wanted, keep="none", limit=0.0, home=Path(home))
+        hidden = HiddenStates(TorchBackbone(model), blocks, wanted, keep="none", limit=0.0, home=Path(home))
         trainer = Trainer(config, Heads(model, section.dtype), hidden)
 
         def step() -> None:

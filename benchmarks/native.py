@@ -8,7 +8,7 @@ file; all take turns, and so does reading all weights once, the bound of the mem
 final head) over M rows of one sequence, or of M, against one. ``texts``: greedy texts and teacher-forced tokens against
 float32 of the dequantised weights. ``checkpoint``: the same model in bfloat16. ``lossless``: texts of lossless, alone
 and eight at a time, against full. ``prefill``: a prompt of 512 tokens. ``load``: import, load, first token, in a new
-process.
+process. ``tuning``: hidden states of the frozen backbone as exit tuning wants them, and the demo's quick tuning.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from exit_tuning import tuning as tuned_by_both
 from measure import at_least, at_most, interleave, ratios, save, seconds, spread, table
 from passes import Passes
 
@@ -348,9 +349,15 @@ def load(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
     return {"rows": rows, "claims": claims}
 
 
+def tuning(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
+    """See ``exit_tuning.py``."""
+    kernels_of(llm.engine)
+    return tuned_by_both(llm, rounds)
+
+
 SECTIONS = {
     "full": full, "rows": row_costs, "texts": texts, "checkpoint": checkpoint, "lossless": lossless, "prefill": prefill,
-    "load": load,
+    "load": load, "tuning": tuning,
 }  # fmt: skip
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from exitlm.model.exits import ExitConfig
+from exitlm.train.backbone import TorchBackbone
 from exitlm.train.data import Blocks
-from exitlm.train.hidden import HiddenStates, Row, Wanted, teacher_summary
-from exitlm.train.objective import Scratch
+from exitlm.train.hidden import HiddenStates, Row, Wanted
 from tests.model.families import tiny_model
 
 
@@ -26,7 +26,7 @@ def states(
     model: Any, blocks: Blocks, tmp_path: Path, keep: str = "memory", limit: float = 1e9, **over: Any
 ) -> HiddenStates:
     wanted = Wanted(**{"exits": (1, 2), **over})
-    return HiddenStates(model, blocks, wanted, keep=keep, limit=limit, home=tmp_path / "hidden")
+    return HiddenStates(TorchBackbone(model), blocks, wanted, keep=keep, limit=limit, home=tmp_path / "hidden")
 
 
 def test_rows_are_the_models_taps(blocks: Blocks, tmp_path: Path) -> None:
@@ -109,15 +109,6 @@ def test_rows_survive_a_file(blocks: Blocks, tmp_path: Path) -> None:
     assert back.counted == row.counted
     assert len(back.taps[2]) == 2
     assert row.nbytes() == sum(t.nbytes for t in row.tensors().values())
-
-
-def test_teacher_summary_in_chunks() -> None:
-    x, w = torch.randn(10, 4, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
-    argmax, lse, best = teacher_summary(x, w, 2.0, Scratch(3, x.device))
-    logits = x @ w.T
-    assert torch.equal(argmax, logits.argmax(-1))
-    assert best.shape == (10, 16)
-    torch.testing.assert_close(lse, (logits / 2).logsumexp(-1))
 
 
 def test_low_precision_rounds_shapes_up_and_cuts_results_back(blocks: Blocks, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from exitlm.errors import UserError
 from exitlm.model.exits import ExitConfig
+from exitlm.train.backbone import TorchBackbone
 from exitlm.train.data import Blocks, batch_indices
 from exitlm.train.heads import Heads
 from exitlm.train.hidden import HiddenStates, Wanted
@@ -65,7 +66,7 @@ def trainer(
         whole=frozenset(e.layer for e in exits if e.kind == "block"),
         teacher=config.objective.candidate_loss,
     )
-    hidden = HiddenStates(model, blocks, wanted, keep=keep, limit=1e9, home=tmp_path / "hidden")
+    hidden = HiddenStates(TorchBackbone(model), blocks, wanted, keep=keep, limit=1e9, home=tmp_path / "hidden")
     return Trainer(config, Heads(model, getattr(torch, config.train.dtype)), hidden)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exitlm.model.exits import ExitConfig
+from exitlm.train.backbone import TorchBackbone
 from exitlm.train.data import Blocks
 from exitlm.train.heads import Heads
 from exitlm.train.hidden import HiddenStates, Wanted
@@ -98,7 +99,7 @@ def test_evaluate_against_plain_logits(blocks: Blocks, tmp_path: Path, final: bo
     model.add_exits([ExitConfig(layer=1, gate=True), ExitConfig(layer=2, kind="norm", candidates=40)])
     heads = Heads(model, torch.float64)
     wanted = Wanted(exits=(1, 2), final=final)
-    hidden = HiddenStates(model, blocks, wanted, keep="memory", limit=1e9, home=tmp_path / "h")
+    hidden = HiddenStates(TorchBackbone(model), blocks, wanted, keep="memory", limit=1e9, home=tmp_path / "h")
     found = evaluate(heads, hidden, LossSettings(distill=1.0 if final else 0.0))
     ids = torch.stack([blocks[i][0].ids for i in range(3)])
     logits, exits = model.logits(ids[:, :-1]), model.exit_logits(ids[:, :-1])

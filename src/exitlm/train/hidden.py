@@ -1,8 +1,8 @@
 """What the frozen backbone computes for each block of training data, and a bounded cache of it.
 
-One forward of the backbone gives every exit its input, and the final features where the objective needs them; no layer
-above the highest one asked for is run. A document piece is a pass of its own, so a result is a pure function of the
-block and the cache changes nothing but the time.
+One forward of the backbone (``backbone.py``) gives every exit its input, and the final features where the objective
+needs them; no layer above the highest one asked for is run. A document piece is a sequence of its own, so a result is a
+pure function of the block and the cache changes nothing but the time.
 
 Shapes: N positions of a block that count, D hidden_size, V vocab_size, k of the teacher's best ids.
 """
@@ -12,23 +12,18 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.layers import Tap
+from exitlm.train.backbone import Backbone, cut_tap, join_taps
 from exitlm.train.data import Blocks
-from exitlm.train.objective import Scratch, chunk_tokens
-from exitlm.train.precision import padding
 
-BEST = 16
-LENGTH_STEP = 64
 _TAP_FIELDS = ("hidden", "residual", "normed")
 
 
@@ -93,14 +88,13 @@ class HiddenStates:
     with :meth:`close`) or ``none``; at most ``limit`` bytes are kept, the rest is computed again."""
 
     def __init__(
-        self, model: EarlyExitModel, blocks: Blocks, wanted: Wanted, *, keep: str, limit: float, home: Path
+        self, backbone: Backbone, blocks: Blocks, wanted: Wanted, *, keep: str, limit: float, home: Path
     ) -> None:
-        self.model, self.blocks, self.wanted = model, blocks, wanted
+        self.backbone, self.blocks, self.wanted = backbone, blocks, wanted
         self.keep, self.limit, self.home = keep, limit, home
         self.held: dict[int, Row | Path] = {}
         self.bytes = 0
         self.computed = 0
-        self.scratch = Scratch(chunk_tokens(model.config.vocab_size), model.device)
         shutil.rmtree(home, ignore_errors=True)
 
     def __len__(self) -> int:
@@ -109,7 +103,7 @@ class HiddenStates:
     def row(self, index: int) -> Row:
         """The row of a block, from the cache or computed."""
         if (found := self.held.get(index)) is not None:
-            return found if isinstance(found, Row) else Row.from_tensors(load_file(found, str(self.model.device)))
+            return found if isinstance(found, Row) else Row.from_tensors(load_file(found, str(self.backbone.device)))
         row = self.compute(index)
         self.computed += 1
         size = row.nbytes()
@@ -140,67 +134,31 @@ class HiddenStates:
     @torch.no_grad()
     def compute(self, index: int) -> Row:
         """Run the backbone on one block."""
-        wanted, depth = self.wanted, self.model.config.num_hidden_layers
+        wanted, backbone, depth = self.wanted, self.backbone, self.backbone.depth
         layers = {*wanted.exits, *([depth] if wanted.final else [])}
         labels, counted, final = [], [], []
         taps: dict[int, list[Tap]] = {layer: [] for layer in wanted.exits}
-        for segment in self.blocks[index]:
-            ids = segment.ids.to(self.model.device)
-            stop = len(ids) - 1  # what is padded behind it has no effect on the positions before
-            inputs = F.pad(ids[:-1], (0, padding(stop, self.model.dtype, LENGTH_STEP)))
-            found = self.model.taps(inputs[None], layers)
-            labels.append(ids[1 + segment.first :])
-            counted.append(segment.targets)
+        pieces = self.blocks[index]
+        for piece, found in zip(pieces, backbone.taps([piece.ids[:-1] for piece in pieces], layers), strict=True):
+            labels.append(piece.ids[1 + piece.first :].to(backbone.device))
+            counted.append(piece.targets)
             if wanted.final:
-                final.append(self.model.final_features(found[depth].hidden[0, segment.first : stop]))
+                final.append(backbone.features(found[depth].hidden[0, piece.first :]))
             for layer in wanted.exits:
-                taps[layer].append(_cut(found[layer], 0 if layer in wanted.whole else segment.first, stop))
-        joined = {layer: many if layer in wanted.whole else [_join(many)] for layer, many in taps.items()}
+                first = 0 if layer in wanted.whole else piece.first
+                taps[layer].append(cut_tap(found[layer], first, len(piece.ids) - 1).map(torch.clone))
+        joined = {layer: many if layer in wanted.whole else [join_taps(many)] for layer, many in taps.items()}
         row = Row(torch.cat(labels), tuple(counted), joined, torch.cat(final) if final else None)
         if not wanted.teacher:
             return row
         assert row.final_ND is not None
-        weight = self.model.lm_head.weight
-        argmax, lse, best = teacher_summary(row.final_ND, weight, wanted.temperature, self.scratch)
-        return Row(row.labels_N, row.counted, row.taps, row.final_ND, argmax, lse, best)
-
-
-def teacher_summary(
-    final_ND: Tensor, weight_VD: Tensor, temperature: float, scratch: Scratch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The final head's argmax ``[N]``, log-sum-exp of logits / temperature ``[N]`` and best ids ``[N, k]``."""
-    wide = torch.promote_types(final_ND.dtype, torch.float32)
-    argmax, lse, best = [], [], []
-    count, vocab = len(final_ND), len(weight_VD)
-    rows = F.pad(final_ND, (0, 0, 0, padding(count, final_ND.dtype, scratch.chunk)))
-    for part in torch.split(rows, scratch.chunk):
-        logits = scratch.product("teacher", part, weight_VD, wide)
-        top = logits.topk(min(BEST, vocab), -1)
-        argmax.append(top.indices[:, 0])
-        best.append(top.indices)
-        p = torch.softmax(logits.div_(temperature), -1, out=scratch.get("p", len(part), vocab, wide))
-        lse.append(top.values[:, 0] / temperature - p.amax(-1).log())
-    return torch.cat(argmax)[:count].clone(), torch.cat(lse)[:count].clone(), torch.cat(best)[:count].clone()
-
-
-def _cut(tap: Tap, first: int, stop: int) -> Tap:
-    return tap.map(lambda tensor_BTD: tensor_BTD[:, first:stop].clone())
-
-
-def _join(taps: Sequence[Tap]) -> Tap:
-    if len(taps) == 1:
-        return taps[0]
-    residual, normed = ([t for tap in taps if (t := getattr(tap, name)) is not None] for name in _TAP_FIELDS[1:])
-    return Tap(
-        torch.cat([tap.hidden for tap in taps], 1),
-        torch.cat(residual, 1) if residual else None,
-        torch.cat(normed, 1) if normed else None,
-    )
+        found_N = backbone.teacher(row.final_ND, wanted.temperature)
+        return replace(row, argmax_N=found_N.argmax_N, lse_N=found_N.lse_N, best_Nk=found_N.best_Nk)
 
 
 def join_rows(rows: Sequence[Row], layer: int) -> Tap:
     """The tap of an exit without attention of its own for several rows, ``[1, sum of N, D]``."""
-    return _join([row.taps[layer][0] for row in rows])
+    return join_taps([row.taps[layer][0] for row in rows])
 
 
 def join_optional(tensors: Sequence[Tensor | None]) -> Tensor | None:

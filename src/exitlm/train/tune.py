@@ -19,11 +19,12 @@ import torch
 
 from exitlm.decode.kernels.packed import why_not_native
 from exitlm.errors import UserError
-from exitlm.model.exits import ExitConfig, check_layers
+from exitlm.model.exits import check_layers
 from exitlm.model.record import ExitRecord
 from exitlm.parallel.mesh import Launch
 from exitlm.progress import Progress, progress
 from exitlm.train import checkpoint as run_files
+from exitlm.train.backbone import TORCH, backbone_of
 from exitlm.train.corpus import Corpus, corpus_of_answers, corpus_of_files, open_tokens, self_tokens
 from exitlm.train.data import Blocks, TextTokenizer, Tokens
 from exitlm.train.exits import automatic_candidates, default_layers, exit_configs, needs_final
@@ -223,6 +224,12 @@ class _Run:
 
     def _tune(self, text: Corpus, tokens: Tokens) -> None:
         config = self.config
+        same = {"base_digest": self.opened.digest(), "data_digest": text.digest()}
+        found = run_files.newest(self.out)
+        if found is not None:
+            run_files.check_same(self.out, found.meta, same)
+        self.backbone = backbone_of(self.model, None if found is None else found.meta.get("backbone", TORCH))
+        self.meta: dict[str, Any] = {**same, "backbone": self.backbone.kernels}
         configs = exit_configs(config)
         largest = max(e.candidates for e in configs)
         candidate_ids = None
@@ -234,7 +241,7 @@ class _Run:
         hidden = self._hidden(text.train, "train", needs_final(config))
         held = self._hidden(text.validation, "held", not self.partly)
         try:
-            self._fit(text, configs, hidden, held)
+            self._fit(text, found, hidden, held)
         finally:
             hidden.close()
             held.close()
@@ -254,19 +261,16 @@ class _Run:
         again = name == "held" or repeats or (final and self._closed_form_layers())
         keep = t.hidden_cache if again else "none"
         limit = t.hidden_cache_gib * 2**30
-        return HiddenStates(self.model, blocks, wanted, keep=keep, limit=limit, home=self.out / ".hidden" / name)
+        return HiddenStates(self.backbone, blocks, wanted, keep=keep, limit=limit, home=self.out / ".hidden" / name)
 
     def _closed_form_layers(self) -> list[int]:
         return [layer for layer, head in self.heads.by_layer.items() if head.config.init == "closed_form"]
 
-    def _fit(self, text: Corpus, configs: list[ExitConfig], hidden: HiddenStates, held: HiddenStates) -> None:
+    def _fit(self, text: Corpus, found: run_files.Checkpoint | None, hidden: HiddenStates, held: HiddenStates) -> None:
         config, t, out = self.config, self.config.train, self.out
         trainer = Trainer(config, self.heads, hidden, text.order)
-        same = {"base_digest": self.opened.digest(), "data_digest": text.digest()}
-        found = run_files.newest(out)
         before = 0.0
         if found is not None:
-            run_files.check_same(out, found.meta, same)
             trainer.restore(found.tensors, found.step)
             self.saved = found.step
             before = float(found.meta["seconds"])
@@ -274,7 +278,6 @@ class _Run:
                 _say(f"going on from step {found.step} of {t.steps} in {out}")
         else:
             self._solve(hidden, text.order)
-        self.meta: dict[str, Any] = dict(same)
         if found is None:
             self._save(trainer, before)
         trackers = open_trackers(out, config, trainer.done)
@@ -296,7 +299,7 @@ class _Run:
         if not hidden.wanted.final:  # only this needs the layers above the deepest exit
             wanted = replace(hidden.wanted, final=True)
             home = self.out / ".hidden" / "closed-form"
-            hidden = HiddenStates(self.model, hidden.blocks, wanted, keep="none", limit=0.0, home=home)
+            hidden = HiddenStates(self.backbone, hidden.blocks, wanted, keep="none", limit=0.0, home=home)
         total = min(CLOSED_FORM_TOKENS, hidden.blocks.total_targets())
         with progress("lenses in closed form", total) as bar:
 
@@ -387,6 +390,7 @@ class _Run:
             "seconds": round(before + time.perf_counter() - self.started, 1),
             "data_digest": text.digest(),
             "base_digest": self.opened.digest(),
+            "backbone": self.backbone.kernels,
             "versions": versions(),
         }  # fmt: skip
         save_adapter(self.out, self.model, training=training)

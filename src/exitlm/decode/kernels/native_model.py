@@ -337,7 +337,7 @@ class NativeModel:
         self.embedding = model.model.embed_tokens.weight.detach()
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=self.embedding.dtype, device="cpu"))
         self._parts = parts = _Parts(model, source, digits, store or Packer())
-        L = config.num_hidden_layers
+        L = len(model.model.layers)  # from the first on; those above may be absent
         self.layers = (abi.Layer * L)(*(parts.layer(model.model.layers[str(i)], i) for i in range(L)))
         self.output = parts.linear(model.lm_head)
         self.final = NativeHead(self, parts, None)

@@ -105,7 +105,8 @@ class KeptMatrices:
         self._held: dict[str, Packed] = {}
         self._pack = Packer()
         backbone = [(name, each) for name, each in model.named_parameters() if not name.startswith("exits.")]
-        if model.checkpoint is None or any(count_of_changes(each) for _, each in backbone):
+        whole = len(model.model.layers) == model.config.num_hidden_layers
+        if model.checkpoint is None or not whole or any(count_of_changes(each) for _, each in backbone):
             return
         content, of = model.checkpoint.digest(), "" if model.checkpoint.source is None else "-gguf"
         self._path = cache_directory() / "packed" / f"{content[:20]}{of}-{quant}-{packfile.LAYOUT}.bin"
