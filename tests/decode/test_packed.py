@@ -61,7 +61,7 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def packed(model: EarlyExitModel, quant: str = "auto") -> NativeModel:
-    found = packed_model(model, quant, "auto", EngineConfig())
+    found = packed_model(model, quant, "auto", EngineConfig(kv_dtype="float32"))  # so that weights alone differ
     assert isinstance(found, NativeModel)
     return found
 
