@@ -16,7 +16,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from exitlm.decode.sampling.grammar import (
     CACHE_BYTES,
-    MAX_WHITESPACE,
     GrammarCompiler,
     GrammarState,
     ResponseFormat,
@@ -25,12 +24,11 @@ from exitlm.decode.sampling.grammar import (
     pack_ids,
     packed_words,
     pick_mask,
-    plain_schema,
     read_response_format,
     token_bytes,
     unpack_mask,
-    warn_of_unenforced,
 )
+from exitlm.decode.sampling.schemas import MAX_WHITESPACE, plain_schema, warn_of_unenforced
 from exitlm.errors import UserError
 
 END, START, VOCAB = 0, 1, 430  # ids of <end> and <start>; the vocabulary is larger than the tokenizer's

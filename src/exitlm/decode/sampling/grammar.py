@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exitlm.decode.sampling.schemas import MAX_WHITESPACE, plain_schema, schemas_of, tag_source, warn_of_unenforced
 from exitlm.errors import UserError, nearest, short
 from exitlm.values import elements, flag, wholes, wrong
 
 if TYPE_CHECKING:
     import xgrammar
 
-MAX_WHITESPACE = 20  # characters in one gap of a JSON text: a small model may write blanks for ever
 CACHE_BYTES = 256 * 2**20  # of compiled grammars; a large schema takes a few MiB
 CONTEXT = 4  # tokens before a forced text that are encoded with it
 # xgrammar 0.2 lets surrogates through as if they were characters; UTF-8 has none.
@@ -47,29 +46,22 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "choice": ("choice",),
     "grammar": ("grammar",),
 }
+# A structural tag of xgrammar: fixed texts with JSON between them. Programs make it (forced calls), no request does.
+TAGGED = "structural_tag"
 SCHEMA_KEYS = ("schema", "strict", "name", "description")
 JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 # A mapping without a "type" is a JSON schema if it has one of these.
 SCHEMA_MARKS = ("$schema", "$ref", "$defs", "properties", "items", "anyOf", "oneOf", "allOf", "enum", "const")
-# Where a JSON schema holds further ones: by name, in a list, or alone.
-NAMED = ("properties", "patternProperties", "$defs", "definitions")
-LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
-ALONE = ("items", "additionalProperties", "propertyNames")
-# Keywords that xgrammar 0.2 reads over, or takes one part of.
-UNENFORCED = (
-    *("not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains"),
-    *("dependentRequired", "dependentSchemas"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseFormat:
-    """What a text must look like. ``kind`` is one of :data:`FORMATS`, but not ``text``.
+    """What a text must look like. ``kind`` is one of :data:`FORMATS`, but not ``text``, or :data:`TAGGED`.
 
-    ``source``: the JSON schema as JSON text, the regular expression, or the EBNF. ``choices``: the texts to choose
-    from. ``strict``: objects have no properties beyond those that the schema lists. ``any_whitespace``: up to
-    ``MAX_WHITESPACE`` blanks and line breaks wherever JSON allows them; without it the text is laid out like
-    ``json.dumps`` does, so that far more of it is forced.
+    ``source``: the JSON schema as JSON text, the regular expression, the EBNF, or the structural tag as JSON text.
+    ``choices``: the texts to choose from. ``strict``: objects have no properties beyond those that the schema lists.
+    ``any_whitespace``: up to ``MAX_WHITESPACE`` blanks and line breaks wherever JSON allows them; without it the text
+    is laid out like ``json.dumps`` does, so that far more of it is forced.
     """
 
     kind: str
@@ -231,6 +223,11 @@ class GrammarCompiler:
                         max_whitespace_cnt=MAX_WHITESPACE if wanted.any_whitespace else None,
                         strict_mode=False,
                     )
+                case "structural_tag":
+                    for schema in schemas_of(json.loads(wanted.source)):
+                        warn_of_unenforced(schema)
+                    source = tag_source(wanted.source, closed=wanted.strict, any_whitespace=wanted.any_whitespace)
+                    return self._compiler.compile_structural_tag(source)
                 case "regex":
                     return self._compiler.compile_regex(wanted.source)
                 case "choice":
@@ -248,7 +245,7 @@ class GrammarCompiler:
             raise UserError("response_format needs a token that ends the text, but there is none; give stop_token_ids")
         import xgrammar
 
-        alphabet = self._json_texts if wanted.kind == "json_schema" else self._texts
+        alphabet = self._json_texts if wanted.kind in ("json_schema", TAGGED) else self._texts
         return GrammarState(xgrammar.GrammarMatcher(self.compile(wanted)), self, alphabet, stops)
 
 
@@ -286,63 +283,6 @@ def choice_ebnf(choices: Sequence[str]) -> str:
     """A grammar of fixed texts, with everything but letters and digits of ASCII escaped."""
     escaped = ("".join(c if c.isascii() and c.isalnum() else f"\\U{ord(c):08X}" for c in choice) for choice in choices)
     return "root ::= " + " | ".join(f'"{choice}"' for choice in escaped)
-
-
-def _subschemas(schema: Mapping[str, Any]) -> Iterator[Any]:
-    """The schemas directly inside of ``schema``."""
-    for key, value in schema.items():
-        if key in NAMED and isinstance(value, Mapping):
-            yield from value.values()
-        elif key in LISTED and isinstance(value, list):
-            yield from value
-        elif key in ALONE:
-            yield value
-
-
-def plain_schema(schema: Any, *, closed: bool) -> Any:
-    """``schema`` as xgrammar reads it right.
-
-    A required property that is not listed is listed: xgrammar would not demand it. ``closed``: an object that lists
-    properties and says nothing of others has no others. (xgrammar's strict mode also empties objects and arrays that
-    list nothing.)
-    """
-    if not isinstance(schema, Mapping):
-        return schema
-    plain: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in NAMED and isinstance(value, Mapping):
-            plain[key] = {name: plain_schema(one, closed=closed) for name, one in value.items()}
-        elif key in LISTED and isinstance(value, list):
-            plain[key] = [plain_schema(one, closed=closed) for one in value]
-        else:
-            plain[key] = plain_schema(value, closed=closed) if key in ALONE else value
-    required, listed = plain.get("required"), plain.get("properties", {})
-    if isinstance(required, list) and isinstance(listed, Mapping) and plain.get("additionalProperties") is not False:
-        others = plain.get("additionalProperties", {})
-        missing = {name: others for name in required if isinstance(name, str) and name not in listed}
-        if missing:
-            plain["properties"] = {**listed, **missing}
-    says = ("additionalProperties", "patternProperties", "unevaluatedProperties")
-    if closed and "properties" in schema and not any(key in schema for key in says):
-        plain["additionalProperties"] = False
-    return plain
-
-
-def warn_of_unenforced(schema: Any) -> None:
-    """Warn of the keywords of a JSON schema that no mask enforces."""
-    if found := sorted(_unenforced(schema)):
-        warnings.warn(f"the grammar of response_format doesn't enforce {', '.join(found)} of its schema", stacklevel=4)
-
-
-def _unenforced(schema: Any) -> set[str]:
-    if not isinstance(schema, Mapping):
-        return set()
-    found = {key for key in UNENFORCED if key in schema}
-    if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
-        found.add("allOf")
-    for inner in _subschemas(schema):
-        found |= _unenforced(inner)
-    return found
 
 
 # ---- matching

@@ -1,7 +1,8 @@
 """Calls as Mistral's models write them, in two forms.
 
 The newer one is ``[TOOL_CALLS]name[ARGS]{...}``, once for each call; an id may stand between (``[CALL_ID]``) and is
-read over. The older one is ``[TOOL_CALLS]`` and a list of objects ``{"name": ..., "arguments": {...}}``.
+read over, and ``[ARGS]`` may be missing. The older one is ``[TOOL_CALLS]`` and a list of objects
+``{"name": ..., "arguments": {...}}``.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class MistralParser(Parser):
         if begun:
             end = end_of(_WORD, self._text, end + len(_ID))
         there = self._expect(_ARGUMENTS, end)
-        if name and there:
-            self._hold(end + len(_ARGUMENTS))
+        if name and (there or self._text.startswith("{", end)):
+            self._hold(end + len(_ARGUMENTS) if there else end)
             self._begin(BareArguments(name))
         elif name and (there is None or begun is None):
             return False

@@ -28,15 +28,13 @@ class Tool:
     """A function that the model may call. ``parameters``: the JSON schema of its arguments, which is one of objects."""
 
     name: str
-    description: str | None = None
+    description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
 
     def definition(self) -> dict[str, Any]:
-        """The tool in the shape that chat templates take."""
-        function: dict[str, Any] = {"name": self.name}
-        if self.description is not None:
-            function["description"] = self.description
-        return {"type": "function", "function": {**function, "parameters": dict(self.parameters)}}
+        """The tool in the shape that chat templates take, which often need all three fields."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +124,17 @@ def _read_tool(item: Any, where: str) -> Tool:
     name, description, parameters = (function.get(key) for key in ("name", "description", "parameters"))
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise wrong(f"{where}.name", name, "1 to 64 letters, digits, '_', '-' and '.'")
-    if description is not None and not isinstance(description, str):
+    if not isinstance(description, str | None):
         raise wrong(f"{where}.description", description, "a text")
     if parameters is None:
-        return Tool(name, description)
-    return Tool(name, description, _read_parameters(parameters, f"{where}.parameters"))
+        tool = Tool(name, description or "")
+    else:
+        tool = Tool(name, description or "", _read_parameters(parameters, f"{where}.parameters"))
+    try:
+        json.dumps(tool.definition(), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} is not valid UTF-8 text; give it in that encoding") from None
+    return tool
 
 
 def _read_parameters(value: Any, where: str) -> Mapping[str, Any]:

@@ -1,8 +1,8 @@
 """A conversation with tools in the shape that a chat template takes.
 
-Requests follow OpenAI: arguments are a JSON text, ids are free, an answer may hold several calls. Templates differ: most
-want arguments as a mapping, Mistral's wants ids of nine characters, Llama's one call a message, and a template that
-knows of no tools wants plain text.
+Requests follow OpenAI: arguments are a JSON text, ids are free, an answer may hold several calls. Templates differ:
+most want arguments as a mapping, Mistral's wants ids of nine characters, Llama's one call a message, and a template
+that knows of no tools wants plain text.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ def template_of(tokenizer: Any) -> str | None:
 def render(format: Format, messages: Sequence[Any], tools: Sequence[Tool] = ()) -> Rendered:
     """``messages`` (OpenAI's, as mappings) and the ``tools`` of an offer, as the template of ``format`` takes them.
 
-    Content may be a text, None, or a list of parts that are texts. The role developer becomes system. What templates
-    don't read (``refusal``, ``name``, ...) is left out.
+    Content may be a text, None, or a list of parts that are texts. The role developer becomes system. Results get the
+    name of the tool that was called. What templates don't read (``refusal``, ...) is left out.
 
     Raises:
         UserError: the message, by its number from 1, and what is wrong with it.
     """
     read = [_read_message(item, f"message {number}", format) for number, item in enumerate(messages, 1)]
+    _name_results(read)
     if not format.takes_tools:
         return Rendered(_described(format, read, tools), None)
     if format.single_calls:
@@ -131,6 +132,15 @@ def _utf8(text: str, name: str) -> str:
     except UnicodeEncodeError:
         raise UserError(f"{name} is not valid UTF-8 text; give it in that encoding") from None
     return text
+
+
+def _name_results(messages: list[dict[str, Any]]) -> None:
+    """Put the names of the tools that were called into the messages of their results: some templates show them."""
+    names: dict[str, str] = {}
+    for message in messages:
+        names.update({call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())})
+        if message["role"] == "tool" and message["tool_call_id"] in names:
+            message["name"] = names[message["tool_call_id"]]
 
 
 # ---- templates that take less
