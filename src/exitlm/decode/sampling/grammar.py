@@ -235,7 +235,10 @@ class GrammarCompiler:
                 case _:
                     return self._compiler.compile_grammar(wanted.source)
         except (RuntimeError, ValueError, TypeError) as error:  # RecursionError is a RuntimeError
-            raise UserError(f"response_format of type '{wanted.kind}' can't be used: {_reason(error)}") from error
+            what = (
+                "the parameters of the tools" if wanted.kind == TAGGED else f"response_format of type '{wanted.kind}'"
+            )
+            raise UserError(f"{what} can't be used: {_reason(error)}") from error
 
     def state(self, wanted: ResponseFormat, stop_token_ids: Sequence[int] = ()) -> GrammarState:
         """The state of a new sequence, whose own ``stop_token_ids`` end it as well once the grammar is complete."""

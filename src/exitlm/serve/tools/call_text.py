@@ -98,9 +98,10 @@ class CallObject(CallText):
             begin = at
             if self._value is None:
                 at = end_of(BLANKS, text, at)
-                if at < len(text):
-                    at += self._structure(text[at])
                 self.raw += text[begin:at]
+                if at < len(text) and self._structure(text[at]):
+                    self.raw += text[at]
+                    at += 1
             else:
                 at = self._value.feed(text, at)
                 self._keep(text[begin:at])
@@ -112,8 +113,8 @@ class CallObject(CallText):
             self.raw = ""
         return at
 
-    def _structure(self, char: str) -> int:
-        """Take a character between keys and values; 1 if it is used up, 0 if it begins one or breaks the call."""
+    def _structure(self, char: str) -> bool:
+        """Take a character between keys and values; False if it is not used up: it begins one, or breaks the call."""
         place = self._place
         if place is _Place.BRACE and char == "{":
             self._place = _Place.KEY
@@ -132,11 +133,11 @@ class CallObject(CallText):
                 self._seen = True
                 if self.name:
                     self._start()
-            return 0
+            return False
         else:
             self.status = Status.BROKEN
-            return 0
-        return 1
+            return False
+        return True
 
     def _may_begin(self, char: str) -> bool:
         """Whether a key, or the value of the key, may begin with ``char``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from exitlm.serve.tools.call_text import CallObject
+from exitlm.serve.tools.json_value import BLANKS, end_of
 from exitlm.serve.tools.parser import Parser
 
 
@@ -19,13 +20,21 @@ class LlamaParser(Parser):
     markers = (opener,)
 
     def _first_state(self) -> Callable[[], bool]:
-        return self._untagged
+        return self._start
 
     def _layout_states(self) -> tuple[Callable[[], bool], ...]:
         return (*super()._layout_states(), self._separated)
 
     def _opened(self) -> bool:
         return self._object_next()
+
+    def _start(self) -> bool:
+        """At the start of the answer."""
+        begin = end_of(BLANKS, self._text, self._at)
+        if begin == len(self._text):
+            return False
+        self._state = self._untagged if self._text[begin] == "{" else self._in_text
+        return True
 
     def _untagged(self) -> bool:
         """Where a call may come without a tag."""

@@ -14,7 +14,7 @@ from exitlm.serve.tools.json_value import end_of
 from exitlm.serve.tools.parser import Parser
 
 _ID, _ARGUMENTS = "[CALL_ID]", "[ARGS]"
-_WORD = re.compile(r"[^\s\[\]{}\"'<>,;]*")
+_WORD = re.compile(r"[^\s\[\]{}\"'<>,;]{0,256}")
 
 
 class MistralParser(Parser):

@@ -59,7 +59,8 @@ class Parser(ABC):
         rest = self.feed("")
         self._ended = True
         if not self.finished and self._state not in self._layout_states():
-            raw = "" if self._call is None else self._call.raw
+            call = self._call
+            raw = "" if call is None or (call.started and not call.raw.strip(_BLANKS)) else call.raw
             self._say(self._held + raw + self._text[self._at :])
         return merge([*rest, *self._taken()])
 
