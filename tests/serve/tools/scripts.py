@@ -10,7 +10,7 @@ from typing import Any
 
 from exitlm.decode.text import TextStream
 from exitlm.serve.tools.deltas import Answer
-from exitlm.serve.tools.formats import Format, detect, marker_ids
+from exitlm.serve.tools.formats import HERMES, LLAMA, MISTRAL, MISTRAL_LIST, Format, detect, marker_ids
 from tests.serve.tools.templates import CHATML, HERMES_2, LLAMA_3, MISTRAL_3, MISTRAL_13, QWEN, tokenizer_of
 from tests.serve.tools.test_parsers import CASES
 
@@ -41,12 +41,9 @@ class Script:
 
 
 _TEMPLATES = {
-    "hermes": (QWEN, HERMES_2, CHATML),
-    "llama": (LLAMA_3,),
-    "mistral": (MISTRAL_13,),
-    "mistral_list": (MISTRAL_3,),
-}
-SCRIPTS = [Script(template, text, answer) for format, text, answer in CASES for template in _TEMPLATES[format.name]]
+    HERMES: (QWEN, HERMES_2, CHATML), LLAMA: (LLAMA_3,), MISTRAL: (MISTRAL_13,), MISTRAL_LIST: (MISTRAL_3,),
+}  # fmt: skip
+SCRIPTS = [Script(template, text, answer) for format, text, answer in CASES for template in _TEMPLATES[format]]
 
 
 def pieces(format: Format, tokenizer: Any, ids: Sequence[int]) -> list[str]:

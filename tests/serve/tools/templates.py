@@ -171,14 +171,17 @@ ENDS = {"qwen": "<|im_end|>", "smollm": "<|im_end|>", "llama": "<|eot_id|>", "mi
 FAMILIES = {
     QWEN: "qwen", HERMES_2: "qwen", CHATML: "smollm", LLAMA_3: "llama", MISTRAL_3: "mistral", MISTRAL_13: "mistral",
 }  # fmt: skip
+# The token of each byte: as in GPT-2, bytes that print stand for themselves and the others for letters from 256 on.
+_PRINT = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINT]
+LETTERS = {byte: chr(byte if byte in _PRINT else 256 + _OTHERS.index(byte)) for byte in range(256)}
 
 
 @functools.cache
 def tokenizer_of(template: str) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer of one token a byte (ids below 256), the family's added tokens, and its template."""
     family = FAMILIES[template]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    core = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in LETTERS.items()}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL[family]])

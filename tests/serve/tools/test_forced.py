@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from exitlm.decode.sampling.grammar import GrammarCompiler, ResponseFormat
 from exitlm.errors import UserError
 from exitlm.serve.tools.deltas import collect
-from exitlm.serve.tools.formats import HERMES, LLAMA, MISTRAL, MISTRAL_LIST, Format
+from exitlm.serve.tools.formats import HERMES, LLAMA, MISTRAL, MISTRAL_LIST, Format, detect
 from exitlm.serve.tools.layout import MAX_CALLS
 from exitlm.serve.tools.offer import Tool, read_offer
 from tests.decode.test_grammar import END, byte_level, fits, make_compiler, random_schema, write
-from tests.serve.tools.answers import SEARCH, TOOLS, WRITTEN, cut, many, read, some_arguments
+from tests.serve.tools.answers import SEARCH, TOOLS, WRITTEN, cut, deltas_of, many, read, some_arguments
+from tests.serve.tools.scripts import pieces
+from tests.serve.tools.templates import FAMILIES, LETTERS, tokenizer_of
 
 xgrammar = pytest.importorskip("xgrammar", reason="xgrammar is not installed: pip install 'exitlm[grammar]'")
 
@@ -170,6 +172,26 @@ def test_keywords_that_are_not_enforced_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiler().compile(MISTRAL_LIST.grammar(TOOLS))
+
+
+@pytest.mark.parametrize("template", FAMILIES, ids=FAMILIES.values())
+@pytest.mark.parametrize("spelled_out", [False, True])
+def test_markers_may_be_tokens_or_letters(template: str, spelled_out: bool) -> None:
+    """Where markers are special tokens, the model may write those; the parser gets the same text."""
+    tokenizer, format = tokenizer_of(template), detect(template)
+    end = tokenizer.eos_token_id
+    calls: list[tuple[str, Any]] = [("set", {"on": True, "mode": "naïve"}), ("reset", {})]
+    text = format.write(calls)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if spelled_out:
+        ids = tokenizer.convert_tokens_to_ids([LETTERS[byte] for byte in text.encode()])
+    state = GrammarCompiler(tokenizer, len(tokenizer), [end]).state(format.grammar(SWITCHES))
+    for token in ids:
+        state.advance(token)
+    assert state.complete
+    found = collect(deltas_of(format, pieces(format, tokenizer, [*ids, end]), names=SCHEMAS))
+    assert found.text == ""
+    assert [(call.name, json.loads(call.arguments)) for call in found.calls] == calls
 
 
 def test_end_and_tokens_of_the_compiler() -> None:

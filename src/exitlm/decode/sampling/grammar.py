@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +62,8 @@ class ResponseFormat:
     ``source``: the JSON schema as JSON text, the regular expression, the EBNF, or the structural tag as JSON text.
     ``choices``: the texts to choose from. ``strict``: objects have no properties beyond those that the schema lists.
     ``any_whitespace``: up to ``MAX_WHITESPACE`` blanks and line breaks wherever JSON allows them; without it the text
-    is laid out like ``json.dumps`` does, so that far more of it is forced.
+    is laid out like ``json.dumps`` does, so that far more of it is forced. ``special``: special tokens that may stand
+    for their names in the text; whoever reads it has to put the names there, for decoding skips them.
     """
 
     kind: str
@@ -69,6 +71,7 @@ class ResponseFormat:
     choices: tuple[str, ...] = ()
     strict: bool = True
     any_whitespace: bool = True
+    special: tuple[str, ...] = ()
 
 
 def read_response_format(value: Any) -> ResponseFormat | None:
@@ -182,6 +185,22 @@ class Alphabet:
         return self._after_first_W if before.endswith(FIRST_OF_SURROGATE) else self._usable_W
 
 
+class Spelling:
+    """What each of V tokens spells, and the part of xgrammar that compiles grammars for that."""
+
+    def __init__(self, words: list[bytes]) -> None:
+        """``words``: the bytes of each token, none where it spells nothing."""
+        import xgrammar
+
+        self.words = words
+        self.texts, self.json_texts = (Alphabet(words, forbidden) for forbidden in (NO_TEXT, NO_JSON))
+        # The state handles stop tokens itself, so that a stop id that is text too can stay text.
+        info = xgrammar.TokenizerInfo(words, xgrammar.VocabType.RAW, vocab_size=len(words), stop_token_ids=[])
+        self.compiler = xgrammar.GrammarCompiler(
+            info, max_threads=torch.get_num_threads(), cache_limit_bytes=CACHE_BYTES
+        )
+
+
 class GrammarCompiler:
     """Compiles response formats for one tokenizer and keeps the results, least recently used out first.
 
@@ -194,30 +213,37 @@ class GrammarCompiler:
 
         A ``UserError`` if xgrammar is missing, or if the tokens' bytes can't be read from the tokenizer.
         """
-        try:
-            import xgrammar
-        except ImportError:
-            raise UserError("response_format needs xgrammar; install it with: pip install 'exitlm[grammar]'") from None
+        if find_spec("xgrammar") is None:
+            raise UserError("response_format needs xgrammar; install it with: pip install 'exitlm[grammar]'")
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.stop_token_ids = frozenset(stop_token_ids)
         self.token_bytes = token_bytes(tokenizer, vocab_size)
-        self._texts, self._json_texts = (Alphabet(self.token_bytes, forbidden) for forbidden in (NO_TEXT, NO_JSON))
-        # The state handles stop tokens itself, so that a stop id that is text too can stay text.
-        info = xgrammar.TokenizerInfo(
-            self.token_bytes, xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=[]
+        self._spellings: dict[tuple[int, ...], Spelling] = {(): Spelling(self.token_bytes)}
+
+    def _spelling(self, special: Collection[str]) -> Spelling:
+        """The tokens, of which the ``special`` ones spell their names."""
+        if not special:
+            return self._spellings[()]
+        added = self.tokenizer.added_tokens_decoder.items()
+        ids = tuple(
+            index for index, token in added if token.special and index < self.vocab_size and str(token) in special
         )
-        self._compiler = xgrammar.GrammarCompiler(
-            info, max_threads=torch.get_num_threads(), cache_limit_bytes=CACHE_BYTES
-        )
+        if ids not in self._spellings:
+            words = list(self.token_bytes)
+            for index in ids:
+                words[index] = str(self.tokenizer.added_tokens_decoder[index]).encode()
+            self._spellings[ids] = Spelling(words)
+        return self._spellings[ids]
 
     def compile(self, wanted: ResponseFormat) -> xgrammar.CompiledGrammar:
         """The compiled grammar; a ``UserError`` with xgrammar's reason where it refuses one."""
+        compiler = self._spelling(wanted.special).compiler
         try:
             match wanted.kind:
                 case "json_schema":
                     schema = json.loads(wanted.source)
                     warn_of_unenforced(schema)
-                    return self._compiler.compile_json_schema(
+                    return compiler.compile_json_schema(
                         json.dumps(plain_schema(schema, closed=wanted.strict)),
                         any_whitespace=wanted.any_whitespace,
                         max_whitespace_cnt=MAX_WHITESPACE if wanted.any_whitespace else None,
@@ -227,13 +253,13 @@ class GrammarCompiler:
                     for schema in schemas_of(json.loads(wanted.source)):
                         warn_of_unenforced(schema)
                     source = tag_source(wanted.source, closed=wanted.strict, any_whitespace=wanted.any_whitespace)
-                    return self._compiler.compile_structural_tag(source)
+                    return compiler.compile_structural_tag(source)
                 case "regex":
-                    return self._compiler.compile_regex(wanted.source)
+                    return compiler.compile_regex(wanted.source)
                 case "choice":
-                    return self._compiler.compile_grammar(choice_ebnf(wanted.choices))
+                    return compiler.compile_grammar(choice_ebnf(wanted.choices))
                 case _:
-                    return self._compiler.compile_grammar(wanted.source)
+                    return compiler.compile_grammar(wanted.source)
         except (RuntimeError, ValueError, TypeError) as error:  # RecursionError is a RuntimeError
             what = (
                 "the parameters of the tools" if wanted.kind == TAGGED else f"response_format of type '{wanted.kind}'"
@@ -248,8 +274,10 @@ class GrammarCompiler:
             raise UserError("response_format needs a token that ends the text, but there is none; give stop_token_ids")
         import xgrammar
 
-        alphabet = self._json_texts if wanted.kind in ("json_schema", TAGGED) else self._texts
-        return GrammarState(xgrammar.GrammarMatcher(self.compile(wanted)), self, alphabet, stops)
+        spelling = self._spelling(wanted.special)
+        alphabet = spelling.json_texts if wanted.kind in ("json_schema", TAGGED) else spelling.texts
+        matcher = xgrammar.GrammarMatcher(self.compile(wanted))
+        return GrammarState(matcher, self.tokenizer, spelling.words, alphabet, stops)
 
 
 def _reason(error: Exception) -> str:
@@ -296,11 +324,18 @@ class GrammarState:
     :meth:`rollback`. Not thread-safe: it belongs to its sequence."""
 
     def __init__(
-        self, matcher: xgrammar.GrammarMatcher, compiler: GrammarCompiler, alphabet: Alphabet, stops: frozenset[int]
+        self,
+        matcher: xgrammar.GrammarMatcher,
+        tokenizer: Any,
+        words: list[bytes],
+        alphabet: Alphabet,
+        stops: frozenset[int],
     ) -> None:
-        """Made by :meth:`GrammarCompiler.state`. ``stops``: the ids that end the sequence, all below V."""
-        self._matcher, self._compiler, self._alphabet, self._stops = matcher, compiler, alphabet, stops
-        self.vocab_size = compiler.vocab_size
+        """Made by :meth:`GrammarCompiler.state`. ``words``: the bytes of each of V tokens; ``stops``: the ids that end
+        the sequence, all below V."""
+        self._matcher, self._tokenizer, self._words = matcher, tokenizer, words
+        self._alphabet, self._stops = alphabet, stops
+        self.vocab_size = len(words)
         self.ids: list[int] = []
         self._ended = 0  # stop tokens at the end of ids
         self._stops_W = pack_ids(sorted(stops), self.vocab_size)
@@ -318,7 +353,7 @@ class GrammarState:
     @property
     def _last(self) -> bytes:
         """The bytes of the newest token."""
-        return self._compiler.token_bytes[self.ids[-1]] if self.ids else b""
+        return self._words[self.ids[-1]] if self.ids else b""
 
     def _grammar_mask(self) -> Tensor:
         """Packed ``[W]``, without stop tokens."""
@@ -410,9 +445,9 @@ class GrammarState:
 
     def _encoded(self, text: str) -> list[int]:
         """``text`` in the tokens that follow the last ones, or nothing if the tokenizer would cut those otherwise."""
-        spelled = self._compiler.token_bytes
+        spelled = self._words
         context = _tail([spelled[token] for token in self.ids[-CONTEXT:]])
-        found = self._compiler.tokenizer.encode(context + text, add_special_tokens=False)
+        found = self._tokenizer.encode(context + text, add_special_tokens=False)
         # Its tokens up to where the text begins; some tokenizers put a space in front of everything.
         left = sum(len(spelled[token]) for token in found) - len(text.encode())
         while left > 0 and found:

@@ -58,7 +58,8 @@ class Format:
 
         ``parallel``: False for exactly one call. :meth:`parser` reads all that this accepts as calls without text.
         """
-        return self.layout.grammar([tool for tool in tools if name in (None, tool.name)], parallel=parallel)
+        called = [tool for tool in tools if name in (None, tool.name)]
+        return self.layout.grammar(called, parallel=parallel, special=self.markers)
 
     def write(self, calls: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
         """The text of ``calls``, each a name and its arguments, as the grammar lays them out."""

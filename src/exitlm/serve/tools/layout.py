@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exitlm.decode.sampling.grammar import ResponseFormat
+from exitlm.decode.sampling.grammar import TAGGED, ResponseFormat
 from exitlm.serve.tools.offer import Tool
 
 MAX_CALLS = 32  # forced in one answer: a small model may call for ever
@@ -42,10 +42,11 @@ class Layout:
         said = json.dumps(name, ensure_ascii=False) if self.quoted else name
         return f"{self.before_name}{said}{self.before_arguments}"
 
-    def grammar(self, tools: Sequence[Tool], *, parallel: bool) -> ResponseFormat:
+    def grammar(self, tools: Sequence[Tool], *, parallel: bool, special: tuple[str, ...]) -> ResponseFormat:
         """What accepts calls of ``tools`` and nothing else: exactly one, or up to :data:`MAX_CALLS` if ``parallel``.
 
-        Arguments are of the schema of their tool, without properties that it doesn't list.
+        Arguments are of the schema of their tool, without properties that it doesn't list. ``special``: the markers
+        that may come as special tokens.
         """
         assert tools
         call = _either(
@@ -56,7 +57,7 @@ class Layout:
             more = _sequence([_fixed(self.separator), call])
             calls.append({"type": "repeat", "min": 0, "max": MAX_CALLS - 1, "content": more})
         wanted = _sequence([_fixed(self.opening), *calls, _fixed(self.closing)])
-        return ResponseFormat(kind="structural_tag", source=json.dumps(wanted), any_whitespace=False)
+        return ResponseFormat(kind=TAGGED, source=json.dumps(wanted), any_whitespace=False, special=special)
 
 
 def _fixed(text: str) -> dict[str, Any]:
