@@ -546,6 +546,16 @@ def tag(*elements: dict[str, Any], **settings: Any) -> ResponseFormat:
 
 
 ANY = {"type": "object"}
+TREE = {
+    "$ref": "#/$defs/node",
+    "$defs": {"node": {"type": "object", "properties": {
+        "naïve": {"$ref": "#/$defs/node"}, "日": {"prefixItems": [{"type": "string"}, {"type": "integer"}]},
+    }}},
+}  # fmt: skip
+DATES = {
+    "type": "object",
+    "properties": {"day": {"type": "string", "format": "date"}, "code": {"type": "string", "pattern": r'^[a-c]\\"\d$'}},
+}
 
 
 @pytest.mark.parametrize(
@@ -560,6 +570,15 @@ ANY = {"type": "object"}
         (PERSON, {}, '{"name": "a\tb", "age": 1}', False),
         (ANY, {"any_whitespace": False}, '{"a": [1, {}]}', True),
         ({**ANY, "required": ["a"]}, {}, '{"b": 1}', False),
+        (TREE, {}, '{"naïve": {"naïve": {}, "日": ["x", 1]}}', True),
+        (TREE, {}, '{"naïve": {"naïve": {}, "日": [1, "x"]}}', False),
+        (DATES, {}, '{"day": "2024-02-03", "code": "a\\"7"}', True),
+        (DATES, {}, '{"day": "2024-02-03", "code": "a\\"x"}', False),
+        (DATES, {}, '{"day": "soon"}', False),
+        ({**ANY, "patternProperties": {"^x_[0-9]$": {"type": "null"}}}, {}, '{"x_1": null}', True),
+        ({**ANY, "patternProperties": {"^x_[0-9]$": {"type": "null"}}}, {}, '{"x_1": 1}', False),
+        ({"oneOf": [{"const": "é"}, {"type": "number", "maximum": 2.5}]}, {}, '"é"', True),
+        ({"oneOf": [{"const": "é"}, {"type": "number", "maximum": 2.5}]}, {}, "7", False),
     ],
 )
 def test_the_json_in_a_tag(

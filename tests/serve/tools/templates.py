@@ -9,6 +9,8 @@ from typing import Any
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from exitlm.weights.checkpoint import chat_text
+
 # Qwen 2.5 and later: ChatML, tools in the system's message, results in the user's.
 QWEN = """
 {%- if tools %}
@@ -193,6 +195,4 @@ def tokenizer_of(template: str) -> transformers.PreTrainedTokenizerFast:
 
 def prompt(template: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
     """The text of a conversation, up to where the answer begins."""
-    said = tokenizer_of(template).apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-    assert isinstance(said, str)
-    return said
+    return chat_text(tokenizer_of(template), messages, answer=True, remedy="give others", tools=tools)

@@ -26,6 +26,8 @@ from tests.serve.tools.templates import CHATML, HERMES_2, LLAMA_3, MISTRAL_3, MI
         ("{{ tools }}<TOOLCALL>[]</TOOLCALL>", DESCRIBED),
         ("{{ tools }}<|python_tag|>", LLAMA),
         ("<tool_call> [TOOL_CALLS] <|python_tag|>", DESCRIBED),
+        ("<tools></tools><tool_call>{{ 'no \\' tools' + \"or tools\" }}{{ message.tools }}{{ xml_tools }}", DESCRIBED),
+        ("<tool_call>{%- if 'a' != \"}\" and tools -%}{% endif %}", HERMES),
     ],
 )
 def test_detection(template: str | None, format: Format) -> None:

@@ -112,7 +112,7 @@ _NOT_HERMES = ("<function=", "<arg_key>")
 def detect(template: str | None) -> Format:
     """The format of a model with this chat template; :data:`DESCRIBED` where the template shows none that is known."""
     said = template or ""
-    if not re.search(r"\btools\b", said):
+    if not _reads_tools(said):
         return DESCRIBED
     if "[TOOL_CALLS]" in said:
         return MISTRAL if "[ARGS]" in said else MISTRAL_LIST
@@ -121,6 +121,13 @@ def detect(template: str | None) -> Format:
     if "<|python_tag|>" in said or ("<|start_header_id|>" in said and '"parameters"' in said):
         return LLAMA
     return DESCRIBED
+
+
+def _reads_tools(template: str) -> bool:
+    """Whether a template's program, and not only its text, speaks of ``tools``."""
+    code = "\n".join(re.findall(r"\{[%{](.*?)[%}]\}", template, re.DOTALL))
+    names = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "", code, flags=re.DOTALL)
+    return re.search(r"(?<![.\w])tools\b", names) is not None
 
 
 def marker_ids(format: Format, tokenizer: Any) -> dict[int, str]:
