@@ -294,7 +294,7 @@ class Engine:
         taken, kept, prepared = 0, True, sequence.prepared
         for i in range(len(best)):
             if not finite[i]:
-                raise not_finite(sequence.generated + 1, self.fused.dtype)
+                raise not_finite(sequence.generated + 1, self.fused.dtype, self.fused.cache_dtype)
             draft = drafts[i] if i < len(drafts) else None
             token = best[i] if sequence.plain else sequence.choose(sequence.restricted(raw_RV[i]))
             kept = draft is not None and token == draft.token
