@@ -81,8 +81,10 @@ class Engine:
         self.runner = Runner(self.fused, self.options)
         self.memory = Memory(self.runner, self.options)
         self.pricing = Pricing(self.runner, self.options, costs, cache_dir)
-        records = {e: model.exits[str(e)].record for e in self.runner.early}
-        self.intake = Intake(self.runner, records, tokenizer, lambda: self.pricing.costs)
+        heads = {e: model.exits[str(e)] for e in self.runner.early}
+        records = {e: head.record for e, head in heads.items()}
+        kinds = {e: head.config.kind for e, head in heads.items()}
+        self.intake = Intake(self.runner, records, kinds, tokenizer, lambda: self.pricing.costs)
         self.roster = Roster(
             self.memory, min(self.options.max_sequences, self.options.max_rows), self.runner.segments,
             self.fused.original_context,
@@ -321,6 +323,9 @@ class Engine:
             sequence.test = None
             self.memory.roll_back(sequence)
         tally.accepted += taken
+        if drafts:
+            dropped = [] if kept and sequence.output.finish_reason is None else drafts[taken:]
+            self.accounts.verified(sequence, drafts[:taken], dropped)
         self._tell(sequence)
 
     def _emit(self, sequence: Sequence, token: TokenTrace, raw_V: Tensor) -> None:
