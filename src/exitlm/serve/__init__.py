@@ -1,0 +1,1 @@
+"""Serving: OpenAI-compatible HTTP, the playground page, metrics, and a load generator."""
