@@ -41,7 +41,8 @@ def chat(
     if (source is None) == (url is None):
         raise UserError("give a MODEL, or the address of a server by --url" + ", not both" * (url is not None))
     if url is not None:
-        for name, (value, default) in {**local, "set engine": (engine, {})}.items():
+        here: dict[str, tuple[Any, Any]] = {**local, "set engine": (engine, {})}
+        for name, (value, default) in here.items():
             if value != default:
                 raise UserError(f"--{name.replace('_', '-')} is for a MODEL in this process; --url has its own")
         from exitlm.chat.server import Server
