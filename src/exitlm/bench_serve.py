@@ -31,7 +31,7 @@ ENDPOINTS = {"chat": "chat/completions", "completions": "completions"}
 _BUSY = 0.7  # of a processor: from there on what is slow may be the load generator itself
 _SHARED = 0.05  # of the prompt tokens, cached by the server: from there on it is worth saying
 _ROWS = {
-    "first text (TTFT)": "ttft", "between texts (ITL)": "itl", "token after the first (TPOT)": "tpot",
+    "first text (TTFT)": "ttft", "between texts (ITL)": "itl", "per token after it (TPOT)": "tpot",
     "whole answer": "end_to_end", "sent late by": "late",
 }  # fmt: skip
 
@@ -144,7 +144,7 @@ async def measure(plan: Plan, api_key: str | None, transport: httpx2.AsyncBaseTr
 
     base, count = base_of(plan.url), plan.requests + plan.warmup
     lines = built_in(count, plan.seed) if plan.prompts is None else read_file(Path(plan.prompts))
-    async with new_client(headers(api_key), transport) as client:
+    async with new_client(base, headers(api_key), transport) as client:
         model = plan.model or await first_model(client, base)
         plan = Plan(**{**asdict(plan), "url": base, "model": model})
         asks = asks_of(lines, count, _common(plan), plan.endpoint)
@@ -262,7 +262,7 @@ def _print(run: Run) -> None:
     ]
     columns = ("mean", "p50", "p90", "p99", "max")
     rows = [
-        {"milliseconds": label, **{c: f"{1e3 * getattr(value, c):.1f}" for c in columns}, "of": f"{value.count}"}
+        {"milliseconds": label, **{c: f"{1e3 * getattr(value, c):.1f}" for c in columns}, "count": f"{value.count}"}
         for label, value in spreads
     ]
     console.print(show.table(rows))
@@ -285,7 +285,14 @@ def _draw(run: Run, path: Path) -> None:
     )  # fmt: skip
     figures = run.figures
     title = f"{run.plan.model}: {figures.whole} of {figures.requests} requests answered, {how(run.plan)}"
-    print(load_picture(path, drawn, title=title, note=rates(figures)), file=sys.stderr)
+    parts = [("first text", figures.ttft), ("between texts", figures.itl), ("whole answer", figures.end_to_end)]
+    spreads = [f"{name} p50 {_time(s.p50)}, p99 {_time(s.p99)}" for name, s in parts if s is not None]
+    print(load_picture(path, drawn, title=title, note="; ".join([rates(figures), *spreads])), file=sys.stderr)
+
+
+def _time(seconds: float) -> str:
+    """A duration in three digits."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 # ---- flags
@@ -295,7 +302,7 @@ def add_bench_serve(parser: argparse.ArgumentParser) -> None:
     """The flags of ``bench-serve``."""
     add = parser.add_argument
     add("--url", required=True, metavar="URL", help="the server's address, such as http://localhost:8000")
-    add("--model", metavar="NAME", help="(default: the first that the server offers)")
+    add("--model", metavar="NAME", help="(default: the first that the server offers, or the first with exits)")
     add("--api-key", metavar="K", help="the server's key (default: the variable EXITLM_API_KEY)")
     add("--endpoint", default="chat", metavar="E", help="chat (default) or completions")
     add("--rate", type=float, metavar="R", help="requests a second on average, at random times (Poisson arrivals)")

@@ -123,6 +123,15 @@ def test_the_second_interrupt_is_one() -> None:
     assert calls == [1]
 
 
+def test_an_interrupt_that_comes_too_late_for_a_reply_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Screen, "gap", lambda self: signal.raise_signal(signal.SIGINT))
+    partner = Scripted(["a", WHOLE])
+    state = talk(partner, "one", "two")
+    assert state.conversation.turns == [("one", "a"), ("two", "a")]
+    with pytest.raises(KeyboardInterrupt):
+        talk(partner, "three", forgiving=False)
+
+
 def test_another_thread_may_chat_too() -> None:
     states: list[State] = []
     thread = threading.Thread(target=lambda: states.append(talk(Scripted(["a", WHOLE]), "one")))

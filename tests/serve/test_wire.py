@@ -109,6 +109,21 @@ def test_nothing_that_is_json_breaks_a_reader(found: object) -> None:
             )
 
 
+def test_the_model_that_is_meant() -> None:
+    exits = {"base": {"exits": []}, "base:one": {"exits": [{"layer": 2}]}, "base:two": {"exits": [{"layer": 2}]}}
+    assert wire.first_of(["base", "base:one", "base:two"], exits) == "base:one"
+    assert wire.first_of(["base", "other"], {"base": {"exits": []}}) == "base"
+    assert wire.first_of(["a", "b"], None) == "a"
+    assert wire.first_of([], None) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "here"), [("http://localhost:1/v1", True), ("http://[::1]/v1", True), ("http://a", False)]
+)
+def test_what_is_this_machine(url: str, here: bool) -> None:
+    assert wire.is_here(url) == here
+
+
 def test_errors_of_several_kinds_of_servers() -> None:
     for body, words in (
         ({"error": {"message": "no such\n model", "type": "x"}}, "answered with status 404: no such model"),

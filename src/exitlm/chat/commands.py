@@ -101,7 +101,7 @@ def _undo(state: State, argument: str) -> str:
 
 
 def _stats(state: State, argument: str) -> str:
-    return "\n".join([*state.totals.lines(state.partner.facts), *(f"note: {note}" for note in state.partner.notes())])
+    return "\n".join(state.totals.lines(state.partner.facts))
 
 
 def _help(state: State, argument: str) -> str:

@@ -29,16 +29,19 @@ class Terminal:
         Raises:
             EOFError: the user leaves, by Ctrl-D or by Ctrl-C twice.
         """
-        for _ in range(2):
+        for is_last in (False, True):
             self._lines = []
             try:
                 entry = read_entry(self._line)
             except KeyboardInterrupt:
-                dropped = bool(self._lines)
-                self._show("" if dropped else "\n(Ctrl-C again leaves, and so does Ctrl-D)")
-                if dropped:
+                if self._lines:
+                    self._show("")
                     return None
+                self._show("" if is_last else "\n(Ctrl-C again leaves, and so does Ctrl-D)")
                 continue
+            except EOFError:
+                self._show("")
+                raise
             if entry is not None:
                 self._keep("\n".join(self._lines))
             return entry

@@ -43,11 +43,16 @@ def converse(state: State, reader: Reader, screen: Screen, *, forgiving: bool) -
                 answer = run(state, entry)
                 if answer is not None:
                     screen.say(answer)
+                notes.tell(screen)
             elif isinstance(entry, Said):
                 reply(state, entry.text, screen)
                 notes.tell(screen)
+                screen.gap()
         except (EOFError, Leave):
             return
+        except KeyboardInterrupt:  # meant for a reply that has just ended
+            if not forgiving:
+                raise
         except UserError as error:
             if not forgiving:
                 raise

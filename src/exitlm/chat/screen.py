@@ -54,6 +54,9 @@ class Screen:
             print(flush=True)
         self._at_start = True
         self.aside(summary(taken, facts))
+
+    def gap(self) -> None:
+        """Some room before the next question, where a reader needs it."""
         if self.is_terminal:
             print(flush=True)
 

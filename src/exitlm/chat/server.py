@@ -13,7 +13,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from exitlm.chat.conversation import Message
 from exitlm.chat.partner import Facts, Part, Taken, figure, speed
@@ -24,7 +23,6 @@ from exitlm.values import number, whole
 _EXIT_SETTINGS = ("mode", "threshold", "rule", "exits")
 _ASKING = 30.0  # seconds for what a server knows by heart
 _READ = 1 << 16
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class _Missing(UserError):
@@ -32,7 +30,7 @@ class _Missing(UserError):
 
 
 class Server:
-    """A partner behind ``url``; without ``model``, the first one that it offers.
+    """A partner behind ``url``; without ``model``, the first one that it offers, or the first that has exits.
 
     Raises:
         UserError: nobody there, or no such model.
@@ -40,8 +38,11 @@ class Server:
 
     def __init__(self, url: str, model: str | None, api_key: str | None, settings: Mapping[str, Any]) -> None:
         self._base, self._headers = wire.base_of(url), wire.headers(api_key)
-        name = self._model(model)
-        self._exits = self._known_exits(name)
+        names, exits = self._names(model), self._known_exits()
+        name = wire.first_of(names, exits) if model is None else model
+        if name is None:
+            raise UserError(f"{self._base} offers no model; name one by --model")
+        self._exits = None if exits is None else wire.mapping_at(exits, name)
         self._facts = _facts(name, self._exits)
         self._settings: dict[str, Any] = {}
         for key, value in settings.items():
@@ -122,28 +123,24 @@ class Server:
 
     # ---- who is there
 
-    def _model(self, wanted: str | None) -> str:
+    def _names(self, wanted: str | None) -> list[str]:
+        """The models that the server offers, of which ``wanted`` must be one; none where it does not tell."""
         try:
             names = wire.names_of(self._get("models"))
         except _Missing:
-            if wanted is not None:  # some servers don't tell what they offer
-                return wanted
-            raise
-        if wanted is None:
-            if not names:
-                raise UserError(f"{self._base} offers no model; name one by --model")
-            return names[0]
-        if names and wanted not in names:
+            if wanted is None:
+                raise
+            return []
+        if wanted is not None and names and wanted not in names:
             raise UserError(f"{self._base} has no model '{wanted}'{nearest(wanted, names)}")
-        return wanted
+        return names
 
-    def _known_exits(self, name: str) -> Mapping[str, Any] | None:
-        """What exitlm's own server tells of a model's exits; None of another server."""
+    def _known_exits(self) -> Mapping[str, Any] | None:
+        """What exitlm's own server tells of the exits of its models; None of another server."""
         try:
-            found = self._get("exits").get(name)
+            return self._get("exits")
         except UserError:
             return None
-        return found if isinstance(found, dict) else None
 
     # ---- HTTP
 
@@ -157,8 +154,7 @@ class Server:
     def _open(self, path: str, body: Mapping[str, Any] | None, timeout: float | None) -> http.client.HTTPResponse:
         url = f"{self._base}/{path}"
         request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), self._headers)
-        here = urlsplit(url).hostname in _LOOPBACK  # no proxy leads to this machine
-        opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
+        opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if wire.is_here(url) else []))
         try:
             found: http.client.HTTPResponse = opener.open(request, timeout=timeout)
             return found

@@ -10,7 +10,8 @@ from exitlm.chat.partner import Facts, Taken
 
 @dataclass
 class Totals:
-    """Sums over replies; ``layers`` counts tokens by the layer they left at, ``seconds`` are of decoding."""
+    """Sums over replies; ``layers`` counts tokens by the layer they left at, ``seconds`` are of decoding. ``context``
+    are the tokens of the last turn that was counted, with all before it."""
 
     replies: int = 0
     stopped: int = 0
@@ -21,6 +22,7 @@ class Totals:
     reused: int = 0
     drafted: int = 0
     accepted: int = 0
+    context: int | None = None
     layers: Counter[int] = field(default_factory=Counter)
     last: Taken | None = None
 
@@ -32,7 +34,9 @@ class Totals:
         if taken.tokens and taken.tokens_per_second:
             self.timed += taken.tokens - 1
             self.seconds += (taken.tokens - 1) / taken.tokens_per_second
-        self.prompt_tokens += taken.prompt_tokens or 0
+        if taken.prompt_tokens is not None:
+            self.prompt_tokens += taken.prompt_tokens
+            self.context = taken.prompt_tokens + (taken.tokens or 0)
         self.reused += taken.reused or 0
         self.drafted += taken.drafted
         self.accepted += taken.accepted
@@ -55,9 +59,8 @@ class Totals:
         if self.drafted:
             rows.append(("drafts", f"{self.drafted}, {self.accepted / self.drafted:.0%} accepted"))
         if (last := self.last) is not None:
-            if last.prompt_tokens is not None and facts.context is not None:
-                used = last.prompt_tokens + (last.tokens or 0)
-                rows.append(("context", f"{used} of {facts.context} tokens"))
+            if self.context is not None:
+                rows.append(("context", f"{self.context}{f' of {facts.context}' if facts.context else ''} tokens"))
             if last.exact is not None:
                 rows.append(("path", "exact" if last.exact else "not exact"))
             if last.seed is not None:

@@ -106,7 +106,7 @@ def add_chat(parser: argparse.ArgumentParser, models: str) -> None:
     add = parser.add_argument
     add("source", nargs="?", metavar="MODEL", help=models)
     add("--url", metavar="URL", help="talk to a server with OpenAI's interface there, instead of a MODEL here")
-    add("--model", metavar="NAME", help="a model of that server (default: the first that it offers)")
+    add("--model", metavar="NAME", help="a model of that server (default: the first, or the first with exits)")
     add("--api-key", metavar="K", help="that server's key (default: the variable EXITLM_API_KEY)")
     add("--system", metavar="TEXT", help="a system message")
     add(

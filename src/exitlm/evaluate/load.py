@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from exitlm.evaluate.plots import BAND, GREY, INK, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ def _shares(axes: "Axes", run: LoadRun) -> None:
         _cumulative(axes, [seconds for _, seconds in points], colour, label)
     axes.set(title="share of requests within a time", xlabel="s")
     _scale(axes, times)
+    if times:
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def _gaps(axes: "Axes", gaps: Sequence[float]) -> None:
@@ -78,9 +82,8 @@ def _gaps(axes: "Axes", gaps: Sequence[float]) -> None:
     _cumulative(axes, [1e3 * gap for gap in gaps], _GAPS, "")
     axes.set(title="share of gaps between texts within a time", xlabel="ms")
     _scale(axes, [1e3 * gap for gap in gaps])
-    ordered = sorted(1e3 * gap for gap in gaps)
     for percent in _MARKS:
-        value = ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)]
+        value = 1e3 * float(np.percentile(gaps, percent))
         axes.plot([value], [percent / 100], "o", color=_GAPS, markeredgecolor="white", clip_on=False, zorder=4)
         axes.annotate(
             f"p{percent} {value:.3g} ms", (value, percent / 100), (8, -10), textcoords="offset points", fontsize=8,

@@ -1,1 +1,1 @@
-"""Serving: OpenAI-compatible HTTP, the playground page, metrics, and a load generator."""
+"""An OpenAI-compatible server for many clients at once, and the engine behind it for programs that use asyncio."""

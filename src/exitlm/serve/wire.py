@@ -7,7 +7,7 @@ those of the HTML standard (server-sent events), of which these servers use only
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -119,6 +119,18 @@ def choices_of(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The choices of an answer or an event."""
     value = found.get("choices")
     return [choice for choice in value if isinstance(choice, Mapping)] if isinstance(value, list) else []
+
+
+def is_here(url: str) -> bool:
+    """Whether an address is this machine's, to which no proxy leads."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def first_of(names: Sequence[str], exits: Mapping[str, Any] | None) -> str | None:
+    """The model that is meant where none is named: of exitlm's own server, which tells the ``exits`` of each, the first
+    that has some; else the first one."""
+    deep = [name for name in names if exits is not None and mapping_at(exits, name).get("exits")]
+    return next(iter([*deep, *names]), None)
 
 
 def names_of(found: Mapping[str, Any] | None) -> list[str]:

@@ -24,7 +24,7 @@ def one(script: Script, *, timeout: float = 600.0, **body: Any) -> Record:
     """What is seen of one request, which is due at once."""
 
     async def work() -> Record:
-        async with new_client({}, transport(lambda _: script)) as client:
+        async with new_client("http://a/v1", {}, transport(lambda _: script)) as client:
             return await LoadClient(client, "http://a/v1/chat/completions", timeout).send(ask(**body), 0.0)
 
     return run(work())
@@ -69,7 +69,7 @@ def test_a_server_that_is_not_there_and_nonsense_are_noted() -> None:
 
     def send(handler: Any, **body: Any) -> Record:
         async def work() -> Record:
-            async with new_client({}, httpx2.MockTransport(handler)) as client:
+            async with new_client("http://a/v1", {}, httpx2.MockTransport(handler)) as client:
                 return await LoadClient(client, "http://a/v1/completions", 5.0).send(ask(**body), 0.0)
 
         return run(work())
@@ -89,7 +89,7 @@ def test_text_of_either_endpoint_counts_and_a_role_does_not() -> None:
     def texts(event: bytes) -> int:
         async def work() -> Record:
             answer = httpx2.Response(200, content=b"data: " + event + b"\n\ndata: [DONE]\n\n")
-            async with new_client({}, httpx2.MockTransport(lambda _: answer)) as client:
+            async with new_client("http://a/v1", {}, httpx2.MockTransport(lambda _: answer)) as client:
                 return await LoadClient(client, "http://a", 5.0).send(ask(), 0.0)
 
         return len(run(work()).texts)
@@ -119,7 +119,7 @@ def load(way: Any, script: Script, count: int = 4) -> list[Record]:
     """The records of a run; ``way`` gets the requests and what sends them."""
 
     async def work() -> list[Record]:
-        async with new_client({}, transport(lambda _: script)) as client:
+        async with new_client("http://a/v1", {}, transport(lambda _: script)) as client:
             sender = LoadClient(client, "http://a/v1/chat/completions", 600.0)
             await asyncio.sleep(0)
             records: list[Record] = await way([ask(index) for index in range(count)], sender.send)
@@ -173,7 +173,7 @@ def test_no_limit_of_connections_holds_requests_back() -> None:
 
 def test_the_first_model() -> None:
     async def work() -> str:
-        async with new_client({}, transport(lambda _: Script())) as client:
+        async with new_client("http://a/v1", {}, transport(lambda _: Script())) as client:
             return await first_model(client, "http://a/v1")
 
     assert run(work()) == "first"

@@ -64,6 +64,8 @@ def transport(
     async def handle(request: httpx2.Request) -> httpx2.Response:
         if request.url.path.endswith("/models"):
             return httpx2.Response(200, json={"data": [{"id": "first"}, {"id": "second"}]})
+        if request.url.path.endswith("/exits"):
+            return httpx2.Response(404)
         body = json.loads(request.content)
         if seen is not None:
             seen.append(body)

@@ -107,28 +107,38 @@ def note(found: Mapping[str, Any], record: Record) -> bool:
     return has_text
 
 
-def new_client(headers: Mapping[str, str], transport: httpx2.AsyncBaseTransport | None = None) -> httpx2.AsyncClient:
+def new_client(
+    base: str, headers: Mapping[str, str], transport: httpx2.AsyncBaseTransport | None = None
+) -> httpx2.AsyncClient:
     """A client without a limit of connections: a plan of arrivals is not to wait for one. ``transport`` replaces the
     network."""
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx2.Timeout(None, connect=_CONNECTING)
-    return httpx2.AsyncClient(headers=dict(headers), limits=limits, timeout=timeout, transport=transport)
+    return httpx2.AsyncClient(
+        headers=dict(headers), limits=limits, timeout=timeout, transport=transport, trust_env=not wire.is_here(base)
+    )
 
 
 async def first_model(client: httpx2.AsyncClient, base: str) -> str:
-    """The first model that a server offers.
+    """The model of a server that is meant where none is named: the first, or the first with exits.
 
     Raises:
         UserError: it is not there, or offers none.
     """
+    listed = await _get(client, f"{base}/models")
+    if listed.status_code != 200:
+        raise wire.refusal(f"{base}/models", listed.status_code, listed.content, listed.reason_phrase)
+    told = await _get(client, f"{base}/exits")
+    exits = wire.mapping_of(told.content) if told.status_code == 200 else None
+    name = wire.first_of(wire.names_of(wire.mapping_of(listed.content)), exits)
+    if name is None:
+        raise UserError(f"{base} offers no model; name one by --model")
+    return name
+
+
+async def _get(client: httpx2.AsyncClient, url: str) -> httpx2.Response:
     try:
-        response = await client.get(f"{base}/models", timeout=_CONNECTING)
+        return await client.get(url, timeout=_CONNECTING)
     except httpx2.HTTPError as error:
         said = str(error) or type(error).__name__
-        raise UserError(f"cannot reach {base}/models: {said}; is the server running?") from error
-    if response.status_code != 200:
-        raise wire.refusal(f"{base}/models", response.status_code, response.content, response.reason_phrase)
-    names = wire.names_of(wire.mapping_of(response.content))
-    if not names:
-        raise UserError(f"{base} offers no model; name one by --model")
-    return names[0]
+        raise UserError(f"cannot reach {url}: {said}; is the server running?") from error
