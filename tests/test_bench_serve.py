@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,13 @@ def test_a_mistake_is_one_sentence(run: Run, tmp_path: Path, arguments: list[str
     assert err.count("\n") == 1
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_httpx2_one_sentence_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    assert run("--url", "http://a") == (
+        2, "", "error: bench-serve needs httpx2; install it with: pip install 'exitlm[serve]'\n",
+    )  # fmt: skip
 
 
 def plan(**over: Any) -> Plan:

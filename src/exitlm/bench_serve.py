@@ -6,7 +6,6 @@ The load itself is :mod:`exitlm.serve.bench`. Nothing heavy is loaded to parse o
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json as json_format
 import math
 import sys
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exitlm.assignments import assignments
-from exitlm.atomic import replace_file
 from exitlm.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    import asyncio
+
     import httpx2
 
     from exitlm.serve.bench.client import LoadClient
@@ -95,7 +95,9 @@ def bench_serve(
         timeout=timeout, fields=fields,
     )  # fmt: skip
     _check(plan)
-    _check_outputs(out, png)
+    _check_place(out, png)
+    import asyncio
+
     run = asyncio.run(measure(plan, api_key))
     _write(run, json=json, out=out, png=png)
     return 0 if run.figures.whole else 1
@@ -116,8 +118,12 @@ def _check(plan: Plan) -> None:
             raise UserError(f"--{name} is {value:g}, but must be a number above 0")
 
 
-def _check_outputs(out: str | None, png: str | None) -> None:
-    """Refuse what can't be written before minutes of measuring, not after."""
+def _check_place(out: str | None, png: str | None) -> None:
+    """Refuse what is not installed or can't be written before minutes of measuring, not after."""
+    try:
+        import httpx2  # noqa: F401
+    except ImportError:
+        raise UserError("bench-serve needs httpx2; install it with: pip install 'exitlm[serve]'") from None
     if png is not None:
         from exitlm.evaluate.plots import check_picture
 
@@ -152,7 +158,7 @@ async def measure(plan: Plan, api_key: str | None, transport: httpx2.AsyncBaseTr
         await _warm_up(LoadClient(client, url, plan.timeout), asks[plan.requests :])
         sender, asks = LoadClient(client, url, plan.timeout), asks[: plan.requests]
         used, begin = time.process_time(), time.perf_counter()
-        with _progress(plan.requests, sender):
+        with _Progress(plan.requests, sender):
             if plan.rate is not None:
                 records = await open_loop(asks, arrivals(len(asks), plan.rate, plan.seed), sender.send)
             else:
@@ -172,12 +178,12 @@ def _common(plan: Plan) -> dict[str, Any]:
 async def _warm_up(sender: LoadClient, asks: Sequence[Ask]) -> None:
     """Some requests, one after the other, that do not count: a server may load or compile at the first."""
     for ask in asks:
-        record = await sender.send(ask, asyncio.get_running_loop().time())
+        record = await sender.send(ask, sender.clock())
         if not record.is_whole:
             raise UserError(f"the first request was not answered: {record.message}")
 
 
-class _progress:
+class _Progress:
     """A line on a terminal that counts answers."""
 
     def __init__(self, total: int, sender: LoadClient) -> None:
@@ -186,7 +192,9 @@ class _progress:
 
     def __enter__(self) -> None:
         if sys.stderr.isatty():
-            self._task = asyncio.get_running_loop().create_task(self._show())
+            import asyncio
+
+            self._task = asyncio.create_task(self._show())
 
     def __exit__(self, *error: object) -> None:
         if self._task is not None:
@@ -194,6 +202,8 @@ class _progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     async def _show(self) -> None:
+        import asyncio
+
         while True:
             print(f"\r\x1b[K{self._sender.done} of {self._total} answered", end="", file=sys.stderr, flush=True)
             await asyncio.sleep(0.5)
@@ -209,6 +219,8 @@ def _write(run: Run, *, json: bool, out: str | None, png: str | None) -> None:
     else:
         _print(run)
     if out is not None:
+        from exitlm.atomic import replace_file
+
         with replace_file(Path(out)) as place:
             records = [asdict(record) for record in run.records]
             place.write_text(json_format.dumps({**whole, "requests": records}) + "\n")

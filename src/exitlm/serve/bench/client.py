@@ -36,6 +36,10 @@ class LoadClient:
         self._begin = self._loop.time()
         self.done = 0
 
+    def clock(self) -> float:
+        """The loop's time."""
+        return self._loop.time()
+
     def now(self) -> float:
         """Seconds since the run began."""
         return self._loop.time() - self._begin
