@@ -31,7 +31,7 @@ ENDPOINTS = {"chat": "chat/completions", "completions": "completions"}
 _BUSY = 0.7  # of a processor: from there on what is slow may be the load generator itself
 _SHARED = 0.05  # of the prompt tokens, cached by the server: from there on it is worth saying
 _ROWS = {
-    "first text (TTFT)": "ttft", "between texts (ITL)": "itl", "per token after it (TPOT)": "tpot",
+    "TTFT, first text": "ttft", "ITL, between texts": "itl", "TPOT, per token": "tpot",
     "whole answer": "end_to_end", "sent late by": "late",
 }  # fmt: skip
 
@@ -251,7 +251,10 @@ def notes(run: Run) -> list[str]:
         found.append("the server did not count the tokens of each answer, so that there are no token rates")
     if figures.cached_tokens and figures.prompt_tokens and figures.cached_tokens > _SHARED * figures.prompt_tokens:
         share = figures.cached_tokens / figures.prompt_tokens
-        found.append(f"{share:.0%} of the prompt tokens were in the server's cache")
+        found.append(
+            f"{share:.0%} of the prompt tokens were in the server's cache, as after a run of the same prompts; another "
+            "--seed makes others"
+        )
     if run.busy > _BUSY:
         found.append(f"the load generator used {run.busy:.0%} of a processor; part of these times may be its own")
     return found
@@ -284,7 +287,7 @@ def _print(run: Run) -> None:
 
 
 def _draw(run: Run, path: Path) -> None:
-    from exitlm.evaluate.load import LoadRun, load_picture
+    from exitlm.evaluate.load import LoadRun, in_words, load_picture
     from exitlm.serve.bench.figures import running
 
     good = [record for record in run.records if record.is_whole]
@@ -298,13 +301,8 @@ def _draw(run: Run, path: Path) -> None:
     figures = run.figures
     title = f"{run.plan.model}: {figures.whole} of {figures.requests} requests answered, {how(run.plan)}"
     parts = [("first text", figures.ttft), ("between texts", figures.itl), ("whole answer", figures.end_to_end)]
-    spreads = [f"{name} p50 {_time(s.p50)}, p99 {_time(s.p99)}" for name, s in parts if s is not None]
+    spreads = [f"{name} p50 {in_words(s.p50)}, p99 {in_words(s.p99)}" for name, s in parts if s is not None]
     print(load_picture(path, drawn, title=title, note="; ".join([rates(figures), *spreads])), file=sys.stderr)
-
-
-def _time(seconds: float) -> str:
-    """A duration in three digits."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 # ---- flags

@@ -28,7 +28,7 @@ def answers(reply: Answer, *, ours: bool = True, models: Answer | None = None) -
 
     def answer(asked: Asked) -> Answer:
         if asked.path == "/v1/models":
-            return models or Answer(body={"data": [{"id": "tiny"}, {"id": "other"}]})
+            return models or Answer(body={"data": [{"id": "tiny", "max_model_len": 99}, {"id": "other"}]})
         if asked.path == "/v1/exits":
             return Answer(body=EXITS) if ours else Answer(404, {"detail": "Not Found"})
         return reply
@@ -58,6 +58,7 @@ def test_a_reply_of_our_own_server() -> None:
         ended="stop", tokens=3, tokens_per_second=12.5, mean_layers=3.5, mode="threshold", exact=False, prompt_tokens=9,
         reused=6, drafted=4, accepted=3,
     )  # fmt: skip
+    assert facts.context == 99
     assert (facts.name, facts.num_layers, facts.exit_layers, facts.mode, facts.exact) == (
         "tiny",
         4,
@@ -97,7 +98,8 @@ def test_settings_are_checked_before_they_are_sent() -> None:
         for name, value, message in (
             ("mode", "fast", "mode 'fast' is unknown; use one of full, lossless, threshold"),
             ("seed", "x", "seed is 'x'"), ("temperature", "hot", "temperature is 'hot'"),
-            ("threshold", "a", "threshold is 'a'"), ("max_new_tokens", 1.5, "max_new_tokens is 1.5"),
+            ("threshold", "a", "threshold is 'a'"),
+            ("threshold", 3, "threshold is 3, but must lie"), ("max_new_tokens", 1.5, "max_new_tokens is 1.5"),
         ):  # fmt: skip
             with pytest.raises(UserError, match=message):
                 partner.change(name, value)
@@ -145,6 +147,18 @@ def test_a_reply_that_fails_is_one_sentence(reply: Answer, message: str) -> None
 def test_a_server_that_can_t_be_talked_to_is_refused_at_once(models: Answer, wanted: str | None, message: str) -> None:
     with serving(answers(Answer(), models=models)) as server, pytest.raises(UserError, match=message):
         Server(server.url, wanted, None, {})
+
+
+@pytest.mark.parametrize("told", [{}, {"other": EXITS["tiny"]}, {"tiny": 3}, [], b"<html>"])
+def test_a_server_that_answers_everything_is_none_of_ours(told: Any) -> None:
+    def answer(asked: Asked) -> Answer:
+        return Answer(body={"data": [{"id": "tiny"}]} if asked.path == "/v1/models" else told)
+
+    with serving(answer) as server:
+        partner = Server(server.url, None, None, {})
+    assert partner.facts.exit_layers == ()
+    with pytest.raises(UserError, match="needs a server of exitlm"):
+        partner.change("mode", "full")
 
 
 def test_a_server_that_lists_no_models_takes_the_name_that_is_given() -> None:

@@ -102,6 +102,7 @@ def test_nothing_that_is_json_breaks_a_reader(found: object) -> None:
     assert said is None or ("\n" not in said and len(said) <= 300)
     assert "status 500" in str(wire.refusal("http://a", 500, json.dumps(found).encode()))
     assert all(isinstance(name, str) for name in wire.names_of(mapping))
+    assert all(wire.context_of(mapping, name) is None for name in wire.names_of(mapping))
     if mapping is not None:
         for choice in wire.choices_of(mapping):
             assert wire.whole_of(choice, "usage", "prompt_tokens") is None or choice["usage"]["prompt_tokens"] >= -(
@@ -113,8 +114,8 @@ def test_the_model_that_is_meant() -> None:
     exits = {"base": {"exits": []}, "base:one": {"exits": [{"layer": 2}]}, "base:two": {"exits": [{"layer": 2}]}}
     assert wire.first_of(["base", "base:one", "base:two"], exits) == "base:one"
     assert wire.first_of(["base", "other"], {"base": {"exits": []}}) == "base"
-    assert wire.first_of(["a", "b"], None) == "a"
-    assert wire.first_of([], None) is None
+    assert wire.first_of(["a", "b"], {}) == "a"
+    assert wire.first_of([], {}) is None
 
 
 @pytest.mark.parametrize(

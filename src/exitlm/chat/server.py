@@ -38,12 +38,12 @@ class Server:
 
     def __init__(self, url: str, model: str | None, api_key: str | None, settings: Mapping[str, Any]) -> None:
         self._base, self._headers = wire.base_of(url), wire.headers(api_key)
-        names, exits = self._names(model), self._known_exits()
-        name = wire.first_of(names, exits) if model is None else model
+        offered, exits = self._offered(model), self._known_exits()
+        name = wire.first_of(wire.names_of(offered), exits) if model is None else model
         if name is None:
             raise UserError(f"{self._base} offers no model; name one by --model")
-        self._exits = None if exits is None else wire.mapping_at(exits, name)
-        self._facts = _facts(name, self._exits)
+        self._exits = wire.mapping_at(exits, name) or None
+        self._facts = _facts(name, self._exits, wire.context_of(offered, name))
         self._settings: dict[str, Any] = {}
         for key, value in settings.items():
             self.change(key, value)
@@ -71,8 +71,12 @@ class Server:
                 raise UserError(f"mode {value!r} is unknown; use one of {', '.join(known)}{nearest(str(value), known)}")
         elif name in ("seed", "max_new_tokens"):
             value = whole(value, name)
-        elif name == "temperature" or (name == "threshold" and not isinstance(value, Mapping)):
+        elif name == "temperature":
             value = number(value, name)
+        elif name == "threshold" and not isinstance(value, Mapping):
+            value = number(value, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"threshold is {value:g}, but must lie between 0 (always exit) and 1 (never exit)")
         self._settings[name] = value
 
     def notes(self) -> Sequence[str]:
@@ -123,24 +127,25 @@ class Server:
 
     # ---- who is there
 
-    def _names(self, wanted: str | None) -> list[str]:
-        """The models that the server offers, of which ``wanted`` must be one; none where it does not tell."""
+    def _offered(self, wanted: str | None) -> Mapping[str, Any]:
+        """What the server says of its models, of which ``wanted`` must be one; nothing where it does not tell."""
         try:
-            names = wire.names_of(self._get("models"))
+            found = self._get("models")
         except _Missing:
             if wanted is None:
                 raise
-            return []
+            return {}
+        names = wire.names_of(found)
         if wanted is not None and names and wanted not in names:
             raise UserError(f"{self._base} has no model '{wanted}'{nearest(wanted, names)}")
-        return names
+        return found
 
-    def _known_exits(self) -> Mapping[str, Any] | None:
-        """What exitlm's own server tells of the exits of its models; None of another server."""
+    def _known_exits(self) -> Mapping[str, Any]:
+        """What exitlm's own server tells of the exits of its models; nothing from another server."""
         try:
             return self._get("exits")
         except UserError:
-            return None
+            return {}
 
     # ---- HTTP
 
@@ -205,13 +210,14 @@ def _taken(ended: str, usage: Mapping[str, Any], seconds: float) -> Taken:
     )  # fmt: skip
 
 
-def _facts(name: str, exits: Mapping[str, Any] | None) -> Facts:
+def _facts(name: str, exits: Mapping[str, Any] | None, context: int | None) -> Facts:
     if exits is None:
-        return Facts(name=name)
-    layers = [layer for one in exits.get("exits") or [] if (layer := wire.whole_of(one, "layer")) is not None]
+        return Facts(name=name, context=context)
+    listed = exits.get("exits")
+    layers = [wire.whole_of(one, "layer") for one in (listed if isinstance(listed, list) else [])]
     return Facts(
-        name=name, num_layers=wire.whole_of(exits, "layers"), exit_layers=layers, mode=exits.get("default_mode"),
-        exact=exits.get("exact"),
+        name=name, num_layers=wire.whole_of(exits, "layers"), context=context, mode=exits.get("default_mode"),
+        exit_layers=[layer for layer in layers if layer is not None], exact=exits.get("exact"),
     )  # fmt: skip
 
 

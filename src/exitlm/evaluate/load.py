@@ -86,9 +86,14 @@ def _gaps(axes: "Axes", gaps: Sequence[float]) -> None:
         value = 1e3 * float(np.percentile(gaps, percent))
         axes.plot([value], [percent / 100], "o", color=_GAPS, markeredgecolor="white", clip_on=False, zorder=4)
         axes.annotate(
-            f"p{percent} {value:.3g} ms", (value, percent / 100), (8, -10), textcoords="offset points", fontsize=8,
-            color=INK,
+            f"p{percent} {in_words(value / 1e3)}", (value, percent / 100), (8, -10),
+            textcoords="offset points", fontsize=8, color=INK,
         )  # fmt: skip
+
+
+def in_words(seconds: float) -> str:
+    """A duration in three digits."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _cumulative(axes: "Axes", times: Sequence[float], colour: str, label: str) -> None:
@@ -103,8 +108,10 @@ def _scale(axes: "Axes", times: Sequence[float]) -> None:
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     positive = sorted(time for time in times if time > 0)
-    if positive and positive[-1] > _SPAN * positive[len(positive) // 2]:
+    median = positive[len(positive) // 2] if positive else 0.0
+    if positive and positive[-1] > _SPAN * median:
         axes.set_xscale("log")
+        axes.set_xlim(left=max(positive[0], median / _SPAN))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         axes.set_xlim(left=0)

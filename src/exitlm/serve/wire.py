@@ -126,15 +126,24 @@ def is_here(url: str) -> bool:
     return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
-def first_of(names: Sequence[str], exits: Mapping[str, Any] | None) -> str | None:
+def first_of(names: Sequence[str], exits: Mapping[str, Any]) -> str | None:
     """The model that is meant where none is named: of exitlm's own server, which tells the ``exits`` of each, the first
     that has some; else the first one."""
-    deep = [name for name in names if exits is not None and mapping_at(exits, name).get("exits")]
+    deep = [name for name in names if mapping_at(exits, name).get("exits")]
     return next(iter([*deep, *names]), None)
+
+
+def context_of(found: Mapping[str, Any] | None, name: str) -> int | None:
+    """The tokens that a model's context holds, by what ``/v1/models`` answered; some servers tell it."""
+    return next((whole_of(entry, "max_model_len") for entry in _entries(found) if entry["id"] == name), None)
 
 
 def names_of(found: Mapping[str, Any] | None) -> list[str]:
     """The models in what ``/v1/models`` answered."""
+    return [entry["id"] for entry in _entries(found)]
+
+
+def _entries(found: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     listed = (found or {}).get("data")
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    return [entry["id"] for entry in entries if isinstance(entry.get("id"), str)]
+    return [entry for entry in entries if isinstance(entry.get("id"), str)]

@@ -134,7 +134,7 @@ async def first_model(client: httpx2.AsyncClient, base: str) -> str:
         raise wire.refusal(f"{base}/models", listed.status_code, listed.content, listed.reason_phrase)
     told = await _get(client, f"{base}/exits")
     exits = wire.mapping_of(told.content) if told.status_code == 200 else None
-    name = wire.first_of(wire.names_of(wire.mapping_of(listed.content)), exits)
+    name = wire.first_of(wire.names_of(wire.mapping_of(listed.content)), exits or {})
     if name is None:
         raise UserError(f"{base} offers no model; name one by --model")
     return name
