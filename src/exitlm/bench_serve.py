@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ENDPOINTS = {"chat": "chat/completions", "completions": "completions"}
 _BUSY = 0.7  # of a processor: from there on what is slow may be the load generator itself
-_SHARED = 0.05  # of the prompt tokens, cached by the server: from there on it is worth saying
+_SHARED = 0.15  # of the prompt tokens, cached by the server: from there on it is worth saying
 _ROWS = {
     "TTFT, first text": "ttft", "ITL, between texts": "itl", "TPOT, per token": "tpot",
     "whole answer": "end_to_end", "sent late by": "late",
@@ -252,8 +252,8 @@ def notes(run: Run) -> list[str]:
     if figures.cached_tokens and figures.prompt_tokens and figures.cached_tokens > _SHARED * figures.prompt_tokens:
         share = figures.cached_tokens / figures.prompt_tokens
         found.append(
-            f"{share:.0%} of the prompt tokens were in the server's cache, as after a run of the same prompts; another "
-            "--seed makes others"
+            f"{share:.0%} of the prompt tokens were in the server's cache: prompts begin alike, or were asked before "
+            "(another --seed makes others)"
         )
     if run.busy > _BUSY:
         found.append(f"the load generator used {run.busy:.0%} of a processor; part of these times may be its own")
