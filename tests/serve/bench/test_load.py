@@ -184,7 +184,7 @@ def test_no_limit_of_connections_holds_requests_back() -> None:
 
     async def work() -> list[Record]:
         server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=count)
-        url = "http://127.0.0.1:{}/v1".format(server.sockets[0].getsockname()[1])
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         async with server, new_client(url, {}) as client:
             asks = [ask(index, stream=False) for index in range(count)]
             return await open_loop(asks, [0.0] * count, LoadClient(client, url, 60.0).send)
