@@ -156,7 +156,7 @@ def test_pictures(opened: Callable[..., Tab], shots: Path, scheme: str) -> None:
     tab.click("#clear")
     mode(tab, "threshold")
     tab.click("#compare")
-    ask(tab, "differ, please")
+    ask(tab, "differ please")
     tab.shot(shots / f"compare-{scheme}.png")
     narrow = opened(scheme=scheme, width=360, height=740)
     ask(narrow, "essay: what is an early exit?")

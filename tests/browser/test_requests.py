@@ -73,6 +73,22 @@ def test_a_model_without_exits_is_asked_for_none(tab: Tab, mock: Mock) -> None:
     assert mock.sent(CHAT)[0]["exitlm"] == {"mode": "lossless", "trace": True}
 
 
+def test_exits_that_tuning_left_out_do_not_count(tab: Tab, mock: Mock) -> None:
+    """Neither in the threshold that is shown nor among the exits that are in use, until they are chosen."""
+    assert tab.text("#threshold-value") == "0.80 to 0.90, tuned"
+    tab.js(
+        "const model = document.querySelector('#model'); model.value = 'tiny:quick';"
+        " model.dispatchEvent(new Event('change'))"
+    )
+    assert tab.text("#threshold-value") == "0.87, tuned"
+    assert tab.each("#exits input", "(box) => [box.value, box.checked]") == [["3", False], ["6", True]]
+    ask(tab, "short one")
+    tab.click("#more summary")
+    tab.click("#exits label", 0)
+    ask(tab, "short two")
+    assert [body["exitlm"].get("exits") for body in mock.sent(CHAT)] == [None, [3, 6]]
+
+
 @pytest.mark.parametrize(
     ("prompt", "sentence"),
     [
@@ -113,7 +129,7 @@ def test_a_key_is_asked_for_and_kept_for_this_tab_alone(new_tab: Callable[..., T
     assert tab.wait("document.activeElement.id") == "key"
     tab.type("sesame")
     tab.press("Enter")
-    tab.wait("document.querySelectorAll('#model option').length === 2")
+    tab.wait("document.querySelectorAll('#model option').length === 3")
     assert tab.js("document.querySelector('#notice').hidden")
     ask(tab, "short")
     assert mock.seen[-1].headers["Authorization"] == "Bearer sesame"
@@ -123,7 +139,7 @@ def test_a_key_is_asked_for_and_kept_for_this_tab_alone(new_tab: Callable[..., T
     )
     tab.goto("about:blank")
     tab.goto(mock.url)
-    tab.wait("document.querySelectorAll('#model option').length === 2")
+    tab.wait("document.querySelectorAll('#model option').length === 3")
 
 
 def test_the_page_waits_for_a_model_that_loads(new_tab: Callable[..., Tab], mock: Mock) -> None:
@@ -133,7 +149,7 @@ def test_the_page_waits_for_a_model_that_loads(new_tab: Callable[..., Tab], mock
     tab.wait("!document.querySelector('#notice').hidden")
     assert tab.text("#notice") == "The model is still loading."
     mock.loading = False
-    tab.wait("document.querySelectorAll('#model option').length === 2 && document.querySelector('#notice').hidden")
+    tab.wait("document.querySelectorAll('#model option').length === 3 && document.querySelector('#notice').hidden")
 
 
 def test_nothing_comes_from_anywhere_else(tab: Tab, mock: Mock) -> None:

@@ -166,7 +166,7 @@ def test_facts_of_an_answer(tab: Tab) -> None:
     mean = sum(token.layer for token in tokens) / len(tokens)
     for fact in (f"{len(tokens)} tokens", f"{mean:.1f} of 12 layers on average", "104 tokens/s", "ended at max tokens"):
         assert fact in facts
-    assert tab.text(".badge") == "exact path"
+    assert tab.text(".badge") == "batch-independent"
 
 
 def test_layer_numbers_can_be_shown(tab: Tab) -> None:
