@@ -113,7 +113,7 @@ def full(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
     config = GenerationConfig(mode="full", max_new_tokens=count, ignore_eos=True)
     wide, narrow = engine_of(llm), engine_of(llm, activation_bits=8)
     kernels = kernels_of(wide)
-    half = engine_of(llm, kv_dtype="float16")
+    single = engine_of(llm, kv_dtype="float32")
     torch_path = engine_of(llm, "int4" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "fp16")
 
     def decode(engine: Engine) -> float:
@@ -124,7 +124,7 @@ def full(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
     actions: dict[str, Callable[[], float]] = {
         "reading all weights": lambda: usual(partial(kernels.read, weights, 3)),
         "native, 15 bits": lambda: usual(partial(decode, wide)),
-        "native, 15 bits, float16 keys": lambda: usual(partial(decode, half)),
+        "native, 15 bits, float32 keys": lambda: usual(partial(decode, single)),
         "native, 8 bits": lambda: usual(partial(decode, narrow)),
         "native, 15 bits, 1 thread": lambda: with_kernels(kernels, kernels.isa, 1, partial(decode, wide)),
         f"torch, {torch_path.quant}": partial(decode, torch_path),
@@ -199,7 +199,7 @@ def texts(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
     exact = engine_of(llm, "none")
     wanted = [exact.generate(prompt, config).token_ids for prompt in prompts]
     for name, engine in (
-        ("native, 15 bits", engine_of(llm)), ("native, 15 bits, float16 keys", engine_of(llm, kv_dtype="float16")),
+        ("native, 15 bits", engine_of(llm)), ("native, 15 bits, float32 keys", engine_of(llm, kv_dtype="float32")),
         ("native, 8 bits", engine_of(llm, activation_bits=8)), ("torch, int4", engine_of(llm, "int4")),
     ):  # fmt: skip
         found = [engine.generate(prompt, config).token_ids for prompt in prompts]

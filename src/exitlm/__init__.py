@@ -12,12 +12,14 @@ from exitlm.errors import UserError
 if TYPE_CHECKING:
     from exitlm.decode.generation import Generation, GenerationConfig
     from exitlm.llm import LLM, load
+    from exitlm.serve.async_engine import AsyncEngine
     from exitlm.train import train, tune
 
-__all__ = ["LLM", "Generation", "GenerationConfig", "UserError", "__version__", "load", "train", "tune"]
+__all__ = ["LLM", "AsyncEngine", "Generation", "GenerationConfig", "UserError", "__version__", "load", "train", "tune"]
 __version__ = "0.1.0"
 
 _PLACES = {
+    "AsyncEngine": "exitlm.serve.async_engine",
     "Generation": "exitlm.decode.generation",
     "GenerationConfig": "exitlm.decode.generation",
     "LLM": "exitlm.llm",

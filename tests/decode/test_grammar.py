@@ -16,7 +16,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from exitlm.decode.sampling.grammar import (
     CACHE_BYTES,
-    MAX_WHITESPACE,
     GrammarCompiler,
     GrammarState,
     ResponseFormat,
@@ -25,12 +24,11 @@ from exitlm.decode.sampling.grammar import (
     pack_ids,
     packed_words,
     pick_mask,
-    plain_schema,
     read_response_format,
     token_bytes,
     unpack_mask,
-    warn_of_unenforced,
 )
+from exitlm.decode.sampling.schemas import MAX_WHITESPACE, plain_schema, warn_of_unenforced
 from exitlm.errors import UserError
 
 END, START, VOCAB = 0, 1, 430  # ids of <end> and <start>; the vocabulary is larger than the tokenizer's
@@ -537,6 +535,97 @@ def test_without_a_stop_token_no_grammar() -> None:
     assert compiler.state(form, [START]).allowed(compiler.token_bytes.index(b"a"))
 
 
+# ---- structural tags, as programs make them
+
+
+def tag(*elements: dict[str, Any], **settings: Any) -> ResponseFormat:
+    """The elements in a sequence."""
+    return ResponseFormat(
+        kind="structural_tag", source=json.dumps({"type": "sequence", "elements": elements}), **settings
+    )
+
+
+ANY = {"type": "object"}
+TREE = {
+    "$ref": "#/$defs/node",
+    "$defs": {"node": {"type": "object", "properties": {
+        "naïve": {"$ref": "#/$defs/node"}, "日": {"prefixItems": [{"type": "string"}, {"type": "integer"}]},
+    }}},
+}  # fmt: skip
+DATES = {
+    "type": "object",
+    "properties": {"day": {"type": "string", "format": "date"}, "code": {"type": "string", "pattern": r'^[a-c]\\"\d$'}},
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "settings", "text", "fits"),
+    [
+        (PERSON, {"any_whitespace": False}, '{"name": "x", "age": 1}', True),
+        (PERSON, {"any_whitespace": False}, '{"name":"x", "age": 1}', False),
+        (PERSON, {}, '{ "name":"x",\n"age": 1}', True),
+        (PERSON, {}, '{ "name":"x",' + " " * (MAX_WHITESPACE + 1) + '"age": 1}', False),
+        (PERSON, {}, '{"name": "x", "age": 1, "b": 2}', False),
+        (PERSON, {"strict": False}, '{"name": "x", "age": 1, "b": 2}', True),
+        (PERSON, {}, '{"name": "a\tb", "age": 1}', False),
+        (ANY, {"any_whitespace": False}, '{"a": [1, {}]}', True),
+        ({**ANY, "required": ["a"]}, {}, '{"b": 1}', False),
+        (TREE, {}, '{"naïve": {"naïve": {}, "日": ["x", 1]}}', True),
+        (TREE, {}, '{"naïve": {"naïve": {}, "日": [1, "x"]}}', False),
+        (DATES, {}, '{"day": "2024-02-03", "code": "a\\"7"}', True),
+        (DATES, {}, '{"day": "2024-02-03", "code": "a\\"x"}', False),
+        (DATES, {}, '{"day": "soon"}', False),
+        ({**ANY, "patternProperties": {"^x_[0-9]$": {"type": "null"}}}, {}, '{"x_1": null}', True),
+        ({**ANY, "patternProperties": {"^x_[0-9]$": {"type": "null"}}}, {}, '{"x_1": 1}', False),
+        ({"oneOf": [{"const": "é"}, {"type": "number", "maximum": 2.5}]}, {}, '"é"', True),
+        ({"oneOf": [{"const": "é"}, {"type": "number", "maximum": 2.5}]}, {}, "7", False),
+    ],
+)
+def test_the_json_in_a_tag(
+    byte_compiler: GrammarCompiler, schema: Any, settings: dict[str, Any], text: str, fits: bool
+) -> None:
+    """As alone: layout, further properties, control characters, and properties that are required but not listed."""
+    inside = {"type": "json_schema", "json_schema": schema}
+    begin, end = {"type": "const_string", "value": "<"}, {"type": "const_string", "value": ">"}
+    single = {word: token for token, word in enumerate(byte_compiler.token_bytes) if len(word) == 1}
+    alone = ResponseFormat(kind="json_schema", source=json.dumps(schema), **settings)
+    for wanted, whole in ((tag(begin, inside, end, **settings), f"<{text}>"), (alone, text)):
+        state = byte_compiler.state(wanted)
+        walked = [state.allowed(token) and (state.advance(token) or True) for token in map(single.get, spelled(whole))]
+        assert (all(walked) and state.complete) == fits
+
+
+def spelled(text: str) -> list[bytes]:
+    """The bytes of a text, each alone."""
+    return [bytes([byte]) for byte in text.encode()]
+
+
+def test_keywords_in_a_tag_that_are_not_enforced(byte_compiler: GrammarCompiler) -> None:
+    inside = {"type": "json_schema", "json_schema": {"type": "array", "items": {"type": "null"}, "uniqueItems": True}}
+    with pytest.warns(UserWarning, match="doesn't enforce uniqueItems"):
+        byte_compiler.compile(tag({"type": "optional", "content": inside}))
+
+
+def test_special_tokens_that_may_stand_for_their_names(byte_compiler: GrammarCompiler) -> None:
+    """Alone in the formats that list them, and where the text has the name; the name in letters is right too."""
+    name = {"type": "const_string", "value": "<start>a"}
+    less, a = (byte_compiler.token_bytes.index(letter) for letter in (b"<", b"a"))
+    state = byte_compiler.state(tag(name, special=("<start>", "<absent>")))
+    assert state.mask().nonzero().flatten().tolist() == [START, less]
+    assert state.jump_forward() == [START, a]
+    for token in (START, a):
+        assert not state.complete
+        state.advance(token)
+    assert state.finished
+    state.rollback(2)
+    for token in byte_compiler.tokenizer.encode("<", add_special_tokens=False):
+        state.advance(token)
+    assert not state.allowed(START)
+    plain = byte_compiler.state(tag(name))
+    assert plain.mask().nonzero().flatten().tolist() == [less]
+    assert plain.vocab_size == state.vocab_size == VOCAB
+
+
 def test_a_missing_xgrammar_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xgrammar", None)
     assert wanted({"type": "json_object"}).kind == "json_schema"
@@ -567,7 +656,7 @@ def test_compiled_grammars_are_kept_within_a_budget(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("exitlm.decode.sampling.grammar.CACHE_BYTES", 400_000)
     assert CACHE_BYTES > 400_000
     compiler = make_compiler()
-    books = compiler._compiler
+    books = compiler._spellings[()].compiler
     sizes = []
     for size in range(1, 40):
         form = wanted({"type": "regex", "regex": f"[a-z]{{{size}}}[0-9a-f]*"})

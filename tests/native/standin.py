@@ -13,7 +13,7 @@ static int number(const char* name, int usual) {
     return given ? std::atoi(given) : usual;
 }
 static int forks = 0;
-EXPORT int exitcpu_abi(void) { return number("STANDIN_ABI", 1); }
+EXPORT int exitcpu_abi(void) { return number("STANDIN_ABI", 2); }
 EXPORT int exitcpu_check(void) { return number("STANDIN_CHECK", 0); }
 EXPORT const char* exitcpu_digest(void) { return EXITCPU_DIGEST; }
 EXPORT const char* exitcpu_isa(void) { return "stand-in"; }

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import collections.abc
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from exitlm.decode.agenda import Chosen
 from exitlm.decode.generation import Stats
 from exitlm.decode.kernels.runner import Runner
+from exitlm.decode.pricing.drafting import MOST_DRAFTS
 from exitlm.decode.pricing.pass_times import PassTimes
 from exitlm.decode.pricing.pricing import Pricing
-from exitlm.decode.sequence import Sequence
+from exitlm.decode.sequence import Draft, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,22 @@ class Before:
     worth: float
 
 
+@dataclass
+class DraftCounts:
+    """Drafts of all texts so far: ``rounds`` in which some were verified, how many were ``drafted`` (verified, or
+    dropped behind one that was refused), and how many were accepted at each position of a round."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted_at: list[int] = field(default_factory=lambda: [0] * MOST_DRAFTS)
+
+
 class Accounts:
-    """Of one engine. ``times`` are those of passes of a single row."""
+    """Of one engine. ``times`` are those of passes of a single row, ``drafts`` the counts of all that was verified."""
 
     def __init__(self, runner: Runner, pricing: Pricing) -> None:
         self.runner, self.pricing = runner, pricing
-        self.times = PassTimes()
+        self.times, self.drafts = PassTimes(), DraftCounts()
         self._busy, self._begun = 0.0, 0.0
 
     # ---- the engine's own clock
@@ -93,6 +104,19 @@ class Accounts:
         )  # fmt: skip
 
     # ---- a text
+
+    def verified(
+        self, sequence: Sequence, accepted: collections.abc.Sequence[Draft], dropped: collections.abc.Sequence[Draft]
+    ) -> None:
+        """Drafts of a text were accepted, and the ones behind them dropped."""
+        self.drafts.rounds += 1
+        self.drafts.drafted += len(accepted) + len(dropped)
+        for at in range(len(accepted)):
+            self.drafts.accepted_at[at] += 1
+        if sequence.prediction is not None:
+            right = sum(draft.source == "prediction" for draft in accepted)
+            sequence.tally.predicted_accepted += right
+            sequence.tally.predicted += right + sum(draft.source == "prediction" for draft in dropped)
 
     def ended(self, sequence: Sequence, stats: Stats) -> None:
         """A text has ended. One that ran alone on a CPU, where passes are not submitted ahead, is compared with full

@@ -129,12 +129,17 @@ class Agenda:
         return True
 
     def _draft_from_text(self, sequence: Sequence, room: int) -> bool:
-        """Draft what a grammar forces, or what followed the same tokens before; whether there was any."""
+        """Draft what a grammar forces, what the request expects, or what followed the same tokens before; whether there
+        was any."""
         final, drafting = self.runner.bounds[-1], sequence.drafting
         assert drafting is not None
         if sequence.grammar is not None and "grammar" in sequence.config.draft:
             forced = sequence.grammar.jump_forward()[:room]
             if sequence.extend_drafts([Draft(token, final, "grammar", "grammar", 0.95) for token in forced]):
+                return True
+        if sequence.prediction is not None:
+            expected = sequence.prediction.draft([draft.token for draft in sequence.drafts], room)
+            if sequence.extend_drafts([self._expected(sequence, token, i) for i, token in enumerate(expected)]):
                 return True
         if sequence.index is None:
             return False
@@ -146,3 +151,10 @@ class Agenda:
             )
             drafts.append(Draft(token, final, "lookup", ("lookup", n), right))
         return sequence.extend_drafts(drafts)
+
+    def _expected(self, sequence: Sequence, token: int, at: int) -> Draft:
+        """A draft of what the request expects, behind ``at`` others of this round and those before."""
+        assert sequence.drafting is not None
+        behind = len(sequence.drafts) + at
+        _, right = sequence.drafting.odds("prediction", self.pricing.acceptance, sequence.generated, behind)
+        return Draft(token, self.runner.bounds[-1], "prediction", "prediction", right)

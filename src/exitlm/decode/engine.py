@@ -81,8 +81,10 @@ class Engine:
         self.runner = Runner(self.fused, self.options)
         self.memory = Memory(self.runner, self.options)
         self.pricing = Pricing(self.runner, self.options, costs, cache_dir)
-        records = {e: model.exits[str(e)].record for e in self.runner.early}
-        self.intake = Intake(self.runner, records, tokenizer, lambda: self.pricing.costs)
+        heads = {e: model.exits[str(e)] for e in self.runner.early}
+        records = {e: head.record for e, head in heads.items()}
+        kinds = {e: head.config.kind for e, head in heads.items()}
+        self.intake = Intake(self.runner, records, kinds, tokenizer, lambda: self.pricing.costs)
         self.roster = Roster(
             self.memory, min(self.options.max_sequences, self.options.max_rows), self.runner.segments,
             self.fused.original_context,
@@ -292,7 +294,7 @@ class Engine:
         taken, kept, prepared = 0, True, sequence.prepared
         for i in range(len(best)):
             if not finite[i]:
-                raise not_finite(sequence.generated + 1, self.fused.dtype)
+                raise not_finite(sequence.generated + 1, self.fused.dtype, self.fused.cache_dtype)
             draft = drafts[i] if i < len(drafts) else None
             token = best[i] if sequence.plain else sequence.choose(sequence.restricted(raw_RV[i]))
             kept = draft is not None and token == draft.token
@@ -315,6 +317,9 @@ class Engine:
             sequence.test = None
             self.memory.roll_back(sequence)
         tally.accepted += taken
+        if drafts:
+            dropped = [] if kept and sequence.output.finish_reason is None else drafts[taken:]
+            self.accounts.verified(sequence, drafts[:taken], dropped)
         self._tell(sequence)
 
     def _emit(self, sequence: Sequence, token: TokenTrace, raw_V: Tensor) -> None:

@@ -17,7 +17,7 @@ from exitlm.palette import html, palette
 from exitlm.values import elements, flag, seed_of, settings_of, whole, wholes, words, wrong
 
 MODES = ("full", "threshold", "lossless")
-DRAFTS = ("exits", "lookup", "grammar")
+DRAFTS = ("exits", "lookup", "grammar", "prediction")
 MAX_CHOICES = 1024
 
 _SAMPLING = (  # settings that a Sampler has under the same name, and in the same form
@@ -39,8 +39,8 @@ class GenerationConfig:
     agree. ``exit_layer``: the layer of rule ``fixed`` (None: the deepest active exit). ``max_pending``: positions that
     may wait for the deeper layers (None: 64; it changes no token). ``min_exit_tokens``: tokens before the first exit
     may fire. ``draft``: the sources of drafts in lossless mode: exits, lookup (what followed the same words before) and
-    grammar (what ``response_format`` forces); ``max_draft`` caps one round (at
-    most 63);
+    grammar (what ``response_format`` forces) and prediction; ``max_draft`` caps one round (at most 63). ``prediction``:
+    a text or token ids that much of the output is expected to be, such as a file that is edited (lossless mode).
     ``adaptive`` lets measured acceptance and cost set the length of drafts. ``temperature`` (0: greedy) to
     ``logits_processor`` are those of :class:`exitlm.decode.sampling.sampler.Sampler`; ``bad_words`` are texts or token
     ids each, and ``seed`` decides all that is random (None: a fresh one).
@@ -79,6 +79,7 @@ class GenerationConfig:
     n: int = 1
     draft: Sequence[str] = DRAFTS
     max_draft: int | None = None
+    prediction: str | Sequence[int] | None = None
     adaptive: bool = True
 
     def __post_init__(self) -> None:
@@ -97,6 +98,8 @@ class GenerationConfig:
         found["response_format"] = read_response_format(self.response_format)
         if self.seed is not None:
             found["seed"] = seed_of(self.seed)
+        if self.prediction is not None:
+            found["prediction"] = self._prediction(self.prediction)
         found["bad_words"] = self._bad_words(self.bad_words)
         sampler = self.sampler()
         found |= {name: getattr(sampler, name) for name in _SAMPLING}
@@ -124,6 +127,15 @@ class GenerationConfig:
         return check_threshold(given)
 
     @staticmethod
+    def _prediction(given: Any) -> str | tuple[int, ...]:
+        """A text, or token ids."""
+        if isinstance(given, str):
+            if not _is_utf8(given):
+                raise UserError("prediction is not valid UTF-8 text; give it in that encoding")
+            return given
+        return tuple(wholes(given, "prediction", "a text or a sequence of token ids"))
+
+    @staticmethod
     def _bad_words(given: Any) -> tuple[str | tuple[int, ...], ...]:
         """Texts and tuples of token ids; one text stands for a list of one."""
         expected = "a text or a sequence of texts and of sequences of token ids"
@@ -144,6 +156,7 @@ class GenerationConfig:
             "exit_layer": (self.rule == "fixed" or not exits, "rule='fixed'"),
             "patience": (self.rule == "patience" or not exits, "rule='patience'"),
             "max_draft": (self.mode == "lossless", "mode='lossless'"),
+            "prediction": (self.mode == "lossless", "mode='lossless'"),
             "top_k": (self.temperature > 0, "a temperature above 0"),
             "top_p": (self.temperature > 0, "a temperature above 0"),
             "min_p": (self.temperature > 0, "a temperature above 0"),
@@ -185,9 +198,10 @@ def _is_utf8(text: str) -> bool:
 class TokenTrace:
     """One generated token: where it came from and what was tried for it.
 
-    ``exit_layer`` is the layer whose head gave it (L for the final head); ``source`` is ``exit``, ``final``, ``lookup``
-    or ``grammar``; ``confidence`` maps each exit that was tried to its score; ``drafted`` says that it was a draft that
-    the full model accepted. ``logprob`` is under the unfiltered distribution it was taken from.
+    ``exit_layer`` is the layer whose head gave it (L for the final head); ``source`` is ``exit``, ``final``,
+    ``lookup``, ``grammar`` or ``prediction``; ``confidence`` maps each exit that was tried to its score; ``drafted``
+    says that it was a draft that the full model accepted. ``logprob`` is under the unfiltered distribution it was taken
+    from.
     """
 
     id: int
@@ -205,7 +219,7 @@ class Piece:
     """What a stream yields: text that is certain now and the tokens that came with it (text may lag behind tokens).
 
     ``index`` is the prompt's place in a list of prompts, ``choice`` which of its ``n`` texts this is; ``error`` ends
-    the text of this prompt alone.
+    the text of this prompt alone. ``prompt_logprobs`` come with the first piece, as in :class:`Generation`.
     """
 
     text: str
@@ -213,6 +227,7 @@ class Piece:
     index: int = 0
     choice: int = 0
     error: UserError | None = None
+    prompt_logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
     @property
     def token_ids(self) -> list[int]:
@@ -230,26 +245,30 @@ class Stats:
     """What a generation took.
 
     ``tokens_per_second`` is of decoding alone, NaN for a single token, and ``mean_layers`` the mean exit layer.
-    ``prefill_seconds`` and ``decode_seconds`` count passes that were shared with other sequences in full. ``rounds``:
-    passes that gave tokens after the prefill; ``layer_rows``: rows times layers run in them. ``drafted`` and
-    ``accepted`` count drafts; ``max_pending``: positions that waited at once. ``exits``, ``rule`` and ``thresholds``:
-    what was tested. ``quant``: the format of the weights; ``kernels``: what computed, ``torch`` or ``native`` with its
-    instruction set; ``costs``: where the table of costs came from (None if no request needed it so far). ``seed`` gives
-    this text again. ``shared_tokens``: positions whose keys came from another text; ``preemptions``: how often it had
-    to give its memory to others. ``exact``: whether near-ties fall alike in any company, since rows are computed one
-    like the other (native kernels) or precisely enough (float64).
+    ``queue_seconds``: from the request to its first pass; ``prefill_seconds`` and ``decode_seconds`` count passes that
+    were shared with other sequences in full. ``rounds``: passes that gave tokens after the prefill; ``layer_rows``:
+    rows times layers run in them. ``drafted`` and ``accepted`` count drafts, ``predicted`` and ``predicted_accepted``
+    those that came from ``prediction``; ``max_pending``: positions that waited at once. ``exits``, ``rule`` and
+    ``thresholds``: what was tested. ``quant``: the format of the weights; ``kernels``: what computed, ``torch`` or
+    ``native`` with its instruction set; ``costs``: where the table of costs came from (None if no request needed it so
+    far). ``seed`` gives this text again. ``shared_tokens``: positions whose keys came from another text;
+    ``preemptions``: how often it had to give its memory to others. ``exact``: whether near-ties fall alike in any
+    company, since rows are computed one like the other (native kernels) or precisely enough (float64).
     """
 
     mode: str
     prompt_tokens: int = 0
     tokens: int = 0
     tokens_per_second: float = math.nan
+    queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     mean_layers: float = math.nan
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    predicted: int = 0
+    predicted_accepted: int = 0
     max_pending: int = 0
     layer_rows: int = 0
     exits: list[int] = field(default_factory=list)

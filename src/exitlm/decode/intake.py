@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections.abc
+import threading
 
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.lookup import NgramIndex
 from exitlm.decode.output import Output
 from exitlm.decode.planning import Exits, Plan, make_plan
+from exitlm.decode.prediction import Prediction
 from exitlm.decode.pricing.costs import Costs
 from exitlm.decode.pricing.drafting import Drafting
 from exitlm.decode.sampling.grammar import GrammarCompiler, GrammarState
@@ -27,16 +29,18 @@ class Intake:
         self,
         runner: Runner,
         records: collections.abc.Mapping[int, ExitRecord],
+        kinds: collections.abc.Mapping[int, str],
         tokenizer: Tokenizer | None,
         costs: collections.abc.Callable[[], Costs],
     ) -> None:
-        """``records`` are those of the early exits; ``costs`` is asked only where drafts are left at their default."""
+        """``records`` and ``kinds`` are those of the early exits; ``costs`` is asked only where drafts are open."""
         self.runner, self.config, self.pool = runner, runner.fused.config, runner.pool
         self.tokenizer, self.notes = tokenizer, dict[str, str]()
         gated = frozenset(e for e in runner.early if runner.fused.heads[e].has_gate)
-        self.exits = Exits(records=records, gated=gated)
+        self.exits = Exits(records=records, gated=gated, kinds=kinds)
         self._costs = costs
         self._compiler: GrammarCompiler | None = None
+        self._compiling = threading.Lock()
 
     def sequence(self, key: int, prompt: Ids, config: GenerationConfig, choice: int, seed: int) -> Sequence:
         """A sequence that is ready to be admitted. Raises :class:`UserError` for what can't be met."""
@@ -51,27 +55,46 @@ class Intake:
         if not config.ignore_eos:
             stops |= frozenset(self.config.eos_token_ids)
         output = Output(TextStream(self.tokenizer, config.stop, prompt), stops, min(config.max_new_tokens, room))
-        drafting = index = None
+        drafting = index = prediction = None
         if config.mode == "lossless":
             exits = {e: self.exits.expected(e, plan.rule) for e in plan.exits if plan.rule is not None}
             limits = {"max_draft": config.max_draft, "max_pending": config.max_pending}
-            drafting = Drafting(exits, adaptive=config.adaptive, **limits)
+            predicts = bool(config.prediction) and "prediction" in config.draft
+            drafting = Drafting(exits, adaptive=config.adaptive, predicts=predicts, **limits)
             if "lookup" in config.draft:
                 index = NgramIndex()
                 index.extend(prompt)
+            if config.prediction and predicts:
+                prediction = Prediction(self._expected_ids(config.prediction))
         return Sequence(
             key, prompt, config, plan, output, segments=self.runner.segments, sampler=sampler,
-            seed=seed, choice=choice, drafting=drafting, index=index, grammar=self._grammar(config),
+            seed=seed, choice=choice, drafting=drafting, index=index, prediction=prediction,
+            grammar=self._grammar(config),
         )  # fmt: skip
+
+    def _expected_ids(self, prediction: str | Ids) -> Ids:
+        """A prediction as token ids. Ids that the vocabulary lacks are drafts that are never right, so they end it."""
+        if not isinstance(prediction, str):
+            known = [0 <= token < self.config.vocab_size for token in prediction]
+            return prediction if all(known) else prediction[: known.index(False)]
+        if self.tokenizer is None:
+            raise UserError("a prediction that is a text needs a tokenizer, and this model has none; give token ids")
+        return list(self.tokenizer(prediction, add_special_tokens=False)["input_ids"])
+
+    def prepare(self, config: GenerationConfig) -> None:
+        """Compile the grammar of a request ahead of its sequences, which may take long; from any thread. Raises
+        :class:`UserError` for one that can't be used."""
+        self._grammar(config)
 
     def _grammar(self, config: GenerationConfig) -> GrammarState | None:
         """The grammar of a request's ``response_format``."""
         if config.response_format is None:
             return None
-        if self._compiler is None:
-            if self.tokenizer is None:
-                raise UserError("response_format needs a tokenizer, and this model has none")
-            self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+        with self._compiling:
+            if self._compiler is None:
+                if self.tokenizer is None:
+                    raise UserError("response_format needs a tokenizer, and this model has none")
+                self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
         return self._compiler.state(config.response_format, config.stop_token_ids)
 
     def plan(self, config: GenerationConfig) -> Plan:

@@ -90,14 +90,19 @@ def _given(known: Scores, row: int, sequence: Sequence) -> float | None:
     return known.probability[row] if score is probability else 1.0
 
 
-def not_finite(token: int, dtype: torch.dtype) -> UserError:
-    """The sentence for final logits that are not numbers, for the new token of this number."""
-    narrow = dtype in (torch.float16, torch.bfloat16)
+def not_finite(token: int, dtype: torch.dtype, cache: torch.dtype) -> UserError:
+    """The sentence for final logits that are not numbers, for the new token of this number. ``cache``: what holds keys
+    and values."""
+    remedy = ""
+    if dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        remedy = f", or {name} is too narrow for them: get them again, or load them with dtype 'float32'"
+    elif cache == torch.float16:
+        remedy = ", or their keys exceed float16: get them again, or decode with EngineConfig(kv_dtype='float32')"
     return UserError(
-        f"the final logits for new token {token} are not finite (NaN or infinity); the weights "
-        + (f"are damaged, or {str(dtype).removeprefix('torch.')} is too narrow for them: get them again, or "
-           "load them with dtype 'float32'" if narrow else "are damaged: get them again")
-    )  # fmt: skip
+        f"the final logits for new token {token} are not finite (NaN or infinity); the weights are damaged"
+        + (remedy or ": get them again")
+    )
 
 
 def in_groups(

@@ -25,7 +25,7 @@ class EngineConfig:
     beginning. ``max_wait``: how long a row that must go deep waits for shallow passes of others, as a share of a full
     pass. ``threads``: processor threads of a pass (None: one for each core); a process has one number.
     ``activation_bits`` (15 or 8): what activations are rounded to where they meet weights on a grid, by the native
-    kernels. ``kv_dtype`` (float32 or float16): keys and values of the native kernels.
+    kernels. ``kv_dtype`` (float16 or float32): keys and values of the native kernels.
     """
 
     kv_bytes: int | None = None
@@ -37,7 +37,7 @@ class EngineConfig:
     max_wait: float = 0.25
     threads: int | None = None
     activation_bits: int = 15
-    kv_dtype: str = "float32"
+    kv_dtype: str = "float16"
 
     def __post_init__(self) -> None:
         found: dict[str, Any] = {"prefix_sharing": flag(self.prefix_sharing, "engine.prefix_sharing")}

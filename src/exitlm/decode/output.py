@@ -17,7 +17,7 @@ class Output:
         self.trace: list[TokenTrace] = []
         self.prompt_logprobs: list[tuple[float, dict[int, float]]] = []
         self.finish_reason: str | None = "length" if max_new_tokens == 0 else None
-        self._taken = 0
+        self._taken, self._told_prompt = 0, False
 
     def push(self, token: TokenTrace) -> None:
         """Add a verified token, with the text that is certain now."""
@@ -36,4 +36,5 @@ class Output:
     def take(self) -> Piece:
         """What has come since the last call."""
         tokens, self._taken = self.trace[self._taken :], len(self.trace)
-        return Piece(text="".join(token.text for token in tokens), tokens=tokens)
+        scores, self._told_prompt = [] if self._told_prompt else self.prompt_logprobs, True
+        return Piece(text="".join(token.text for token in tokens), tokens=tokens, prompt_logprobs=scores)

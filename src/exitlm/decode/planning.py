@@ -7,7 +7,7 @@ the same on every machine; what is *drafted* in ``lossless`` mode may follow mea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.pricing.costs import Costs, choose_drafting
@@ -48,10 +48,11 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Exits:
-    """What planning knows of a model's early exits: their records, and which have gates."""
+    """What planning knows of a model's early exits: their records, which have gates, and how their heads are built."""
 
     records: Mapping[int, ExitRecord]
     gated: frozenset[int]
+    kinds: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[int]:

@@ -10,7 +10,7 @@ from exitlm.decode.generation import GenerationConfig
 from exitlm.errors import UserError
 from exitlm.values import unboxed, wrong
 
-WHOLE = ("exits", "stop", "stop_token_ids", "draft", "logit_bias", "bad_words", "response_format")
+WHOLE = ("exits", "stop", "stop_token_ids", "draft", "logit_bias", "bad_words", "response_format", "prediction")
 """Settings that are lists or mappings by nature: they apply whole to each prompt."""
 
 

@@ -5,6 +5,7 @@ The newest gives its memory first, so that the oldest always goes on and everyth
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from exitlm.decode.cache.memory import Memory
@@ -33,6 +34,7 @@ class Roster:
             self.memory.open(sequence)
             if not sequence.tally.begun:
                 sequence.tally.begun = now
+                sequence.tally.queued = time.monotonic() - sequence.requested
             self.running.append(sequence)
 
     def _begins_like_another(self, sequence: Sequence) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections.abc
 import itertools
 import operator
+import time
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -26,6 +27,7 @@ from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.lookup import NgramIndex
 from exitlm.decode.output import Output
 from exitlm.decode.planning import Plan
+from exitlm.decode.prediction import Prediction
 from exitlm.decode.pricing.drafting import Drafting
 from exitlm.decode.rules import ExitTest
 from exitlm.decode.sampling.grammar import GrammarState, mask_logits
@@ -47,14 +49,17 @@ class Draft:
 
 @dataclass
 class Tally:
-    """What decoding a sequence took. ``begun`` and ``first`` are the engine's busy seconds at admission and at the
-    first token."""
+    """What decoding a sequence took. ``queued``: seconds from its request to its admission. ``begun`` and ``first`` are
+    the engine's busy seconds at admission and at the first token."""
 
+    queued: float = 0.0
     begun: float = 0.0
     first: float = 0.0
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    predicted: int = 0
+    predicted_accepted: int = 0
     max_pending: int = 0
     layer_rows: int = 0
     preemptions: int = 0
@@ -78,11 +83,12 @@ class Sequence:
         choice: int = 0,
         drafting: Drafting | None = None,
         index: NgramIndex | None = None,
+        prediction: Prediction | None = None,
         grammar: GrammarState | None = None,
     ) -> None:
         self.key, self.config, self.plan, self.output = key, config, plan, output
         self.sampler, self.seed, self.choice = sampler, seed, choice
-        self.drafting, self.index, self.grammar = drafting, index, grammar
+        self.drafting, self.index, self.prediction, self.grammar = drafting, index, prediction, grammar
         self.restricts = sampler.restricts or grammar is not None
         self.plain = sampler.plain and grammar is None
         self.ids, self.prompt_length = list(prompt), len(prompt)
@@ -90,6 +96,7 @@ class Sequence:
         watched = sampler.restricts or sampler.penalises or sampler.processor is not None
         self.counts = TokenCounts(self.ids) if watched else None
         self.tally = Tally()
+        self.requested = time.monotonic()
         self.waited, self.alone = 0.0, True
         self.stretched = False
         self.restart(segments)
@@ -196,6 +203,8 @@ class Sequence:
             self.grammar.advance(token)
         if self.index is not None:
             self.index.extend([token])
+        if self.prediction is not None:
+            self.prediction.extend([token])
         self.prepared = False
 
     def extend_drafts(self, drafts: collections.abc.Sequence[Draft]) -> bool:

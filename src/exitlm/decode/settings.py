@@ -43,4 +43,5 @@ class GenerationSettings(TypedDict, total=False):
     n: int | list[int]
     draft: Sequence[str]
     max_draft: int | list[int] | list[int | None] | None
+    prediction: str | Sequence[int] | None
     adaptive: bool | list[bool]

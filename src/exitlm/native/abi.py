@@ -15,7 +15,7 @@ from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int, c_int32, 
 import numpy as np
 from numpy.typing import NDArray
 
-from exitlm.native.pack import FORMATS
+from exitlm.native.pack import FORMATS, PAIR, packed_bytes
 
 PART_ALL, PART_ATTENTION, PART_MLP = range(3)
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
@@ -42,6 +42,7 @@ class Matrix(ctypes.Structure):
         ("cols", c_int32),
         ("format", c_int32),
         ("digits", c_int32),
+        ("stride", c_int64),
     )
 
 
@@ -52,6 +53,12 @@ def matrix(
     address = packed.ctypes.data
     assert address % 64 == 0
     return Matrix(address, bias, rows, cols, FORMATS.index(format), digits)
+
+
+def twin(both: Matrix, which: int, bias: int | None = None) -> Matrix:
+    """The first or the second of two matrices that were packed with their pairs of blocks in turn."""
+    pair = packed_bytes(FORMATS[both.format], PAIR, both.cols)
+    return Matrix(both.data + which * pair, bias, both.rows // 2, both.cols, both.format, both.digits, 2 * pair)
 
 
 class Layer(ctypes.Structure):

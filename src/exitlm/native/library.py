@@ -20,7 +20,7 @@ from pathlib import Path
 from exitlm.errors import UserError, short
 from exitlm.native import build
 
-ABI = 1  # what csrc/exitcpu.h and the structs of this package agree upon
+ABI = 2  # what csrc/exitcpu.h and the structs of this package agree upon
 MAX_THREADS = 1024
 _BUILD_SECONDS = 900.0  # how long another process may take to build it before this one goes without
 _ELF_HEADER = struct.Struct("<16x 16x Q Q 6x H H H H 2x")  # program and section headers: offsets, then sizes and counts

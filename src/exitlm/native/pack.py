@@ -116,6 +116,13 @@ def pack(matrix: RawMatrix) -> Bytes:
     return packed
 
 
+def in_turn(first: RawMatrix, second: RawMatrix) -> RawMatrix:
+    """The rows of two matrices of one shape and type, 32 of the one and 32 of the other in turn: what is read together
+    then lies together."""
+    both = np.stack([each.rows.reshape(each.count // PAIR, PAIR, -1) for each in (first, second)], 1)
+    return RawMatrix(first.type, both.reshape(2 * first.count, -1), first.cols)
+
+
 # ---- one function for each type
 
 

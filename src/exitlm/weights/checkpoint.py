@@ -185,14 +185,26 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def chat_text(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool, remedy: str) -> str:
+def chat_text(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    *,
+    answer: bool,
+    remedy: str,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> str:
     """The text of a conversation in the tokenizer's chat template, up to where an ``answer`` begins.
+
+    ``tools``: JSON schemas of functions that the answer may call, in the shape of OpenAI's.
 
     Raises:
         UserError: the template can't be used; ``remedy`` is what to do then.
     """
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
+        shown = None if tools is None else list(tools)
+        return str(
+            tokenizer.apply_chat_template(list(messages), tools=shown, tokenize=False, add_generation_prompt=answer)
+        )
     except Exception as error:  # a template is a program: it can raise anything
         raise UserError(f"this model's chat template can't be used ({_reason(error)}); {remedy}") from error
 

@@ -47,14 +47,14 @@ class HiddenPool:
         if slots[-1] - first == len(slots) - 1 and _ascends(slots):
             self.states_SD[first : first + len(slots)] = hidden_MD
         else:
-            self.states_SD[torch.tensor(slots, device=self.states_SD.device)] = hidden_MD
+            self.states_SD.index_copy_(0, torch.tensor(slots, device=self.states_SD.device), hidden_MD)
 
     def get(self, slots: Sequence[int]) -> Tensor:
         """The rows ``[M, D]`` of these slots; a view where they are neighbours, good until the slots are written."""
         first = slots[0]
         if slots[-1] - first == len(slots) - 1 and _ascends(slots):
             return self.states_SD[first : first + len(slots)]
-        return self.states_SD[torch.tensor(slots, device=self.states_SD.device)]
+        return self.states_SD.index_select(0, torch.tensor(slots, device=self.states_SD.device))
 
 
 def _ascends(slots: Sequence[int]) -> bool:

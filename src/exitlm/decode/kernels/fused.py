@@ -540,7 +540,7 @@ class FusedModel:
         if len(tokens) == 1:
             hidden = self.embedding[tokens[0]][None].to(self.dtype)
         else:
-            hidden = self.embedding[torch.tensor(tokens, device=self.device)].to(self.dtype)
+            hidden = self.embedding.index_select(0, torch.tensor(tokens, device=self.device)).to(self.dtype)
         return hidden * self.embedding_scale if self.embedding_scale != 1.0 else hidden
 
     def run(self, hidden_MD: Tensor, first: int, last: int, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from exitlm.model.exits import ExitHead
 from exitlm.model.layers import MLP, DecoderLayer, RMSNorm
 from exitlm.model.rope import RopeConfig, rotary_tables
 from exitlm.native import abi
-from exitlm.native.pack import FORMATS, GRIDS, GROUP, PAIR, RawMatrix, fits, format_of, pack, quantised, raw_of
+from exitlm.native.pack import GRIDS, GROUP, PAIR, RawMatrix, fits, format_of, in_turn, pack, quantised, raw_of
 from exitlm.native.packfile import Packed
 
 Source = Callable[[str, Tensor], RawMatrix | None]
@@ -75,6 +75,10 @@ class NativeRows:
         )  # fmt: skip
 
 
+class _Unlike(Exception):
+    """Two matrices can't lie in turn."""
+
+
 class _Parts:
     """Packs matrices and norms, and keeps them."""
 
@@ -96,15 +100,14 @@ class _Parts:
         """The address of a norm's effective weight."""
         return None if norm is None else self.keep_floats(norm_scale(norm, torch.float32))
 
-    def matrix(self, key: str | None, make: Callable[[], RawMatrix], bias: Tensor | None = None) -> abi.Matrix:
-        """Pack a matrix; under ``key`` it is kept for other processes, too."""
+    def matrix(self, key: str | None, make: Callable[[], RawMatrix], bias: int | None = None) -> abi.Matrix:
+        """Pack a matrix; under ``key`` it is kept for other processes, too. ``bias``: an address."""
         format, rows, cols, packed = self.store(key, make)
         self.kept.append(packed)
         self.bytes += len(packed)
-        address = None
-        if bias is not None:
-            address = self.keep_floats(torch.cat([bias.detach().float(), torch.zeros(rows - len(bias))]))
-        return abi.matrix(packed, format, rows, cols, self.digits, address)
+        if key is not None and format in GRIDS:
+            self.grids = True
+        return abi.matrix(packed, format, rows, cols, self.digits, bias)
 
     def raw(self, parameter: nn.Parameter | Tensor) -> RawMatrix:
         """A parameter as it is stored, if it can be laid out so; else as floats. Of an exit's own matrices, which come
@@ -117,15 +120,23 @@ class _Parts:
             return quantised(parameter)
         return raw_of(parameter)
 
-    def linear(self, linear: nn.Linear, rows: slice | None = None) -> abi.Matrix:
+    def key(self, linear: nn.Linear, rows: slice) -> str | None:
+        """The name under which some rows are kept for other processes; None for those of an exit."""
+        name = self.names.get(id(linear.weight), "")
+        return None if name.startswith("exits.") or not name else f"{name}[{rows.start}:{rows.stop}]"
+
+    def bias(self, linear: nn.Linear, rows: slice, count: int) -> int | None:
+        """The address of ``count`` floats, some of a layer's biases and then zeros; None without."""
+        if linear.bias is None:
+            return None
+        some = linear.bias.detach()[rows].float()
+        return self.keep_floats(torch.cat([some, torch.zeros(count - len(some))]))
+
+    def linear(self, linear: nn.Linear, rows: slice = slice(None)) -> abi.Matrix:
         """Pack a linear layer, or some of its rows."""
-        name, bias = self.names.get(id(linear.weight), ""), linear.bias
-        cut = slice(None) if rows is None else rows
-        key = None if name.startswith("exits.") or not name else f"{name}[{cut.start}:{cut.stop}]"
-        found = self.matrix(key, lambda: self.raw(linear.weight).take(cut), None if bias is None else bias[cut])
-        if key is not None and FORMATS[found.format] in GRIDS:
-            self.grids = True
-        return found
+        count = len(linear.weight[rows])
+        bias = self.bias(linear, rows, count + -count % PAIR)
+        return self.matrix(self.key(linear, rows), lambda: self.raw(linear.weight).take(rows), bias)
 
     def layer(self, layer: DecoderLayer, index: int) -> abi.Layer:
         """A decoder layer; its cache is bound later."""
@@ -158,12 +169,25 @@ class _Parts:
         return found
 
     def mlp(self, mlp: MLP) -> tuple[abi.Matrix, abi.Matrix, abi.Matrix]:
-        """Gate, up and down."""
+        """Gate, up and down; gate and up, which are read together, lie together where they are of one type."""
         inner = self.model.config.intermediate_size
         if hasattr(mlp, "gate_up_proj"):
-            gate, up = (self.linear(mlp.gate_up_proj, cut) for cut in (slice(0, inner), slice(inner, 2 * inner)))
+            parts = [(mlp.gate_up_proj, slice(0, inner)), (mlp.gate_up_proj, slice(inner, 2 * inner))]
         else:
-            gate, up = self.linear(mlp.gate_proj), self.linear(mlp.up_proj)
+            parts = [(mlp.gate_proj, slice(None)), (mlp.up_proj, slice(None))]
+
+        def both() -> RawMatrix:
+            gate, up = (self.raw(linear.weight).take(cut) for linear, cut in parts)
+            if gate.type != up.type:
+                raise _Unlike
+            return in_turn(gate, up)
+
+        keys = [self.key(linear, cut) for linear, cut in parts]
+        try:
+            found = self.matrix(None if keys[0] is None else f"{keys[0]} and {keys[1]}", both)
+        except _Unlike:
+            return self.linear(*parts[0]), self.linear(*parts[1]), self.linear(mlp.down_proj)
+        gate, up = (abi.twin(found, i, self.bias(*part, inner)) for i, part in enumerate(parts))
         return gate, up, self.linear(mlp.down_proj)
 
 
@@ -312,7 +336,7 @@ class NativeModel:
         )  # fmt: skip
         self.embedding = model.model.embed_tokens.weight.detach()
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=self.embedding.dtype, device="cpu"))
-        self._parts = parts = _Parts(model, source, digits, store or in_memory)
+        self._parts = parts = _Parts(model, source, digits, store or Packer())
         L = config.num_hidden_layers
         self.layers = (abi.Layer * L)(*(parts.layer(model.model.layers[str(i)], i) for i in range(L)))
         self.output = parts.linear(model.lm_head)
@@ -374,7 +398,7 @@ class NativeModel:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Hidden states ``[M, D]`` of token ids."""
-        hidden = self.embedding[torch.tensor(tokens)].to(torch.float32)
+        hidden = self.embedding.index_select(0, torch.tensor(tokens)).to(torch.float32)
         return hidden * self.embedding_scale if self.embedding_scale != 1.0 else hidden
 
     def run(self, hidden_MD: Tensor, first: int, last: int, rows: NativeRows) -> tuple[Tensor, Tensor]:
@@ -409,11 +433,23 @@ class _Loose:
         self.c = abi.CBatch(count, 1, 1, count, 1, count, at, at + 4, at + 8, self._blocks.ctypes.data, None)
 
 
-def in_memory(key: str | None, make: Callable[[], RawMatrix]) -> Packed:
-    """Pack a matrix in memory, from a 64-byte boundary."""
-    raw = make()
-    packed = pack(raw)
-    held = np.empty(len(packed) + 64, np.uint8)
-    at = -held.ctypes.data % 64
-    held[at : at + len(packed)] = packed
-    return format_of(raw.type), raw.count + -raw.count % PAIR, raw.cols, held[at : at + len(packed)]
+class Packer:
+    """Packs matrices in memory, many beside each other: large pieces can lie in large pages, which read faster."""
+
+    PIECE = 1 << 25
+
+    def __init__(self) -> None:
+        self._piece, self._used = np.empty(0, np.uint8), 0
+
+    def __call__(self, key: str | None, make: Callable[[], RawMatrix]) -> Packed:
+        """See :data:`Store`."""
+        raw = make()
+        packed = pack(raw)
+        start = self._used + -(self._piece.ctypes.data + self._used) % 64
+        if start + len(packed) > len(self._piece):
+            self._piece = np.empty(max(self.PIECE, len(packed) + 64), np.uint8)
+            start = -self._piece.ctypes.data % 64
+        held = self._piece[start : start + len(packed)]
+        held[:] = packed
+        self._used = start + len(packed)
+        return format_of(raw.type), raw.count + -raw.count % PAIR, raw.cols, held

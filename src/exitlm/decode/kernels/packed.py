@@ -17,7 +17,7 @@ from torch import Tensor
 from exitlm.decode.kernels.formats import NATIVE_FORMATS, check_quant, resolve_format
 from exitlm.decode.kernels.fused import FusedModel
 from exitlm.decode.kernels.graphs import resolve_compile
-from exitlm.decode.kernels.native_model import NativeModel, in_memory, lacks
+from exitlm.decode.kernels.native_model import NativeModel, Packer, lacks
 from exitlm.decode.options import EngineConfig
 from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
@@ -103,6 +103,7 @@ class KeptMatrices:
     def __init__(self, model: EarlyExitModel, quant: str) -> None:
         self._path, self._mark, self._made = None, "", dict[str, Packed]()
         self._held: dict[str, Packed] = {}
+        self._pack = Packer()
         backbone = [(name, each) for name, each in model.named_parameters() if not name.startswith("exits.")]
         if model.checkpoint is None or any(count_of_changes(each) for _, each in backbone):
             return
@@ -120,7 +121,7 @@ class KeptMatrices:
         """See :data:`~exitlm.decode.kernels.native_model.Store`."""
         if key is not None and key in self._held:
             return self._held[key]
-        found = in_memory(key, make)
+        found = self._pack(key, make)
         if key is not None:
             self._made[key] = found
         return found

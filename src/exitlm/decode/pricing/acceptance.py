@@ -12,6 +12,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 LOOKUP_PRIOR: Mapping[int, float] = {2: 0.35, 3: 0.5, 4: 0.65}
+PREDICTION_PRIOR = 0.8
 _MEMORY, _TABLE_MEMORY = 0.985, 0.999
 _WEIGHT, _TABLE_WEIGHT, _LARGEST_WEIGHT = 4.0, 16.0, 16.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 256

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
-from exitlm.decode.pricing.acceptance import LOOKUP_PRIOR, Acceptance, AcceptanceTable
+from exitlm.decode.pricing.acceptance import LOOKUP_PRIOR, PREDICTION_PRIOR, Acceptance, AcceptanceTable
 
 MAX_DRAFT = 15  # of a round, where a request names no other
 MOST_DRAFTS = 63  # with the newest token: rows of final logits at once, and rows that a windowed pool has room for
 
 
 class Drafting:
-    """Limits, and the sources by their keys: an exit by its layer, a look-up by ("lookup", n)."""
+    """Limits, and the sources by their keys: an exit by its layer, a look-up by ("lookup", n), "prediction"."""
 
     def __init__(
         self,
@@ -23,9 +23,10 @@ class Drafting:
         adaptive: bool,
         max_draft: int | None = None,
         max_pending: int | None = None,
+        predicts: bool = False,
     ) -> None:
         """``exits`` maps layers to the chances that tuning found: that the rule fires, and that it is right then.
-        Without ``adaptive``, all is drafted that the limits allow."""
+        Without ``adaptive``, all is drafted that the limits allow. ``predicts``: the request expects a text."""
         self.adaptive = adaptive
         self.limit = min(MOST_DRAFTS, MAX_DRAFT if max_draft is None else max_draft)
         self.exit_limit = self.limit if max_pending is None else min(self.limit, max_pending)
@@ -33,6 +34,8 @@ class Drafting:
             layer: Acceptance(prior=right, firing_prior=firing) for layer, (firing, right) in exits.items()
         }
         self.sources |= {("lookup", n): Acceptance(prior=prior) for n, prior in LOOKUP_PRIOR.items()}
+        if predicts:
+            self.sources["prediction"] = Acceptance(prior=PREDICTION_PRIOR)
 
     def odds(self, key: Hashable, table: AcceptanceTable, position: int, drafts: int) -> tuple[float, float]:
         """The chances (firing, acceptance) of a source at an output position, behind ``drafts`` that are not verified;

@@ -44,6 +44,11 @@ class Pricing:
         return None if self._costs is None else self._costs.origin
 
     @property
+    def gain(self) -> float:
+        """Tokens per second lately over those of plain decoding, at least 1."""
+        return self._rate.gain
+
+    @property
     def costs(self) -> Costs:
         """Costs of passes on this machine: given, kept from an earlier run, or measured now; again after a while where
         the machine was too busy to be measured."""

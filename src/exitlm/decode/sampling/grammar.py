@@ -13,22 +13,22 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from exitlm.decode.sampling.schemas import MAX_WHITESPACE, plain_schema, schemas_of, tag_source, warn_of_unenforced
 from exitlm.errors import UserError, nearest, short
 from exitlm.values import elements, flag, wholes, wrong
 
 if TYPE_CHECKING:
     import xgrammar
 
-MAX_WHITESPACE = 20  # characters in one gap of a JSON text: a small model may write blanks for ever
 CACHE_BYTES = 256 * 2**20  # of compiled grammars; a large schema takes a few MiB
 CONTEXT = 4  # tokens before a forced text that are encoded with it
 # xgrammar 0.2 lets surrogates through as if they were characters; UTF-8 has none.
@@ -47,29 +47,23 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "choice": ("choice",),
     "grammar": ("grammar",),
 }
+# A structural tag of xgrammar: fixed texts with JSON between them. Programs make it (forced calls), no request does.
+TAGGED = "structural_tag"
 SCHEMA_KEYS = ("schema", "strict", "name", "description")
 JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 # A mapping without a "type" is a JSON schema if it has one of these.
 SCHEMA_MARKS = ("$schema", "$ref", "$defs", "properties", "items", "anyOf", "oneOf", "allOf", "enum", "const")
-# Where a JSON schema holds further ones: by name, in a list, or alone.
-NAMED = ("properties", "patternProperties", "$defs", "definitions")
-LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
-ALONE = ("items", "additionalProperties", "propertyNames")
-# Keywords that xgrammar 0.2 reads over, or takes one part of.
-UNENFORCED = (
-    *("not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains"),
-    *("dependentRequired", "dependentSchemas"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseFormat:
-    """What a text must look like. ``kind`` is one of :data:`FORMATS`, but not ``text``.
+    """What a text must look like. ``kind`` is one of :data:`FORMATS`, but not ``text``, or :data:`TAGGED`.
 
-    ``source``: the JSON schema as JSON text, the regular expression, or the EBNF. ``choices``: the texts to choose
-    from. ``strict``: objects have no properties beyond those that the schema lists. ``any_whitespace``: up to
-    ``MAX_WHITESPACE`` blanks and line breaks wherever JSON allows them; without it the text is laid out like
-    ``json.dumps`` does, so that far more of it is forced.
+    ``source``: the JSON schema as JSON text, the regular expression, the EBNF, or the structural tag as JSON text.
+    ``choices``: the texts to choose from. ``strict``: objects have no properties beyond those that the schema lists.
+    ``any_whitespace``: up to ``MAX_WHITESPACE`` blanks and line breaks wherever JSON allows them; without it the text
+    is laid out like ``json.dumps`` does, so that far more of it is forced. ``special``: special tokens that may stand
+    for their names in the text; whoever reads it has to put the names there, for decoding skips them.
     """
 
     kind: str
@@ -77,6 +71,7 @@ class ResponseFormat:
     choices: tuple[str, ...] = ()
     strict: bool = True
     any_whitespace: bool = True
+    special: tuple[str, ...] = ()
 
 
 def read_response_format(value: Any) -> ResponseFormat | None:
@@ -190,6 +185,22 @@ class Alphabet:
         return self._after_first_W if before.endswith(FIRST_OF_SURROGATE) else self._usable_W
 
 
+class Spelling:
+    """What each of V tokens spells, and the part of xgrammar that compiles grammars for that."""
+
+    def __init__(self, words: list[bytes]) -> None:
+        """``words``: the bytes of each token, none where it spells nothing."""
+        import xgrammar
+
+        self.words = words
+        self.texts, self.json_texts = (Alphabet(words, forbidden) for forbidden in (NO_TEXT, NO_JSON))
+        # The state handles stop tokens itself, so that a stop id that is text too can stay text.
+        info = xgrammar.TokenizerInfo(words, xgrammar.VocabType.RAW, vocab_size=len(words), stop_token_ids=[])
+        self.compiler = xgrammar.GrammarCompiler(
+            info, max_threads=torch.get_num_threads(), cache_limit_bytes=CACHE_BYTES
+        )
+
+
 class GrammarCompiler:
     """Compiles response formats for one tokenizer and keeps the results, least recently used out first.
 
@@ -202,43 +213,58 @@ class GrammarCompiler:
 
         A ``UserError`` if xgrammar is missing, or if the tokens' bytes can't be read from the tokenizer.
         """
-        try:
-            import xgrammar
-        except ImportError:
-            raise UserError("response_format needs xgrammar; install it with: pip install 'exitlm[grammar]'") from None
+        if find_spec("xgrammar") is None:
+            raise UserError("response_format needs xgrammar; install it with: pip install 'exitlm[grammar]'")
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.stop_token_ids = frozenset(stop_token_ids)
         self.token_bytes = token_bytes(tokenizer, vocab_size)
-        self._texts, self._json_texts = (Alphabet(self.token_bytes, forbidden) for forbidden in (NO_TEXT, NO_JSON))
-        # The state handles stop tokens itself, so that a stop id that is text too can stay text.
-        info = xgrammar.TokenizerInfo(
-            self.token_bytes, xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=[]
+        self._spellings: dict[tuple[int, ...], Spelling] = {(): Spelling(self.token_bytes)}
+
+    def _spelling(self, special: Collection[str]) -> Spelling:
+        """The tokens, of which the ``special`` ones spell their names."""
+        if not special:
+            return self._spellings[()]
+        added = self.tokenizer.added_tokens_decoder.items()
+        ids = tuple(
+            index for index, token in added if token.special and index < self.vocab_size and str(token) in special
         )
-        self._compiler = xgrammar.GrammarCompiler(
-            info, max_threads=torch.get_num_threads(), cache_limit_bytes=CACHE_BYTES
-        )
+        if ids not in self._spellings:
+            words = list(self.token_bytes)
+            for index in ids:
+                words[index] = str(self.tokenizer.added_tokens_decoder[index]).encode()
+            self._spellings[ids] = Spelling(words)
+        return self._spellings[ids]
 
     def compile(self, wanted: ResponseFormat) -> xgrammar.CompiledGrammar:
         """The compiled grammar; a ``UserError`` with xgrammar's reason where it refuses one."""
+        compiler = self._spelling(wanted.special).compiler
         try:
             match wanted.kind:
                 case "json_schema":
                     schema = json.loads(wanted.source)
                     warn_of_unenforced(schema)
-                    return self._compiler.compile_json_schema(
+                    return compiler.compile_json_schema(
                         json.dumps(plain_schema(schema, closed=wanted.strict)),
                         any_whitespace=wanted.any_whitespace,
                         max_whitespace_cnt=MAX_WHITESPACE if wanted.any_whitespace else None,
                         strict_mode=False,
                     )
+                case "structural_tag":
+                    for schema in schemas_of(json.loads(wanted.source)):
+                        warn_of_unenforced(schema)
+                    source = tag_source(wanted.source, closed=wanted.strict, any_whitespace=wanted.any_whitespace)
+                    return compiler.compile_structural_tag(source)
                 case "regex":
-                    return self._compiler.compile_regex(wanted.source)
+                    return compiler.compile_regex(wanted.source)
                 case "choice":
-                    return self._compiler.compile_grammar(choice_ebnf(wanted.choices))
+                    return compiler.compile_grammar(choice_ebnf(wanted.choices))
                 case _:
-                    return self._compiler.compile_grammar(wanted.source)
+                    return compiler.compile_grammar(wanted.source)
         except (RuntimeError, ValueError, TypeError) as error:  # RecursionError is a RuntimeError
-            raise UserError(f"response_format of type '{wanted.kind}' can't be used: {_reason(error)}") from error
+            what = (
+                "the parameters of the tools" if wanted.kind == TAGGED else f"response_format of type '{wanted.kind}'"
+            )
+            raise UserError(f"{what} can't be used: {_reason(error)}") from error
 
     def state(self, wanted: ResponseFormat, stop_token_ids: Sequence[int] = ()) -> GrammarState:
         """The state of a new sequence, whose own ``stop_token_ids`` end it as well once the grammar is complete."""
@@ -248,8 +274,10 @@ class GrammarCompiler:
             raise UserError("response_format needs a token that ends the text, but there is none; give stop_token_ids")
         import xgrammar
 
-        alphabet = self._json_texts if wanted.kind == "json_schema" else self._texts
-        return GrammarState(xgrammar.GrammarMatcher(self.compile(wanted)), self, alphabet, stops)
+        spelling = self._spelling(wanted.special)
+        alphabet = spelling.json_texts if wanted.kind in ("json_schema", TAGGED) else spelling.texts
+        matcher = xgrammar.GrammarMatcher(self.compile(wanted))
+        return GrammarState(matcher, self.tokenizer, spelling.words, alphabet, stops)
 
 
 def _reason(error: Exception) -> str:
@@ -288,63 +316,6 @@ def choice_ebnf(choices: Sequence[str]) -> str:
     return "root ::= " + " | ".join(f'"{choice}"' for choice in escaped)
 
 
-def _subschemas(schema: Mapping[str, Any]) -> Iterator[Any]:
-    """The schemas directly inside of ``schema``."""
-    for key, value in schema.items():
-        if key in NAMED and isinstance(value, Mapping):
-            yield from value.values()
-        elif key in LISTED and isinstance(value, list):
-            yield from value
-        elif key in ALONE:
-            yield value
-
-
-def plain_schema(schema: Any, *, closed: bool) -> Any:
-    """``schema`` as xgrammar reads it right.
-
-    A required property that is not listed is listed: xgrammar would not demand it. ``closed``: an object that lists
-    properties and says nothing of others has no others. (xgrammar's strict mode also empties objects and arrays that
-    list nothing.)
-    """
-    if not isinstance(schema, Mapping):
-        return schema
-    plain: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in NAMED and isinstance(value, Mapping):
-            plain[key] = {name: plain_schema(one, closed=closed) for name, one in value.items()}
-        elif key in LISTED and isinstance(value, list):
-            plain[key] = [plain_schema(one, closed=closed) for one in value]
-        else:
-            plain[key] = plain_schema(value, closed=closed) if key in ALONE else value
-    required, listed = plain.get("required"), plain.get("properties", {})
-    if isinstance(required, list) and isinstance(listed, Mapping) and plain.get("additionalProperties") is not False:
-        others = plain.get("additionalProperties", {})
-        missing = {name: others for name in required if isinstance(name, str) and name not in listed}
-        if missing:
-            plain["properties"] = {**listed, **missing}
-    says = ("additionalProperties", "patternProperties", "unevaluatedProperties")
-    if closed and "properties" in schema and not any(key in schema for key in says):
-        plain["additionalProperties"] = False
-    return plain
-
-
-def warn_of_unenforced(schema: Any) -> None:
-    """Warn of the keywords of a JSON schema that no mask enforces."""
-    if found := sorted(_unenforced(schema)):
-        warnings.warn(f"the grammar of response_format doesn't enforce {', '.join(found)} of its schema", stacklevel=4)
-
-
-def _unenforced(schema: Any) -> set[str]:
-    if not isinstance(schema, Mapping):
-        return set()
-    found = {key for key in UNENFORCED if key in schema}
-    if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
-        found.add("allOf")
-    for inner in _subschemas(schema):
-        found |= _unenforced(inner)
-    return found
-
-
 # ---- matching
 
 
@@ -353,11 +324,18 @@ class GrammarState:
     :meth:`rollback`. Not thread-safe: it belongs to its sequence."""
 
     def __init__(
-        self, matcher: xgrammar.GrammarMatcher, compiler: GrammarCompiler, alphabet: Alphabet, stops: frozenset[int]
+        self,
+        matcher: xgrammar.GrammarMatcher,
+        tokenizer: Any,
+        words: list[bytes],
+        alphabet: Alphabet,
+        stops: frozenset[int],
     ) -> None:
-        """Made by :meth:`GrammarCompiler.state`. ``stops``: the ids that end the sequence, all below V."""
-        self._matcher, self._compiler, self._alphabet, self._stops = matcher, compiler, alphabet, stops
-        self.vocab_size = compiler.vocab_size
+        """Made by :meth:`GrammarCompiler.state`. ``words``: the bytes of each of V tokens; ``stops``: the ids that end
+        the sequence, all below V."""
+        self._matcher, self._tokenizer, self._words = matcher, tokenizer, words
+        self._alphabet, self._stops = alphabet, stops
+        self.vocab_size = len(words)
         self.ids: list[int] = []
         self._ended = 0  # stop tokens at the end of ids
         self._stops_W = pack_ids(sorted(stops), self.vocab_size)
@@ -375,7 +353,7 @@ class GrammarState:
     @property
     def _last(self) -> bytes:
         """The bytes of the newest token."""
-        return self._compiler.token_bytes[self.ids[-1]] if self.ids else b""
+        return self._words[self.ids[-1]] if self.ids else b""
 
     def _grammar_mask(self) -> Tensor:
         """Packed ``[W]``, without stop tokens."""
@@ -467,9 +445,9 @@ class GrammarState:
 
     def _encoded(self, text: str) -> list[int]:
         """``text`` in the tokens that follow the last ones, or nothing if the tokenizer would cut those otherwise."""
-        spelled = self._compiler.token_bytes
+        spelled = self._words
         context = _tail([spelled[token] for token in self.ids[-CONTEXT:]])
-        found = self._compiler.tokenizer.encode(context + text, add_special_tokens=False)
+        found = self._tokenizer.encode(context + text, add_special_tokens=False)
         # Its tokens up to where the text begins; some tokenizers put a space in front of everything.
         left = sum(len(spelled[token]) for token in found) - len(text.encode())
         while left > 0 and found:

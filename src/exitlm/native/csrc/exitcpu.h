@@ -13,7 +13,7 @@ extern "C" {
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-#define EXITCPU_ABI 1
+#define EXITCPU_ABI 2
 
 // How a packed matrix lies in memory: pairs of blocks of 16 output rows, and of each pair groups of 32 inputs, first the
 // one block's and then the other's.
@@ -38,6 +38,7 @@ typedef struct {
     int32_t rows, cols;   // multiples of 32
     int32_t format;
     int32_t digits;       // of activations that meet a grid: 1 (8 bits) or 2 (15 bits)
+    int64_t stride;       // bytes from a pair of blocks to the next, between which another matrix may lie; 0: none does
 } Matrix;
 
 typedef struct {

@@ -27,7 +27,7 @@ struct Kernels {
     void (*gated)(int activation, const float *gate, const float *up, int n, float *out);
     void (*rotate)(float *head, const float *rotation, int rotary);
     void (*to_half)(const float *x, int n, uint16_t *out);
-    // n queries of one key head; query i sees positions firsts[i] to lasts[i]. scratch: n * stride floats
+    // n queries of one key head; query i sees positions firsts[i] to lasts[i]. scratch: n * stride floats and a block's
     void (*attend)(const Seen *seen, int n, const float *const *q, const int *firsts, const int *lasts, float *const *out,
                    float *scratch, int64_t stride);
     void (*best)(const float *x, int n, int *at, float *top);  // the first of the largest; -1 where one is not finite
@@ -50,4 +50,6 @@ static inline int64_t pair_bytes(int format, int64_t cols) {
         default: return cols * 128;
     }
 }
+// Bytes from a pair of a matrix to its next.
+static inline int64_t stride_of(const Matrix &w) { return w.stride ? w.stride : pair_bytes(w.format, w.cols); }
 static inline bool is_grid(int format) { return format <= FORMAT_K6; }

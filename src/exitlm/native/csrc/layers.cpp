@@ -122,6 +122,7 @@ bool is_wrong(const Matrix &w, int cols, int digits) {
     if (w.digits != digits || w.data == nullptr || w.cols != cols || w.rows <= 0 || w.rows % 32 || w.cols <= 0 || w.cols % 32)
         return true;
     if (w.format < 0 || w.format >= FORMATS || w.digits < 1 || w.digits > 2 || (uintptr_t)w.data % 64) return true;
+    if (w.stride % 64 || stride_of(w) < pair_bytes(w.format, w.cols)) return true;
     return (w.format == FORMAT_K4 || w.format == FORMAT_K6) && w.cols % 256;
 }
 
@@ -256,7 +257,8 @@ void attend(Team &t, Worker &worker, const Call &c, const Layer &l, const std::v
         const Seen seen = {keys, keys + (int64_t)Hkv * l.slots * Dh * bytes,
                            c.batch.blocks + ((int64_t)l.group * c.batch.parts + u.part) * c.batch.width,
                            c.batch.block_size, Dh, s.half_cache, s.scale};
-        kernels().attend(&seen, n, q, firsts, lasts, out, t.scratch[worker.thread].scores.of((size_t)stride * n), stride);
+        float *scratch = t.scratch[worker.thread].scores.of((size_t)stride * n + (size_t)c.batch.block_size * Dh);
+        kernels().attend(&seen, n, q, firsts, lasts, out, scratch, stride);
         for (int i = u.from; i < u.to; i++) t.heads.take(is_grid(l.out.format), begin + i / G, (u.head * G + i % G) * Dh, Dh);
     });
 }

@@ -1,0 +1,140 @@
+"""``POST /v1/chat/completions``: a conversation, and its next message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+
+from exitlm.decode.generation import Generation, Piece
+from exitlm.serve.async_engine import Happened
+from exitlm.serve.conversation import prompt_of
+from exitlm.serve.errors import ApiError
+from exitlm.serve.protocol.chat import ChatBody
+from exitlm.serve.replies import FINGERPRINT, Head, Reply
+from exitlm.serve.service import Service
+from exitlm.serve.stream import EventStream
+from exitlm.serve.tokens_json import chat_logprobs, trace_of
+
+
+async def answer(service: Service, http: HttpRequest, body: ChatBody) -> EventStream | dict[str, Any]:
+    """The answer to a conversation: a stream, or an object."""
+    model = service.models.find(body.model)
+    reply = Reply(service, http, body, model)
+    ids = await prompt_of(service, body)
+    config = reply.config(ids, _own_settings(body), new_tokens=_new_tokens(body), default=None)
+    head = Head.of("chatcmpl", model)
+    submission = await reply.submit([(ids, config)], streams=bool(body.stream))
+    if body.stream:
+        return reply.streamed(submission, ChatWriter(reply, head, body), config)
+    ((*choices,),) = await reply.whole(submission)
+    return {
+        "id": head.id, "object": "chat.completion", "created": head.created, "model": head.model,
+        "choices": [_choice(reply, body, index, choice) for index, choice in enumerate(choices)],
+        "usage": reply.usage(), "service_tier": "default", "system_fingerprint": FINGERPRINT,
+    }  # fmt: skip
+
+
+def _new_tokens(body: ChatBody) -> int | None:
+    """How many tokens the answer may have; None as many as fit."""
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+    found = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    if found == 0:
+        raise ApiError(400, "max_tokens is 0, but an answer has at least 1 token", param="max_tokens")
+    return found
+
+
+def _own_settings(body: ChatBody) -> dict[str, Any]:
+    """Settings of a generation that only conversations have."""
+    found: dict[str, Any] = {}
+    if body.logprobs:
+        found["logprobs"] = max(1, body.top_logprobs or 0)
+    elif body.top_logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    if body.response_format is not None:
+        found["response_format"] = body.response_format
+    if body.prediction is not None:
+        found["prediction"] = body.prediction.text
+    return found
+
+
+def _choice(reply: Reply, body: ChatBody, index: int, found: Generation) -> dict[str, Any]:
+    logprobs = None
+    if body.logprobs:
+        entries = chat_logprobs(found.trace, body.top_logprobs or 0, reply.service.words)
+        logprobs = {"content": entries, "refusal": None}
+    choice: dict[str, Any] = {
+        "index": index,
+        "message": {"role": "assistant", "content": found.text, "refusal": None, "annotations": []},
+        "logprobs": logprobs,
+        "finish_reason": found.finish_reason,
+    }
+    if body.trace:
+        choice["exitlm"] = trace_of(found.trace)
+    return choice
+
+
+class ChatWriter:
+    """Writes the chunks of a streamed message. The JSON around a piece of text is built once."""
+
+    def __init__(self, reply: Reply, head: Head, body: ChatBody) -> None:
+        self.reply, self.body = reply, body
+        self._plain = not body.logprobs and not body.trace
+        opening = {
+            "id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model,
+            "service_tier": "default", "system_fingerprint": FINGERPRINT,
+        }  # fmt: skip
+        self._opening = f"data: {json.dumps(opening)[:-1]}, "
+        self._usage = ', "usage": null' if body.include_usage else ""
+        self._begun: dict[int, tuple[str, str]] = {}
+
+    def frames(self, batch: Sequence[Happened]) -> bytes:
+        """Chunks for some events: the role first, then text, at last why it ended."""
+        out: list[str] = []
+        for _, index, event in batch:
+            if index not in self._begun:
+                self._begin(index, out)
+            piece = event.piece
+            if piece is not None and piece.tokens:
+                if self._plain:
+                    if piece.text:
+                        before, after = self._begun[index]
+                        out.append(before + quoted(piece.text) + after)
+                else:
+                    self._chunk(out, index, {"content": piece.text}, piece)
+            if event.generation is not None:
+                self._chunk(out, index, {}, None, event.generation)
+        self.reply.collected.add(batch)
+        return "".join(out).encode()
+
+    def _begin(self, index: int, out: list[str]) -> None:
+        self._chunk(out, index, {"role": "assistant", "content": "", "refusal": None})
+        before = f'{self._opening}"choices": [{{"index": {index}, "delta": {{"content": '
+        self._begun[index] = before, f'}}, "logprobs": null, "finish_reason": null}}]{self._usage}}}\n\n'
+
+    def _chunk(
+        self, out: list[str], index: int, delta: dict[str, Any], piece: Piece | None = None,
+        ended: Generation | None = None,
+    ) -> None:  # fmt: skip
+        """Any chunk but the most usual one."""
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        more = ""
+        if piece is not None and self.body.logprobs:
+            entries = chat_logprobs(piece.tokens, self.body.top_logprobs or 0, self.reply.service.words)
+            choice["logprobs"] = {"content": entries, "refusal": None}
+        if piece is not None and self.body.trace:
+            choice["exitlm"] = trace_of(piece.tokens)
+        if ended is not None:
+            choice["finish_reason"] = ended.finish_reason
+            more = f', "exitlm": {json.dumps({"mode": ended.stats.mode, "exact": ended.stats.exact})}'
+        out.append(f'{self._opening}"choices": [{json.dumps(choice)}]{self._usage}{more}}}\n\n')
+
+    def end(self) -> bytes:
+        """What the answer took, if that was asked for."""
+        if not self.body.include_usage:
+            return b""
+        return f'{self._opening}"choices": [], "usage": {json.dumps(self.reply.usage())}}}\n\n'.encode()
