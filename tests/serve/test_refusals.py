@@ -19,8 +19,8 @@ BAD: list[tuple[str, Any, int, str]] = [
     (CHAT, {"messages": [{"role": "user"}, {"role": "robot", "content": "hi"}]}, 400, "messages.1.role"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400,
-     "reads text only"),
-    (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages"),
+     "text alone is read"),
+    (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "UTF-8"),
     (CHAT, {"messages": HI, "model": "gpt-4o"}, 404, "'gpt-4o' does not exist"),
     (CHAT, {"messages": HI, "model": "tiny:exit"}, 404, "did you mean 'tiny:exits'"),
     (CHAT, {"messages": HI, "temperatur": 1}, 400, "did you mean 'temperature'"),
@@ -75,6 +75,8 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/tokenize", {"prompt": "\udfff"}, 400, "prompt"),
     ("/detokenize", {"tokens": [5, 272]}, 400, "272"),
     ("/detokenize", {"tokens": ["5"]}, 400, "tokens.0"),
+    (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, 400, "tools[0]"),
+    (CHAT, {"messages": HI, "tool_choice": "required"}, 400, "no tools"),
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from exitlm.errors import UserError
-from exitlm.serve import chat, completions, tokens
+from exitlm.serve import chat, completions, reference, tokens
 from exitlm.serve.async_engine import Broken
 from exitlm.serve.errors import ApiError, ClientLeft, refusal_of
 from exitlm.serve.guard import Application, Guard
@@ -26,6 +26,7 @@ from exitlm.serve.metrics import CONTENT_TYPE
 from exitlm.serve.playground import page, page_headers
 from exitlm.serve.protocol.chat import ChatBody
 from exitlm.serve.protocol.completion import CompletionBody
+from exitlm.serve.protocol.reference import ReferenceBody
 from exitlm.serve.protocol.refusals import refusal
 from exitlm.serve.protocol.tokens import DetokenizeBody, TokenizeBody
 from exitlm.serve.service import State
@@ -34,6 +35,7 @@ from exitlm.serve.stream import EventStream
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody, "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+    "/api": ReferenceBody,
 }  # fmt: skip
 _SAID = {404: "there is nothing at {path}; see /openapi.json", 405: "{path} takes no {method}; see /openapi.json"}
 
@@ -83,6 +85,11 @@ def routes(state: State) -> FastAPI:
     async def exits() -> Response:
         """The exits of each model."""
         return _response(state.ready().models.exits())
+
+    @app.put("/api", tags=["reference"])
+    async def api(body: ReferenceBody, http: Request) -> Response:
+        """Answers in the format of EE-LLM's server."""
+        return _response(await reference.answer(state.ready(), http, body))
 
     @app.post("/tokenize", tags=["exitlm"])
     async def tokenize(body: TokenizeBody) -> Response:

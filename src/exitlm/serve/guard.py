@@ -138,6 +138,9 @@ def _request_id(given: bytes | None) -> str:
 
 
 def _log(scope: Scope, name: str, status: int, begun: float, facts: dict[str, Any]) -> None:
+    """A line for a request. A client may ask for none (``quiet``), but not where the server failed."""
+    if facts.pop("quiet", False) and status < 500:
+        return
     client = scope.get("client")
     line = {
         "event": "request", "id": name, "method": scope["method"], "path": scope["path"], "status": status,

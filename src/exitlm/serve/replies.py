@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request as HttpRequest
 
@@ -21,7 +21,6 @@ from exitlm.serve.async_engine import Happened, Submission
 from exitlm.serve.async_engine import Request as Job
 from exitlm.serve.errors import ApiError
 from exitlm.serve.models import ServedModel, config_of
-from exitlm.serve.protocol.fields import SamplingBody
 from exitlm.serve.service import Service
 from exitlm.serve.stream import EventStream, Writer, watched
 from exitlm.serve.usage import usage
@@ -41,6 +40,16 @@ class Head:
     def of(cls, prefix: str, model: ServedModel) -> Head:
         """A fresh one."""
         return cls(id=f"{prefix}-{secrets.token_hex(12)}", model=model.name)
+
+
+class Asked(Protocol):
+    """What every request for text tells of it."""
+
+    def sampling(self) -> dict[str, Any]:
+        """Settings of a generation: how tokens are chosen."""
+
+    def exit_settings(self) -> dict[str, Any]:
+        """Settings of a generation: how deep they go."""
 
 
 class Collected:
@@ -67,7 +76,7 @@ class Collected:
 class Reply:
     """One request on its way: what it asks for, and how it is answered."""
 
-    def __init__(self, service: Service, http: HttpRequest, body: SamplingBody, model: ServedModel) -> None:
+    def __init__(self, service: Service, http: HttpRequest, body: Asked, model: ServedModel) -> None:
         self.service, self.http, self.body, self.model = service, http, body, model
         self.facts: dict[str, Any] = http.state.facts
         self.facts["model"] = model.name
@@ -85,7 +94,8 @@ class Reply:
                 400, f"the prompt has {len(ids)} tokens, but the model's context is {context}; shorten the prompt",
                 code="context_length_exceeded",
             )  # fmt: skip
-        most, choices = limits.new_tokens, self.body.n or 1
+        most, sampling = limits.new_tokens, self.body.sampling()
+        choices = sampling.get("n", 1)
         if new_tokens is not None and most is not None and new_tokens > most:
             raise ApiError(
                 400, f"max_tokens is {new_tokens}, but this server writes at most {most}; ask for fewer",
@@ -98,7 +108,7 @@ class Reply:
             new_tokens = min(n for n in (room, most, default) if n is not None)
         defaults = {k: v for k, v in self.service.config.defaults.items() if k != "max_new_tokens"}
         return config_of(
-            self.model, defaults, self.body.sampling(), self.body.exit_settings(), *given,
+            self.model, defaults, sampling, self.body.exit_settings(), *given,
             {"max_new_tokens": new_tokens}, free={"temperature": 1.0},
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from exitlm.serve.conversation import checked, encoded, template_message
+from exitlm.serve.conversation import checked, conversation
 from exitlm.serve.errors import ApiError
 from exitlm.serve.protocol.tokens import DetokenizeBody, TokenizeBody
 from exitlm.serve.service import Service
@@ -18,8 +18,7 @@ async def tokenize(service: Service, body: TokenizeBody) -> dict[str, Any]:
         raise ApiError(400, "give either prompt, a text, or messages, a conversation", param="prompt")
     tokenizer = service.tokenizer
     if body.messages is not None:
-        messages = [template_message(message, number) for number, message in enumerate(body.messages)]
-        ids = await asyncio.to_thread(encoded, service, messages)
+        ids = (await conversation(service, body.messages)).ids
     else:
         text = checked(body.prompt or "", "prompt")
         found = await asyncio.to_thread(tokenizer, text, add_special_tokens=body.add_special_tokens)

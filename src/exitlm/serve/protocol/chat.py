@@ -47,35 +47,6 @@ class Message(BaseModel):
     tool_call_id: str | None = None
 
 
-class Function(Body):
-    """A function that may be called: its name, and a JSON schema of its arguments."""
-
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Body):
-    """A tool that the answer may call."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(Body):
-    """The name of a function."""
-
-    name: str
-
-
-class NamedTool(Body):
-    """The one tool that has to be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
 class PredictedText(Body):
     """A part of a prediction."""
 
@@ -105,8 +76,8 @@ class ChatBody(SamplingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: dict[str, Any] | None = None
     prediction: Prediction | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: list[dict[str, Any]] | None = None  # read by exitlm.serve.tools.offer, as tool_choice is
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     # These change no text of this server.
     store: bool | None = None
