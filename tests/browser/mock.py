@@ -1,8 +1,9 @@
 """A server that answers as `exitlm serve` does, from scripts: the page's tests need no model.
 
 The prompt's first word chooses what happens (see :mod:`tests.browser.scripts`); ``hold`` waits in mid-stream until the
-test says so, ``cut`` sends its bytes one by one with other line ends and comments, ``broken`` closes without an end,
-``failing`` sends an error as an event, ``untraced`` no trace, ``busy`` and ``wrong`` are refused.
+test says so, ``cut`` sends its bytes one by one with other line ends, events of many lines and comments, ``broken``
+closes without an end, ``failing`` sends an error as an event, ``untraced`` no trace, ``busy`` and ``wrong`` are
+refused.
 """
 
 from __future__ import annotations
@@ -157,12 +158,13 @@ class _Handler(BaseHTTPRequestHandler):
         end = b"\r\n" if topic == "cut" else b"\n"
 
         def event(data: str) -> bytes:
-            return b"data: " + data.encode() + end + end
+            return b"".join(b"data: " + line.encode() + end for line in data.split("\n")) + end
 
         def chunk(text: str, **more: Any) -> bytes:
             choice = {"index": 0, "finish_reason": None, **more}
             choice |= {"delta": {"content": text}} if chat else {"text": text}
-            return event(json.dumps({"id": "x", "choices": [choice]}, ensure_ascii=topic != "cut"))
+            how = {"ensure_ascii": False, "indent": 0} if topic == "cut" else {}
+            return event(json.dumps({"id": "x", "choices": [choice]}, **how))
 
         if topic == "cut":
             yield b": a comment" + end + end + b"event: message" + end
