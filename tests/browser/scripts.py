@@ -71,9 +71,7 @@ def answer(prompt: str, mode: str) -> list[list[Token]]:
     if topic == "characters":  # a token that is only part of a character has no text, and an end has none either
         pieces = [*CHARACTERS[:2], "", *CHARACTERS[2:], ""]
     else:
-        pieces = words(
-            {"markup": MARKUP, "short": "Yes, that is so.", "hold": "One two three four five six"}.get(topic, ESSAY)
-        )
+        pieces = words({"markup": MARKUP, "short": "Yes, that is so."}.get(topic, ESSAY))
     if topic == "differ" and mode != "full":
         pieces[7] = " tiny"
     if topic == "shorter" and mode != "full":

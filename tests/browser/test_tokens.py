@@ -191,7 +191,7 @@ def test_tokens_come_one_after_the_other(tab: Tab, mock: Mock) -> None:
     assert tab.js("document.activeElement.id") == "prompt"
 
 
-def test_new_text_stays_in_view_unless_the_reader_scrolls_up(tab: Tab) -> None:
+def test_new_text_stays_in_view_unless_the_reader_scrolls_up(tab: Tab, mock: Mock) -> None:
     tab.resize(1280, 420)
     end = "(({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight)"
     ask(tab, "essay")
@@ -202,7 +202,9 @@ def test_new_text_stays_in_view_unless_the_reader_scrolls_up(tab: Tab) -> None:
         f"document.querySelectorAll('.turn:last-child .token').length && {end}(document.querySelector('#middle')) < 2"
     )
     tab.js(f"document.querySelector('#middle').scrollTop = 0; {FRAMES}")
-    tab.click("#stop")
+    before = tab.js("document.querySelector('#middle').scrollHeight")
+    mock.go_on.set()
     tab.wait("document.querySelector('#stop').hidden")
     tab.js(FRAMES)
+    assert tab.js("document.querySelector('#middle').scrollHeight") > before
     assert tab.js("document.querySelector('#middle').scrollTop") == 0

@@ -85,6 +85,9 @@ def test_every_element_that_the_script_names_is_there() -> None:
         attributes[name] for _, attributes in elements.found for name in attributes if name.startswith("aria-d")
     }
     assert labelled | described <= set(ids)
+    for tag, attributes in elements.found:  # a placeholder is no label
+        if tag in ("select", "textarea") or (tag == "input" and attributes["type"] not in ("radio", "checkbox")):
+            assert attributes["id"] in labelled
 
 
 def test_the_page_ships_with_the_package() -> None:
