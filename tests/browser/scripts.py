@@ -59,7 +59,7 @@ def token(word: str, place: int, mode: str) -> Token:
         if fires:
             return Token(word, layer, "exit", tested)
     if mode == "lossless" and draw > 0.93:  # the deepest exit drafted, and the full model refused
-        return Token(word, LAYERS, "final", {**tested, 9: 0.93})
+        return Token(word, LAYERS, "final", {**tested, 9: 1.0})
     if mode == "lossless" and draw > 0.88:
         return Token(word, LAYERS, "lookup")
     return Token(word, LAYERS, "final", tested)
