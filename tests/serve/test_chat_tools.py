@@ -1,19 +1,18 @@
 """Tool calls by the official client, whole and streamed. The model writes scripted ids, a byte or a marker each, so
-that calls are cut in every place; in the real engine, by a processor of logits."""
+that calls are cut in every place."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
 import pytest
-from torch import Tensor
 
 import exitlm
 from exitlm.serve.tools.formats import FORMATS
 from tests.checkpoints import write_checkpoint
 from tests.serve.conftest import Served, serving
+from tests.serve.scripted import Scripted
 from tests.serve.tools.answers import TOOLS
 from tests.serve.tools.scripts import SCRIPTS, Script
 from tests.serve.tools.templates import QWEN, tokenizer_of
@@ -22,34 +21,6 @@ MESSAGES: Any = [{"role": "user", "content": "What is the weather?"}]
 OFFERED: Any = [tool.definition() for tool in TOOLS]
 PARTS = 5  # of the scripts; the first one is in every run
 TEMPLATES = list(dict.fromkeys(script.template for script in SCRIPTS))
-
-
-class Scripted:
-    """A served model that writes ``ids``, whatever it is asked; None: what it would."""
-
-    def __init__(self, served: Served) -> None:
-        self.served, self.ids = served, None
-        intake = served.model.engine.intake
-        add = intake.sequence
-
-        def sequence(key: int, prompt: Any, config: Any, *rest: Any) -> Any:
-            made = add(key, prompt, config, *rest)
-            if self.ids is not None:
-                made = add(key, prompt, _with_processor(config, len(prompt), self.ids), *rest)
-            return made
-
-        intake.sequence = sequence  # type: ignore[method-assign]
-
-
-def _with_processor(config: Any, begin: int, ids: list[int]) -> Any:
-    def write(before: list[int], logits: Tensor) -> Tensor:
-        at = len(before) - begin
-        if at < len(ids):
-            logits = logits.clone()
-            logits[ids[at]] += 1e4
-        return logits
-
-    return dataclasses.replace(config, logits_processor=write)
 
 
 @pytest.fixture(scope="module", params=TEMPLATES, ids=lambda template: template.strip()[:24])

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from exitlm.errors import UserError
-from exitlm.serve import chat, completions, reference, tokens
+from exitlm.serve import chat, completions, reference, responses, tokens
 from exitlm.serve.async_engine import Broken
 from exitlm.serve.errors import ApiError, ClientLeft, refusal_of
 from exitlm.serve.guard import Application, Guard
@@ -28,14 +28,14 @@ from exitlm.serve.protocol.chat import ChatBody
 from exitlm.serve.protocol.completion import CompletionBody
 from exitlm.serve.protocol.reference import ReferenceBody
 from exitlm.serve.protocol.refusals import refusal
+from exitlm.serve.protocol.response import ResponseBody
 from exitlm.serve.protocol.tokens import DetokenizeBody, TokenizeBody
 from exitlm.serve.service import State
 from exitlm.serve.stream import EventStream
 
 _BODIES: dict[str, type[BaseModel]] = {
-    "/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody, "/tokenize": TokenizeBody,
-    "/detokenize": DetokenizeBody,
-    "/api": ReferenceBody,
+    "/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody, "/v1/responses": ResponseBody,
+    "/tokenize": TokenizeBody, "/detokenize": DetokenizeBody, "/api": ReferenceBody,
 }  # fmt: skip
 _SAID = {404: "there is nothing at {path}; see /openapi.json", 405: "{path} takes no {method}; see /openapi.json"}
 
@@ -69,6 +69,16 @@ def routes(state: State) -> FastAPI:
     async def text_completions(body: CompletionBody, http: Request) -> Response:
         """What follows a text."""
         return _response(await completions.answer(state.ready(), http, body))
+
+    @app.post("/v1/responses", tags=["openai"])
+    async def response(body: ResponseBody, http: Request) -> Response:
+        """The next items of a conversation."""
+        return _response(await responses.answer(state.ready(), http, body))
+
+    @app.api_route("/v1/responses/{path:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+    async def kept_response(path: str) -> Response:
+        """Nothing is kept."""
+        raise responses.not_kept()
 
     @app.get("/v1/models", tags=["openai"])
     async def models() -> Response:

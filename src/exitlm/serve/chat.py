@@ -9,14 +9,14 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from exitlm.decode.generation import Generation, Piece
+from exitlm.decode.generation import Generation, GenerationConfig, Piece
 from exitlm.serve.async_engine import Happened
 from exitlm.serve.conversation import Conversation, Reader, conversation
 from exitlm.serve.errors import ApiError
 from exitlm.serve.protocol.chat import ChatBody
 from exitlm.serve.replies import FINGERPRINT, Head, Reply
 from exitlm.serve.service import Service
-from exitlm.serve.stream import EventStream
+from exitlm.serve.stream import DONE, EventStream, broken_off
 from exitlm.serve.tokens_json import chat_logprobs, trace_of
 from exitlm.serve.tools.deltas import Delta, Text, ToolStart, collect
 from exitlm.serve.tools.offer import read_offer
@@ -24,12 +24,8 @@ from exitlm.serve.tools.offer import read_offer
 
 async def answer(service: Service, http: HttpRequest, body: ChatBody) -> EventStream | dict[str, Any]:
     """The answer to a conversation: a stream, or an object."""
-    model = service.models.find(body.model)
-    reply = Reply(service, http, body, model)
-    offer = read_offer(body.tools, body.tool_choice, body.parallel_tool_calls)
-    talk = await conversation(service, body.messages, offer)
-    config = reply.config(talk.ids, _own_settings(body, talk), new_tokens=_new_tokens(body), default=None)
-    head = Head.of("chatcmpl", model)
+    reply, talk, config = await prepare(service, http, body)
+    head = Head.of("chatcmpl", reply.model)
     submission = await reply.submit([(talk.ids, config)], streams=bool(body.stream))
     if body.stream:
         return reply.streamed(submission, ChatWriter(reply, head, body, talk), config)
@@ -39,6 +35,15 @@ async def answer(service: Service, http: HttpRequest, body: ChatBody) -> EventSt
         "choices": [_choice(reply, body, talk, index, choice) for index, choice in enumerate(choices)],
         "usage": reply.usage(), "service_tier": "default", "system_fingerprint": FINGERPRINT,
     }  # fmt: skip
+
+
+async def prepare(service: Service, http: HttpRequest, body: ChatBody) -> tuple[Reply, Conversation, GenerationConfig]:
+    """All that the engine needs for the next message of a conversation. ``responses.py`` uses it, too."""
+    reply = Reply(service, http, body, service.models.find(body.model))
+    offer = read_offer(body.tools, body.tool_choice, body.parallel_tool_calls)
+    talk = await conversation(service, body.messages, offer)
+    config = reply.config(talk.ids, _own_settings(body, talk), new_tokens=_new_tokens(body), default=None)
+    return reply, talk, config
 
 
 def _new_tokens(body: ChatBody) -> int | None:
@@ -172,8 +177,12 @@ class ChatWriter:
     def end(self) -> bytes:
         """What the answer took, if that was asked for."""
         if not self.body.include_usage:
-            return b""
-        return f'{self._opening}"choices": [], "usage": {json.dumps(self.reply.usage())}}}\n\n'.encode()
+            return DONE
+        return f'{self._opening}"choices": [], "usage": {json.dumps(self.reply.usage())}}}\n\n'.encode() + DONE
+
+    def failed(self, refusal: ApiError) -> bytes:
+        """Why it broke off."""
+        return broken_off(refusal)
 
 
 def _delta(delta: Delta) -> dict[str, Any]:

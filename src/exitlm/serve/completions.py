@@ -17,7 +17,7 @@ from exitlm.serve.errors import ApiError
 from exitlm.serve.protocol.completion import DEFAULT_MAX_TOKENS, CompletionBody
 from exitlm.serve.replies import FINGERPRINT, Head, Reply
 from exitlm.serve.service import Service
-from exitlm.serve.stream import EventStream
+from exitlm.serve.stream import DONE, EventStream, broken_off
 from exitlm.serve.tokens_json import CompletionLogprobs, joined, trace_of
 
 _LONG = 8192  # characters of all prompts: from here on they are encoded in another thread
@@ -176,5 +176,9 @@ class CompletionWriter:
     def end(self) -> bytes:
         """What the answers took, if that was asked for."""
         if not self.body.include_usage:
-            return b""
-        return f'{self._opening}"choices": [], "usage": {json.dumps(self.reply.usage())}}}\n\n'.encode()
+            return DONE
+        return f'{self._opening}"choices": [], "usage": {json.dumps(self.reply.usage())}}}\n\n'.encode() + DONE
+
+    def failed(self, refusal: ApiError) -> bytes:
+        """Why they broke off."""
+        return broken_off(refusal)

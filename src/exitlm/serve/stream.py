@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 
 from exitlm.serve.async_engine import Happened, Submission
-from exitlm.serve.errors import ClientLeft, refusal_of
+from exitlm.serve.errors import ApiError, ClientLeft, refusal_of
 from exitlm.serve.guard import Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
@@ -28,7 +28,15 @@ class Writer(Protocol):
         """The bytes for some events; none where there is nothing to tell yet."""
 
     def end(self) -> bytes:
-        """What follows when all texts have ended."""
+        """What follows when all texts have ended, to the end of the stream."""
+
+    def failed(self, refusal: ApiError) -> bytes:
+        """What follows when they break off, to the end of the stream."""
+
+
+def broken_off(refusal: ApiError) -> bytes:
+    """The end of most streams that break off."""
+    return b"data: " + refusal.body() + b"\n\n" + DONE
 
 
 @contextlib.asynccontextmanager
@@ -84,7 +92,7 @@ class EventStream(Response):
                     if frames:
                         await self._write(send, frames)
             self.finish()
-            await self._write(send, self.writer.end() + DONE, more=False)
+            await self._write(send, self.writer.end(), more=False)
         except ClientLeft:
             raise
         except Exception as error:
@@ -92,7 +100,7 @@ class EventStream(Response):
                 raise
             refusal = refusal_of(error)
             self.facts["error"] = refusal.message
-            await self._write(send, b"data: " + refusal.body() + b"\n\n" + DONE, more=False)
+            await self._write(send, self.writer.failed(refusal), more=False)
 
     def _all_headers(self) -> list[tuple[bytes, bytes]]:
         return [
