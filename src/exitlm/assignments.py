@@ -41,6 +41,25 @@ def assignments(words: Sequence[str], sections: Sequence[str] = ()) -> tuple[dic
     return plain, parts
 
 
+def given_settings(flags: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a generation from its flags (None: not given) and from ``--set``, and those of the engine.
+
+    Raises:
+        UserError: a word that is no setting, exits that are no layers, or a setting that is given twice.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    if "exits" in given:
+        layers = value_of(given["exits"])
+        given["exits"] = [layers] if isinstance(layers, int) else layers
+        if not isinstance(given["exits"], list):
+            raise UserError(f"--exits is '{layers}', but must be layers such as 8,15 (an adapter goes to --adapter)")
+    settings, sections = assignments(words, ("engine",))
+    for name in given:
+        if name in settings:
+            raise UserError(f"{name} is given twice, by --{name.replace('_', '-')} and by --set; leave one of them out")
+    return {**given, **settings}, sections.get("engine", {})
+
+
 def value_of(text: str) -> Any:
     """The value that a text stands for; the text itself where it stands for nothing else."""
     if text in _PYTHON:

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from exitlm import __version__
+from exitlm.assignments import given_settings
+from exitlm.bench_serve import add_bench_serve, bench_serve
+from exitlm.chat.verb import add_chat, chat
 from exitlm.errors import AlreadyTold, UserError, nearest
 
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ def generate(
         raise UserError("the answers to --prompts are JSON lines already; leave --json out")
     from exitlm.decode.options import EngineConfig
 
-    settings, engine = _settings(flags, set)
+    settings, engine = given_settings(flags, set)
     source = {
         "source": model, "adapter": adapter, "dtype": dtype, "device": device, "quant": quant,
         "allow_other_base": allow_other_base, "engine": EngineConfig.of(engine),
@@ -95,23 +98,6 @@ def generate(
         return _answer_file(Path(prompts), Path(out), source, settings, chat)
     assert prompt is not None
     return _answer_prompt(_standard_input() if prompt == "-" else prompt, source, settings, chat, json)
-
-
-def _settings(flags: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a generation from its flags and from ``--set``, and those of the engine."""
-    from exitlm.assignments import assignments, value_of
-
-    given = {name: value for name, value in flags.items() if value is not None}
-    if "exits" in given:
-        layers = value_of(given["exits"])
-        given["exits"] = [layers] if isinstance(layers, int) else layers
-        if not isinstance(given["exits"], list):
-            raise UserError(f"--exits is '{layers}', but must be layers such as 8,15 (an adapter goes to --adapter)")
-    settings, sections = assignments(words, ("engine",))
-    for name in given:
-        if name in settings:
-            raise UserError(f"{name} is given twice, by --{name.replace('_', '-')} and by --set; leave one of them out")
-    return {**given, **settings}, sections.get("engine", {})
 
 
 def _standard_input() -> str:
@@ -372,7 +358,9 @@ VERBS: dict[str, Callable[..., int]] = {
     "tune": tune,
     "train": train,
     "generate": generate,
+    "chat": chat,
     "serve": serve,
+    "bench-serve": bench_serve,
     "inspect": inspect,
     "export": export,
     "schedule": schedule,
@@ -444,33 +432,37 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     group.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
     group.add_argument("--prompts", metavar="FILE", help="JSON lines: prompt or messages, and any setting; needs --out")
     add("--out", metavar="FILE", help="the answers to --prompts, as JSON lines; it is continued if it is there")
-    add("--exits", metavar="LAYERS", help="the exits to use, such as 8,15 (default: all, or those with a net speed-up)")
-    add("--mode", metavar="M", help="lossless (the full model's text, drafted at exits), threshold, or full")
-    add("--threshold", type=float, metavar="T", help="how sure an exit must be, 0 to 1 (default: what tuning stored)")
-    add("--rule", metavar="R", help="probability, margin, entropy, gate, patience, fixed or decay")
-    add("--max-new-tokens", type=int, metavar="N", help="(default: 128)")
-    add("--temperature", type=float, metavar="T", help="0 takes the most likely token (default)")
-    add("--top-p", type=float, metavar="P")
-    add("--seed", type=int, metavar="S")
-    add("--dtype", default="auto", metavar="D", help="of the weights, such as float32 (default: the checkpoint's)")
-    add("--device", default="cpu", metavar="D", help="cpu (default) or cuda")
-    add(
-        "--quant",
-        default="auto",
-        metavar="Q",
-        help="how weights are packed on a CPU: auto (as they are stored), q8_0, bf16, fp16, none, int8, int4",
-    )
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
     add("--json", action="store_true", help="print one JSON object: text, token_ids, exit_layers, mode, stats")
 
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any setting of a generation, such as top_k=40 min_p=.05 stop='[\"END\"]' threshold='{\"8\": 0.9}'",
-    )
+    add_chat(parsers["chat"], _MODEL)
+    for name in ("generate", "chat"):
+        add = parsers[name].add_argument
+        add("--exits", metavar="LAYERS", help="exits to use, such as 8,15 (default: all, or those with a net speed-up)")
+        add("--mode", metavar="M", help="lossless (the full model's text, drafted at exits), threshold, or full")
+        add("--threshold", type=float, metavar="T", help="how sure an exit must be, 0 to 1 (default: as tuned)")
+        add("--rule", metavar="R", help="probability, margin, entropy, gate, patience, fixed or decay")
+        most = "128" if name == "generate" else "1024"
+        add("--max-new-tokens", type=int, metavar="N", help=f"(default: {most})")
+        add("--temperature", type=float, metavar="T", help="0 takes the most likely token (default)")
+        add("--top-p", type=float, metavar="P")
+        add("--seed", type=int, metavar="S")
+        add("--dtype", default="auto", metavar="D", help="of the weights, such as float32 (default: the checkpoint's)")
+        add("--device", default="cpu", metavar="D", help="cpu (default) or cuda")
+        add(
+            "--quant",
+            default="auto",
+            metavar="Q",
+            help="how weights are packed on a CPU: auto (as they are stored), q8_0, bf16, fp16, none, int8, int4",
+        )
+        add(
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY=VALUE",
+            help="any setting of a generation, such as top_k=40 min_p=.05 stop='[\"END\"]' threshold='{\"8\": 0.9}'",
+        )
 
     add = parsers["serve"].add_argument
     add("model", nargs="?", metavar="MODEL", help=f"{_MODEL} (default: what --config names)")
@@ -493,7 +485,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         help="any setting of the file, such as limits.queue=64 defaults.mode=threshold engine.max_sequences=16",
     )
 
-    for name in ("generate", "serve", "export"):
+    for name in ("generate", "chat", "serve", "export"):
         parsers[name].add_argument(
             "--adapter",
             nargs="+",
@@ -510,6 +502,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     add("source", metavar="SRC", help=f"{_MODEL}; or a tuning run's directory, or one of its checkpoints")
     add("directory", metavar="DIR", help="where to write")
     add("--dtype", metavar="D", help="of the weights written (default: as they are)")
+
+    add_bench_serve(parsers["bench-serve"])
 
     add = parsers["schedule"].add_argument
     add("--pipeline", type=int, required=True, metavar="P", help="ranks of the pipeline")

@@ -241,15 +241,24 @@ def new_figure(size: tuple[float, float]) -> "Figure":
     return Figure(figsize=size, dpi=144, facecolor="white")
 
 
+def check_picture(path: Path) -> None:
+    """Refuse a path that no picture can be written to, before the work of which it is the picture.
+
+    Raises:
+        UserError: no such format, or no matplotlib.
+    """
+    formats = new_figure((1, 1)).canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise UserError(f"no picture can be written to {path}; let its name end in .png, .svg or .pdf")
+
+
 def save_figure(figure: "Figure", path: Path) -> Path:
     """Write a figure in the format that the suffix of ``path`` names; returns ``path``.
 
     Raises:
         UserError: no such format, or a file stands where a directory must be.
     """
-    formats = figure.canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in formats:
-        raise UserError(f"no picture can be written to {path}; let its name end in .png, .svg or .pdf")
+    check_picture(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
