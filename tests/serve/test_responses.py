@@ -303,6 +303,8 @@ BAD: list[tuple[Any, str, str | None]] = [
       "text": {"format": {"type": "json_object"}}}, "text.format has no effect", "text.format"),
     ({"input": HI, "exitlm": {"exits": [2]}}, "no exit at layer 2", None),
     ({"input": "x" * 2100}, "context is 2048", None),
+    ({"input": HI, "metadata": {"a": 1}}, "field 'metadata.a' is 1", "metadata.a"),
+    ({"input": HI, "tools": [{"type": "function", "name": "f", "strict": float("nan")}]}, "leave out NaN", None),
     ([1], "JSON object", None),
 ]  # fmt: skip
 
