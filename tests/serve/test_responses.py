@@ -52,6 +52,11 @@ def raw_events(served: Served, **more: Any) -> list[dict[str, Any]]:
     return found
 
 
+def late(text: str) -> str:
+    """Two characters of a text that do not stand within its first five."""
+    return next(text[at : at + 2] for at in range(5, len(text)) if text.index(text[at : at + 2]) == at)
+
+
 def kinds(events: list[dict[str, Any]]) -> list[str]:
     """The types of events, neighbours of one type once."""
     names = [event["type"] for event in events]
@@ -110,11 +115,11 @@ def test_the_order_of_events(served: Served) -> None:
 
 def test_a_whole_text_is_completed(served: Served, client: openai.OpenAI) -> None:
     whole = expected(served, temperature=0.0).text
-    stop = {"stop": [whole[9:11]]}
+    stop = {"stop": [late(whole)]}
     response = client.responses.create(**asked(temperature=0, extra_body=stop, metadata={"a": "b"}, store=True))
     assert response.status == "completed"
     assert response.incomplete_details is None
-    assert response.output_text == whole[: whole.index(whole[9:11])]
+    assert response.output_text == whole[: whole.index(late(whole))]
     assert response.completed_at is not None
     assert response.metadata == {"a": "b"}
     assert response.store is False  # type: ignore[attr-defined]
@@ -127,9 +132,9 @@ def test_a_whole_text_is_completed(served: Served, client: openai.OpenAI) -> Non
 
 def test_the_clients_own_stream_helper(served: Served, client: openai.OpenAI) -> None:
     whole = expected(served, temperature=0.0).text
-    with client.responses.stream(**asked(temperature=0, extra_body={"stop": [whole[9:11]]})) as stream:
+    with client.responses.stream(**asked(temperature=0, extra_body={"stop": [late(whole)]})) as stream:
         snapshots = [event.snapshot for event in stream if event.type == "response.output_text.delta"]
-        assert stream.get_final_response().output_text == snapshots[-1] == whole[: whole.index(whole[9:11])]
+        assert stream.get_final_response().output_text == snapshots[-1] == whole[: whole.index(late(whole))]
 
 
 def test_asyncio_clients(served: Served) -> None:
@@ -303,6 +308,8 @@ BAD: list[tuple[Any, str, str | None]] = [
       "text": {"format": {"type": "json_object"}}}, "text.format has no effect", "text.format"),
     ({"input": HI, "exitlm": {"exits": [2]}}, "no exit at layer 2", None),
     ({"input": "x" * 2100}, "context is 2048", None),
+    ({"input": HI, "metadata": {"a": 1}}, "field 'metadata.a' is 1", "metadata.a"),
+    ({"input": HI, "tools": [{"type": "function", "name": "f", "strict": float("nan")}]}, "leave out NaN", None),
     ([1], "JSON object", None),
 ]  # fmt: skip
 

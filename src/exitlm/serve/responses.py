@@ -40,8 +40,8 @@ async def answer(service: Service, http: HttpRequest, body: ResponseBody) -> Eve
     """The response to a conversation: a stream, or an object."""
     with _own_names():
         reply, talk, config = await chat.prepare(service, http, chat_body(body))
+        response = ResponseState(reply, body, talk, config)
         submission = await reply.submit([(talk.ids, config)], streams=bool(body.stream))
-    response = ResponseState(reply, body, talk, config)
     if body.stream:
         return reply.streamed(submission, ResponseWriter(response), config)
     ((found,),) = await reply.whole(submission)
@@ -94,6 +94,11 @@ class ResponseState:
             "tool_choice": body.tool_choice or "auto", "tools": [_tool(tool) for tool in body.functions],
             "top_logprobs": body.top_logprobs or 0, "top_p": config.top_p, "truncation": "disabled", "user": body.user,
         }  # fmt: skip
+        try:
+            json.dumps(self._fixed, allow_nan=False)
+        except (ValueError, RecursionError):
+            said = "text, tools and tool_choice are repeated in the response; leave out NaN and infinity, and nest less"
+            raise ApiError(400, said) from None
 
     def end(self, found: Generation) -> list[Event]:
         """Note that the text has ended."""

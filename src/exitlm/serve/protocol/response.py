@@ -61,6 +61,7 @@ class ResponseBody(SamplingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     n: Literal[1] | None = None
     stream_options: ResponseStreamOptions | None = None
+    metadata: dict[str, str] | None = None  # the response repeats it
     # These need a server that keeps responses, or shortens what is too long.
     previous_response_id: str | None = None
     conversation: str | dict[str, Any] | None = None
