@@ -1,4 +1,4 @@
-"""What comes over a socket before it is a request: heads that are too large, too slow or none; clients that don't read."""
+"""What comes over a socket before it is a request: heads too large, too slow or none; and clients that read nothing."""
 
 import json
 import socket

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from exitlm.serve.errors import ApiError
 
 HEAD_BYTES = 64 * 1024
+CONNECTION = "exitlm.connection"  # the extension of an ASGI scope under which a connection is found
 
 
 class Connection(HttpToolsProtocol):
@@ -50,6 +51,7 @@ class Connection(HttpToolsProtocol):
         if not self._in_head:
             self._begin_head()
         super().on_message_begin()
+        self.scope["extensions"] = {CONNECTION: self}  # type: ignore[dict-item]
 
     def on_headers_complete(self) -> None:
         """Its head is there."""
