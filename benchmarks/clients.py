@@ -143,7 +143,7 @@ def _read(answer: bytes) -> dict[str, int]:
 
 def _joined(body: bytes) -> bytes:
     """A body that came in chunks."""
-    parts = []
+    parts: list[bytes] = []
     while True:
         size, _, rest = body.partition(b"\r\n")
         length = int(size.split(b";")[0], 16)

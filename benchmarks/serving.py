@@ -13,7 +13,6 @@ other, and its own one (``--llama-server``: that program), which decodes as many
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import os
 import socket
@@ -87,6 +86,13 @@ class Serving:
     def cpu(self) -> float:
         """Processor seconds so far of what the engine alone would not do: the event loop's, and for handing it out."""
         return time.clock_gettime(self._clock) + self.delivering
+
+    @property
+    def loop(self) -> str:
+        """The package of its event loop."""
+        service = self.server.state.service
+        assert service is not None
+        return type(service.engine._loop).__module__.split(".")[0]
 
     def close(self) -> None:
         """End it as a signal would."""
@@ -187,7 +193,7 @@ def speed(llm: exitlm.LLM, given: argparse.Namespace) -> dict[str, Any]:
                 actions[name] = partial(engine_run, llm.engine, ids, tokens, counted)
             else:
                 actions[name] = partial(server_run, serving, clients, group, tokens, counted, how != "whole")
-        found = interleave(actions, given.rounds)
+        found, loop = interleave(actions, given.rounds), serving.loop
     rows, claims = [], []
     for name, values in found.items():
         how, size = name.split()
@@ -225,14 +231,8 @@ def speed(llm: exitlm.LLM, given: argparse.Namespace) -> dict[str, Any]:
         "of a request, a stream of one token; of a token, what a longer one takes beyond it. Clients run on the same "
         "processors"
     )
-    return {"tokens of an answer": given.tokens, "event loop": _event_loop(), "notes": [note], "rows": rows,
+    return {"tokens of an answer": given.tokens, "event loop": loop, "notes": [note], "rows": rows,
             "claims": claims}  # fmt: skip
-
-
-def _event_loop() -> str:
-    loop = asyncio.new_event_loop()
-    loop.close()
-    return type(loop).__module__.split(".")[0]
 
 
 @contextmanager

@@ -1,11 +1,16 @@
 """README.md is true: every command in it is known to the parser, and the slow set runs them all on the real model."""
 
+import contextlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,9 +52,29 @@ def test_links_and_pictures_exist() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_commands_and_programs_run(tmp_path: Path) -> None:
-    """In the order of the page, as a reader would, in one directory."""
+    """In the order of the page, as a reader would, in one directory. A server runs until all is done."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for command in COMMANDS[1:]:
-        subprocess.run(shlex.split(command), cwd=tmp_path, env=environment, check=True)
-    for program in PROGRAMS:
-        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+    with contextlib.ExitStack() as stack:
+        for command in map(shlex.split, COMMANDS[1:]):
+            if command[1] == "serve":
+                stack.enter_context(serving(command, cwd=tmp_path, env=environment))
+            else:
+                subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+        for program in PROGRAMS:
+            subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+
+
+@contextlib.contextmanager
+def serving(command: list[str], **options: Any) -> Iterator[None]:
+    """A server that is ready; in the end it gets a signal, and must exit as if nothing were wrong."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            while True:
+                with contextlib.suppress(OSError), urllib.request.urlopen("http://localhost:8000/health", timeout=10):
+                    break
+                assert process.poll() is None
+                time.sleep(0.5)
+            yield
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
