@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import signal
@@ -26,6 +27,7 @@ from exitlm.decode.generation import GenerationConfig
 from exitlm.errors import UserError
 from exitlm.serve.app import application
 from exitlm.serve.config import ServeConfig
+from exitlm.serve.connection import Connection
 from exitlm.serve.service import Served, Service, State
 
 Load = Callable[[ServeConfig], Served]
@@ -94,6 +96,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 application(self.state),
+                http=functools.partial(Connection, limits=config.limits),  # type: ignore[arg-type]
                 log_config=None,
                 access_log=False,
                 server_header=False,
