@@ -16,6 +16,7 @@ import exitlm
 from exitlm.serve.config import ServeConfig, merged
 from exitlm.serve.server import Server, listening
 from tests.checkpoints import write_checkpoint
+from tests.model.families import native_sizes
 
 KEY = "sk-test"
 
@@ -71,7 +72,7 @@ def serving(model: exitlm.LLM, adapters: list[str] | None = None, **sections: di
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer and a chat template, and a context long enough to be interrupted in."""
-    return write_checkpoint(tmp_path_factory.mktemp("served"), max_position_embeddings=2048)
+    return write_checkpoint(tmp_path_factory.mktemp("served"), max_position_embeddings=2048, **native_sizes("llama"))
 
 
 @pytest.fixture(scope="session")

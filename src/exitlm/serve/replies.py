@@ -116,6 +116,8 @@ class Reply:
         """Let the engine begin."""
         engine, first = self.service.engine, jobs[0][1]
         await engine.prepare([config for _, config in jobs[:1]])
+        if self.service.config.http.log_prompts and self.service.vocabulary is not None:
+            self.facts["prompts"] = [self.service.tokenizer.decode(ids) for ids, _ in jobs]
         self.facts |= {"mode": first.mode, "prompt_tokens": sum(len(ids) for ids, _ in jobs), "stream": streams}
         return engine.submit(jobs, streams=streams, deadline=self.service.config.limits.deadline)
 

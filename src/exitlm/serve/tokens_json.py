@@ -68,11 +68,11 @@ class CompletionLogprobs:
     def _of(self, entries: Sequence[tuple[int, float | None, Mapping[int, float]]]) -> dict[str, Any]:
         texts, offsets = [], []
         for token, _, _ in entries:
-            texts.append(self.words.spelling(token)[0])
+            texts.append(self.words.name(token))
             offsets.append(self.offset)
-            self.offset += len(texts[-1])
+            self.offset += len(self.words.spelling(token)[0])
         best = [
-            {self.words.spelling(i)[0]: _finite(value) for i, value in list(tops.items())[: self.top]} or None
+            {self.words.name(i): _finite(value) for i, value in list(tops.items())[: self.top]} or None
             for _, _, tops in entries
         ]
         return {

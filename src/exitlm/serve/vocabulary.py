@@ -30,6 +30,11 @@ class Vocabulary:
         self._spelled_in_bytes = _is_byte_level(tokenizer)
         self.spelling = functools.lru_cache(maxsize=65536)(self._spelling)
 
+    def name(self, token: int) -> str:
+        """The text of a token, or where that is part of a character its bytes, as OpenAI's completions name it."""
+        text, spelled = self.spelling(token)
+        return text if "\ufffd" not in text else "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
     def _spelling(self, token: int) -> tuple[str, bytes]:
         """The text and the bytes of a token; both are empty for an id that has none."""
         if token in self._added:
