@@ -27,7 +27,7 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 def _answer(schema: dict[str, Any], description: str, streams: bool = False) -> dict[int | str, dict[str, Any]]:
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if streams:
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {}
     return {200: {"description": description, "content": content}}
 
 
