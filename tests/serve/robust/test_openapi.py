@@ -65,7 +65,7 @@ def test_random_requests(server: Served, document: Any, path: str, method: str, 
     for mode in modes:
         _try(server, operation, mode, -(-cases // len(modes)), statuses)
     assert set(statuses) <= {200, 400, 404, 405}
-    assert statuses[200] > 0 or operation.path_parameters
+    assert statuses[200] > 0 or path == "/v1/models/{name}"
     if operation.body:
         assert statuses[400] > 0
 
@@ -94,12 +94,12 @@ def _try(
 
 def _likely(body: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     """A body that may well be answered: a model that exists, and few of the fields that depend on each other."""
-    share = chance.choice([0.05, 0.3])
+    share = chance.choice([0.05, 0.3])  # of the fields that may be left out
     kept = {key: value for key, value in body.items() if key in PLAIN or chance.random() < share}
     if "model" in kept:
         kept["model"] = chance.choice(["tiny", "tiny:exits", kept["model"]])
     for name, plain in PLAIN.items():
-        if name in kept and chance.random() < 0.5:
+        if name in kept and (share < 0.1 or chance.random() < 0.5):
             kept[name] = plain
     for name in ("max_tokens", "max_completion_tokens", "tokens_to_generate"):
         if kept.get(name):
