@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -110,6 +110,7 @@ class Submission:
         self._events: list[Happened] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._taker: Callable[[list[Happened]], bool] | None = None
         self._timer = None if expires is None else self._loop.call_later(expires, self._expire, expires)
 
     async def batches(self) -> AsyncGenerator[list[Happened], None]:
@@ -125,8 +126,8 @@ class Submission:
                 if not self._events and self._error is None:
                     self._waiter = self._loop.create_future()
                     await self._waiter
-                found, self._events = self._events, []
-                if found:
+                if self._events:
+                    found, self._events = self._events, []
                     self.left -= sum(event.last for _, _, event in found)
                     yield found
                 if self._error is not None:
@@ -134,27 +135,50 @@ class Submission:
         finally:
             self.close()
 
+    def take_at_once(self, taker: Callable[[list[Happened]], bool] | None) -> None:
+        """Offer events to ``taker`` as they come, in the event loop's own turn, before they wait for :meth:`batches`:
+        that saves the turn of a task. It says whether it took them."""
+        self._taker = taker
+
     def close(self) -> None:
         """Drop what has not ended."""
+        self._taker = None
         if self._timer is not None:
             self._timer.cancel()
         if self.left:
             self.left = 0
             self._engine._order(self._engine._drop, self)
 
-    def put(self, happened: Happened | Exception) -> None:
-        """Something has come, or what ends all texts; called in the event loop."""
+    def fail(self, error: Exception) -> None:
+        """End all texts by an error."""
+        self._note(error)
+        self._tell()
+
+    def _note(self, happened: Happened | Exception) -> None:
+        """Something has come, or what ends all texts."""
         if isinstance(happened, Exception):
             self._error = self._error or happened
         elif happened[2].error is not None:
             self._error = self._error or happened[2].error
         else:
             self._events.append(happened)
+
+    def _tell(self) -> None:
+        """Hand out what has come."""
+        if self._taker is not None and self._events and self._error is None:
+            try:
+                if self._taker(self._events):
+                    self.left -= sum(event.last for _, _, event in self._events)
+                    self._events = []
+                    if self.left:
+                        return
+            except Exception as error:
+                self._error = error
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def _expire(self, seconds: float) -> None:
-        self.put(Expired(f"the answer was not ready after {seconds:g} seconds; ask for fewer tokens, or try later"))
+        self.fail(Expired(f"the answer was not ready after {seconds:g} seconds; ask for fewer tokens, or try later"))
 
 
 class AsyncEngine:
@@ -302,8 +326,12 @@ class AsyncEngine:
     def _deliver(self, batch: list[tuple[Submission, Happened | Exception]], gone: int) -> None:
         """Hand out what a step has brought; ``gone`` texts have left."""
         self.live -= gone
+        told: dict[int, Submission] = {}
         for submission, happened in batch:
-            submission.put(happened)
+            submission._note(happened)
+            told[id(submission)] = submission
+        for submission in told.values():
+            submission._tell()
 
     # ---- in the engine's thread
 

@@ -1,128 +1,161 @@
-"""One client's connection: uvicorn's, with deadlines for a client that falls silent or reads nothing, and with refusals
-in OpenAI's shape for what is not HTTP.
+"""A connection as uvicorn has it, with limits for a client that sends too much, falls silent or reads nothing.
 
-Such a client would hold its socket, its buffers and what an answer needs for as long as it likes.
+httptools parses; h11, which uvicorn takes without it, needs several times as long for each piece of a stream. Bodies
+are the guard's business, up to the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from exitlm.serve.config import LimitsConfig
 from exitlm.serve.errors import ApiError
 
-LINGER = 2.0  # seconds for a refused client to end what it sends; its answer would be lost if the socket closed at once
+HEAD_BYTES = 64 * 1024
+LINGER = 2.0  # seconds that a refused client has to read why; a socket that closes at once loses what it has written
+CONNECTION = "exitlm.connection"  # the extension of an ASGI scope under which a connection is found
 
 
-class Connection(H11Protocol):
-    """A request's head, and a body that nobody wants any more, have ``read_timeout`` to arrive. What waits to be
-    written has twice ``write_timeout``, so that an answer which gives up by itself says so first."""
+class Connection(HttpToolsProtocol):
+    """One client. A head that is too large, too slow or no HTTP is refused in OpenAI's shape, and ends the connection.
 
-    def __init__(self, *given: Any, limits: LimitsConfig, **more: Any) -> None:
+    What waits to be written has twice ``write_timeout``, so that a stream which gives up by itself says so first.
+    """
+
+    read_timeout = 30.0  # seconds for a head, or for the rest of a body that was refused
+    write_timeout = 60.0
+
+    def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
-        self._limits, self._refused, self._begun = limits, False, False
-        self._silent: asyncio.TimerHandle | None = None
+        self._head_bytes, self._in_head, self._in_body, self._is_refused = 0, True, False, False
+        self._silence: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The head of the first request is awaited."""
+        """A client that asks nothing is not kept either."""
         super().connection_made(transport)
-        self._watch_silence()
+        self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """No deadline is left."""
+        """The end."""
+        self._heard()
+        self._read()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        for timer in (self._silent, self._unread):
-            if timer is not None:
-                timer.cancel()
+
+    # ---- what the client sends
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a request; those of a client that was refused are dropped."""
-        if self._refused:
+        """Some bytes, of which those before a body are counted."""
+        if self._is_refused:
             return
-        self._begun = True
+        if self._in_head:
+            self._head_bytes += len(data)
         super().data_received(data)
-        self._watch_silence()
+        if self._in_head and self._head_bytes > HEAD_BYTES and not self._is_refused:
+            self._refuse(ApiError(431, f"the head of the request is larger than {HEAD_BYTES} bytes; send less"))
+        self._watch()
 
-    def _watch_silence(self) -> None:
-        """Begin or end the deadline of what the client has to send. The body of a request that is being answered has
-        one of its own, in ``guard.py``; between two requests there is that of a connection that is kept."""
-        theirs = self.conn.their_state
-        awaited = theirs is h11.IDLE or (theirs is h11.SEND_BODY and self.conn.our_state is h11.DONE)
-        if not awaited or self.timeout_keep_alive_task is not None:
-            if self._silent is not None:
-                self._silent.cancel()
-                self._silent = None
-        elif self._silent is None:
-            self._silent = self.loop.call_later(self._limits.read_timeout, self._fell_silent)
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        if not self._in_head:
+            self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
+        self.scope["extensions"] = {CONNECTION: self}  # type: ignore[dict-item]
 
-    def _fell_silent(self) -> None:
-        if self.conn.their_state is h11.IDLE and self._begun:
-            said = f"the request did not arrive within {self._limits.read_timeout:g} seconds; send it again"
+    def on_headers_complete(self) -> None:
+        """Its head is there."""
+        self._in_head, self._in_body = False, True
+        self._heard()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """All of it is there."""
+        self._in_body = False
+        self._heard()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """A request was answered, perhaps before all of it was there."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._await_reading()
+        elif self._in_body and self.cycle.response_complete:
+            self._unset_keepalive_if_required()
+            self._watch()
+
+    def _watch(self) -> None:
+        """Begin the deadline of what the client has to send, unless it runs. While a request is answered there is none
+        (its body has one in ``guard.py``), and between requests it is uvicorn's."""
+        answered = self.cycle is None or self.cycle.response_complete
+        if self._silence is None and (self._in_head or (answered and self.timeout_keep_alive_task is None)):
+            self._silence = self.loop.call_later(self.read_timeout, self._is_late)
+
+    def _heard(self) -> None:
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
+
+    def _is_late(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self._in_head:
+            said = f"the head of the request took over {self.read_timeout:g} seconds; send it again"
             self._refuse(ApiError(408, said))
         else:
             self.transport.abort()
 
+    # ---- what the client reads
+
     def pause_writing(self) -> None:
-        """The client is slow: it has a deadline to read what waits for it."""
+        """The client is slow."""
         super().pause_writing()
-        if self._unread is None:
-            self._unread = self.loop.call_later(2 * self._limits.write_timeout, self.transport.abort)
+        self._await_reading()
 
     def resume_writing(self) -> None:
         """It has read."""
         super().resume_writing()
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
-
-    def on_response_complete(self) -> None:
-        """A connection that closes does so even if its last answer is not read."""
-        super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY:  # of a request that was refused before all of it was there
-            self._unset_keepalive_if_required()
-            self._watch_silence()
-        if self.transport.is_closing():
-            self.loop.call_later(2 * self._limits.write_timeout, self.transport.abort)
+        self._read()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close a connection without requests, even if its last answer is not read."""
         super().timeout_keep_alive_handler()
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()
+        self._await_reading()
+
+    def _await_reading(self) -> None:
+        if self._unread is None:
+            self._unread = self.loop.call_later(2 * self.write_timeout, self.transport.abort)
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    # ---- refusals
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP, called where h11 has found that."""
-        status = getattr(sys.exc_info()[1], "error_status_hint", 400)
-        said = "the request is not valid HTTP/1.1; send it again with a client that speaks it"
-        if status == 431:
-            said = "the request's headers are too large; send fewer"
-        self._refuse(ApiError(status if 400 <= status < 500 else 400, said))
+        """What came is not HTTP."""
+        self._refuse(ApiError(400, "what was sent is not an HTTP/1.1 request; check the client, and use http://"))
 
-    def _refuse(self, error: ApiError) -> None:
-        """Answer without an application, and close when the client had time to read that."""
-        self._refused = True
+    def _refuse(self, refusal: ApiError) -> None:
+        """Say why, unless an answer is being written; drop what else comes, and close."""
+        self._is_refused = True
         self.flow.resume_reading()
-        if self.cycle is not None and not self.cycle.response_complete:  # for its application the client has left
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is being written
-            self.transport.close()
-            return
-        body = error.body()
-        headers = [
-            (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]  # fmt: skip
-        response = h11.Response(status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status])
-        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.loop.call_later(min(LINGER, self._limits.read_timeout), self.transport.abort)
+        self.pipeline.clear()
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:  # for its application, the client has left
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if cycle is None or cycle.response_complete or not cycle.response_started:
+            body = refusal.body()
+            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+            self.transport.write(STATUS_LINE[refusal.status] + head + body)
+        self.transport.write_eof()
+        self.loop.call_later(LINGER, self.transport.abort)
+
+
+def connections(read_timeout: float, write_timeout: float) -> type[Connection]:
+    """Connections with these limits in seconds, as uvicorn makes them."""
+    return type("Connection", (Connection,), {"read_timeout": read_timeout, "write_timeout": write_timeout})

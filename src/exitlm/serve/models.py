@@ -37,7 +37,7 @@ class ServedModel:
                 raise ApiError(400, f"model '{self.name}' has no exits, so {name} has no effect; {_REMEDY}", param=name)
         if found.get("mode") == "threshold":
             raise ApiError(400, f"mode 'threshold' needs exits, and model '{self.name}' has none; {_REMEDY}")
-        return {**found, "exits": ()}
+        return {**found, "exits": ()} if found.get("mode", DEFAULT_MODE) == "lossless" else found
 
 
 _REMEDY = "name one with an adapter (GET /v1/models lists them), or leave it out"

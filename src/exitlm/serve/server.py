@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import logging
 import signal
@@ -27,14 +26,13 @@ from exitlm.decode.generation import GenerationConfig
 from exitlm.errors import UserError
 from exitlm.serve.app import application
 from exitlm.serve.config import ServeConfig
-from exitlm.serve.connection import Connection
+from exitlm.serve.connection import connections
 from exitlm.serve.service import Served, Service, State
 
 Load = Callable[[ServeConfig], Served]
 """Loads the model that a server offers."""
 
 BACKLOG = 2048
-HEADER_BYTES = 64 * 1024
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
 LAST_WRITES = 3.0  # seconds for what is left to be written when no text is decoded any more
 
@@ -96,14 +94,13 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 application(self.state),
-                http=functools.partial(Connection, limits=config.limits),  # type: ignore[arg-type]
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 ws="none",
                 lifespan="off",
                 timeout_keep_alive=KEEP_ALIVE,
-                h11_max_incomplete_event_size=HEADER_BYTES,
+                http=connections(config.limits.read_timeout, config.limits.write_timeout),
                 timeout_graceful_shutdown=max(1, round(LAST_WRITES)),
             )
         )

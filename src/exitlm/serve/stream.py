@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -15,10 +17,13 @@ from typing import Any, Protocol
 from starlette.responses import Response
 
 from exitlm.serve.async_engine import Happened, Submission
+from exitlm.serve.connection import CONNECTION, Connection
 from exitlm.serve.errors import ClientLeft, refusal_of
 from exitlm.serve.guard import Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
+
+log = logging.getLogger("exitlm.serve")
 
 
 class Writer(Protocol):
@@ -38,7 +43,7 @@ async def watched(submission: Submission, receive: Callable[[], Awaitable[Any]])
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        submission.put(ClientLeft("the client left"))
+        submission.fail(ClientLeft("the client left"))
 
     watcher = asyncio.create_task(watch())
     try:
@@ -60,15 +65,19 @@ class EventStream(Response):
         self.submission, self.writer, self.write_timeout = submission, writer, write_timeout
         self._own_headers, self.facts, self.finish = headers, facts, finish
         self.background, self._writes_since = None, 0.0
+        self._connection: Connection | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the events as they come."""
+        self._connection = scope.get("extensions", {}).get(CONNECTION)
         try:
             async with asyncio.timeout(None) as limit:
                 with self._giving_up(limit):
                     await self._stream(receive, send)
         except TimeoutError:
             self.facts["ended"] = "the client reads nothing"
+            if self._connection is not None:
+                self._connection.transport.abort()
         except ClientLeft as error:
             self.facts["ended"] = str(error)
 
@@ -80,6 +89,8 @@ class EventStream(Response):
                     if not begun:
                         begun = True
                         await send({"type": "http.response.start", "status": 200, "headers": self._all_headers()})
+                        if self._connection is not None:
+                            self.submission.take_at_once(functools.partial(self._write_at_once, send))
                     frames = self.writer.frames(batch)
                     if frames:
                         await self._write(send, frames)
@@ -91,8 +102,25 @@ class EventStream(Response):
             if not begun:
                 raise
             refusal = refusal_of(error)
+            if refusal.code == "internal_error":
+                log.exception("a stream broke off")
             self.facts["error"] = refusal.message
             await self._write(send, b"data: " + refusal.body() + b"\n\n" + DONE, more=False)
+
+    def _write_at_once(self, send: Send, batch: list[Happened]) -> bool:
+        """Write events in the turn that brings them. False where that would have to wait for the client."""
+        assert self._connection is not None
+        if self._writes_since or self._connection.flow.write_paused:
+            return False
+        frames = self.writer.frames(batch)
+        if not frames:
+            return True
+        writing = send({"type": "http.response.body", "body": frames, "more_body": True}).__await__()
+        try:
+            next(writing)
+        except StopIteration:  # uvicorn's send waits for nothing but the client
+            return True
+        raise RuntimeError("a write waits, though the client reads")
 
     def _all_headers(self) -> list[tuple[bytes, bytes]]:
         return [
