@@ -1,7 +1,9 @@
 """What comes over a socket before it is a request: heads too large, too slow or none; and clients that read nothing."""
 
+import contextlib
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -50,13 +52,10 @@ def test_what_is_no_request(served: Served, content: bytes) -> None:
 def test_a_flood_of_headers(served: Served, flood: str) -> None:
     with connect(served) as connection:
         connection.sendall(b"GET /" if flood == "url" else b"GET /health HTTP/1.1\r\nx: ")
-        try:
+        with contextlib.suppress(OSError):  # it may be cut off meanwhile
             for i in range(20_000):
                 connection.sendall(b"x%d: %s\r\n" % (i, b"y" * 20) if flood == "many" else b"y" * 64)
-        except OSError:
-            pass  # refused meanwhile
-        else:
-            pytest.fail("over a megabyte of headers was taken")
+            assert answer(connection)[0] == 431
     with served.http() as http:
         assert http.get("/health").status_code == 200
 
@@ -97,9 +96,9 @@ def test_a_client_that_reads_nothing_is_given_up(hasty: Served) -> None:
             + f"content-length: {len(body)}\r\n\r\n".encode() + body
         )  # fmt: skip
         while not engine.live:
-            pass
+            time.sleep(0.005)
         while engine.live:
-            pass
+            time.sleep(0.005)
         assert hasty.used_blocks == 0
         assert hasty.server.state.metrics.finished["abort"] > 0
     with hasty.http() as http:

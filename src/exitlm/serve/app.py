@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from exitlm.errors import UserError
 from exitlm.serve import chat, completions, reference, responses, tokens
@@ -24,6 +24,7 @@ from exitlm.serve.guard import Application, Guard
 from exitlm.serve.keys import Keys
 from exitlm.serve.metrics import CONTENT_TYPE
 from exitlm.serve.playground import page, page_headers
+from exitlm.serve.protocol import answers
 from exitlm.serve.protocol.chat import ChatBody
 from exitlm.serve.protocol.completion import CompletionBody
 from exitlm.serve.protocol.reference import ReferenceBody
@@ -57,20 +58,20 @@ def application(state: State) -> Application:
 
 def routes(state: State) -> FastAPI:
     """The endpoints."""
-    app = FastAPI(title="exitlm", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="exitlm", version="1", docs_url=None, redoc_url=None, responses=answers.REFUSALS)
     _refusals(app)
 
-    @app.post("/v1/chat/completions", tags=["openai"])
+    @app.post("/v1/chat/completions", tags=["openai"], responses=answers.CHAT)
     async def chat_completions(body: ChatBody, http: Request) -> Response:
         """The next message of a conversation."""
         return _response(await chat.answer(state.ready(), http, body))
 
-    @app.post("/v1/completions", tags=["openai"])
+    @app.post("/v1/completions", tags=["openai"], responses=answers.COMPLETION)
     async def text_completions(body: CompletionBody, http: Request) -> Response:
         """What follows a text."""
         return _response(await completions.answer(state.ready(), http, body))
 
-    @app.post("/v1/responses", tags=["openai"])
+    @app.post("/v1/responses", tags=["openai"], responses=answers.RESPONSE)
     async def response(body: ResponseBody, http: Request) -> Response:
         """The next items of a conversation."""
         return _response(await responses.answer(state.ready(), http, body))
@@ -80,44 +81,44 @@ def routes(state: State) -> FastAPI:
         """Nothing is kept."""
         raise responses.not_kept()
 
-    @app.get("/v1/models", tags=["openai"])
+    @app.get("/v1/models", tags=["openai"], responses=answers.MODELS)
     async def models() -> Response:
         """The models by name."""
         return _response(state.ready().models.listed())
 
-    @app.get("/v1/models/{name:path}", tags=["openai"])
+    @app.get("/v1/models/{name:path}", tags=["openai"], responses=answers.MODEL)
     async def model(name: str) -> Response:
         """One of them."""
         found = state.ready().models
         return _response(found.entry(found.find(name)))
 
-    @app.get("/v1/exits", tags=["exitlm"])
+    @app.get("/v1/exits", tags=["exitlm"], responses=answers.EXITS)
     async def exits() -> Response:
         """The exits of each model."""
         return _response(state.ready().models.exits())
 
-    @app.put("/api", tags=["reference"])
+    @app.put("/api", tags=["reference"], responses=answers.REFERENCE)
     async def api(body: ReferenceBody, http: Request) -> Response:
         """Answers in the format of EE-LLM's server."""
         return _response(await reference.answer(state.ready(), http, body))
 
-    @app.post("/tokenize", tags=["exitlm"])
+    @app.post("/tokenize", tags=["exitlm"], responses=answers.TOKENIZED)
     async def tokenize(body: TokenizeBody) -> Response:
         """Token ids of a text or a conversation."""
         return _response(await tokens.tokenize(state.ready(), body))
 
-    @app.post("/detokenize", tags=["exitlm"])
+    @app.post("/detokenize", tags=["exitlm"], responses=answers.DETOKENIZED)
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of token ids."""
         return _response(await tokens.detokenize(state.ready(), body))
 
-    @app.get("/health", tags=["exitlm"])
+    @app.get("/health", tags=["exitlm"], responses=answers.HEALTH)
     async def health() -> Response:
         """200 while the server answers, else 503."""
         status, said = state.health()
         return _response(said, status)
 
-    @app.get("/metrics", tags=["exitlm"])
+    @app.get("/metrics", tags=["exitlm"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(state.metrics.text(), media_type=CONTENT_TYPE)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from itertools import accumulate
 from typing import Any
 
 from exitlm.serve.errors import ApiError, ClientLeft, refusal_of
@@ -24,6 +26,10 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 GUARDED = ("/v1", "/api", "/tokenize", "/detokenize")
 LONGEST_ID = 128
+MAX_DEPTH = 100  # of objects and lists within each other; the time to compile a schema grows faster than its depth
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z)', re.DOTALL)
+_STEPS = bytes(2 if byte in b"[{" else 0 if byte in b"]}" else 1 for byte in range(256))
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
 log = logging.getLogger("exitlm.serve")
 
@@ -98,6 +104,9 @@ class Guard:
                 408, f"the body did not arrive within {self.read_timeout:g} seconds; send it again",
                 headers={"connection": "close"},
             ) from None  # fmt: skip
+        if depth(body) > MAX_DEPTH:
+            said = f"the body has more than {MAX_DEPTH} objects or lists within each other; send a flatter one"
+            raise ApiError(400, said, code="body_too_deep")
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Message:
@@ -120,6 +129,12 @@ class Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.body_bytes} bytes; send less", code="body_too_large")
+
+
+def depth(body: bytes) -> int:
+    """How many objects and lists of a JSON text lie within each other at most."""
+    brackets = _STRING.sub(b"", body).translate(_STEPS, _NO_BRACKETS)
+    return max(accumulate((step - 1 for step in brackets), initial=0))
 
 
 async def _refuse(refusal: ApiError, send: Send) -> None:

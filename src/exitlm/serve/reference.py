@@ -37,7 +37,9 @@ async def answer(service: Service, http: HttpRequest, body: ReferenceBody) -> di
             given["prompt_logprobs"] = 0
     if body.prevent_newline_after_colon:
         given["bad_words"] = [_encoded(service, ":") + _encoded(service, "\n")]
-    configs = [reply.config(ids, given, new_tokens=body.tokens_to_generate, default=None) for ids in prompts]
+    asked = body.tokens_to_generate if "tokens_to_generate" in body.model_fields_set else None
+    default = body.tokens_to_generate  # less where the server writes less, since nobody has asked for it
+    configs = [reply.config(ids, given, new_tokens=asked, default=default) for ids in prompts]
     submission = await reply.submit(list(zip(prompts, configs, strict=True)), streams=False)
     found = [choices[0] for choices in await reply.whole(submission)]
     seconds = time.monotonic() - begun

@@ -100,7 +100,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 timeout_keep_alive=KEEP_ALIVE,
-                http=connections(config.limits.read_timeout),
+                http=connections(config.limits.read_timeout, config.limits.write_timeout),
                 timeout_graceful_shutdown=max(1, round(LAST_WRITES)),
             )
         )
