@@ -342,8 +342,8 @@ def peer(llm: exitlm.LLM, given: argparse.Namespace) -> dict[str, Any]:
         "llama_cpp.server (with logits_all off, which is faster than its default) holds one lock and has no slots: "
         "requests wait for one another, and more clients only wait longer; the package ships no program that decodes "
         "several at a time. Both sides write greedily, up to the same number of tokens; llama.cpp's answers end where "
-        "the model ends them, exitlm's are told to go on. llama.cpp's threads wait for one another by spinning, so that "
-        "a busy machine slows it far more than exitlm"
+        "the model ends them, exitlm's are told to go on. llama.cpp's threads wait for one another by spinning, so "
+        "that a busy machine slows it far more than exitlm"
     )
     return {"tokens at most": given.tokens, "notes": [note], "rows": rows, "claims": claims}
 
