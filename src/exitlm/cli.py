@@ -211,7 +211,7 @@ def serve(
 
     given: dict[str, dict[str, Any]] = {"model": {}, "http": {}}
     for name, value in {"source": model, "adapters": adapter, **flags}.items():
-        if value not in (None, False):
+        if value is not None and value is not False:  # a port of 0 equals False
             section = "model" if name in ("source", "adapters", "name", "dtype", "device", "quant") else "http"
             given[section][name] = value
     if flags.get("allow_other_base"):

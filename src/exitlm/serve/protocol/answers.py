@@ -107,7 +107,8 @@ RESPONSE = _answer(
     _object(
         {
             "id": _TEXT, "object": {"const": "response"}, "created_at": _NUMBER, "model": _TEXT,
-            "status": {"enum": ["completed", "incomplete"]}, "output": _list({"type": "object"}), "store": {"const": False},
+            "status": {"enum": ["completed", "incomplete"]}, "output": _list({"type": "object"}),
+            "store": {"const": False},
         }
     ),
     "The items that follow, or with stream the events that build them",
