@@ -29,7 +29,7 @@ from exitlm.decode.settings import GenerationSettings
 from exitlm.decode.text import Tokenizer
 from exitlm.errors import UserError, nearest
 from exitlm.model.decoder import EarlyExitModel
-from exitlm.model.exits import ExitConfig
+from exitlm.model.exits import OWN_EXITS, ExitConfig
 from exitlm.values import flag, path_of, paths_of, seed_of, wholes, wrong
 from exitlm.weights.adapter import attach, is_adapter, save_adapter
 from exitlm.weights.export import export
@@ -54,22 +54,21 @@ def load(
 ) -> LLM:
     """Load a model: a directory with safetensors, a ``.gguf`` file, a hub id, or ``smollm2`` for the packaged one.
 
-    ``adapter`` is one adapter directory or several of one base; without it, a directory that holds exits beside its
-    weights brings its own. ``dtype`` ``auto`` is the checkpoint's. ``quant`` is how weights are packed for ``generate``
-    and ``stream`` on a CPU. ``engine`` says what the engine may hold (:class:`EngineConfig`, or its fields in a
-    mapping). Raises :class:`UserError` for anything that can't be loaded, and for an adapter that was
-    tuned on other weights unless ``allow_other_base``.
+    ``adapter`` is one adapter directory or several of one base, each called by the last part of its directory; without
+    it, a directory that holds exits beside its weights brings its own. ``dtype`` ``auto`` is the checkpoint's.
+    ``quant`` is how weights are packed for ``generate`` and ``stream`` on a CPU. ``engine`` says what the engine may
+    hold (:class:`EngineConfig`, or its fields in a mapping). Raises :class:`UserError` for anything that can't be
+    loaded, and for an adapter that was tuned on other weights unless ``allow_other_base``.
     """
     check_quant(quant)
     options = _engine_config(engine)
     any_base = flag(allow_other_base, "allow_other_base")
     adapters = None if adapter is None else paths_of(adapter, "adapter")
     model = load_model(source, dtype=dtype, device=device)
-    if adapters is None:
-        own = resolve(source)
-        adapters = [str(own)] if is_adapter(own) else []
     if adapters:
         attach(model, adapters, allow_other_base=any_base)
+    elif adapters is None and is_adapter(own := resolve(source)):
+        attach(model, [own], allow_other_base=any_base, names=[OWN_EXITS])
     return LLM(model, quant=quant, engine=options)
 
 
@@ -118,8 +117,15 @@ class LLM:
 
     @property
     def exit_layers(self) -> list[int]:
-        """The 1-based layers that have an early exit, ascending, without L."""
+        """The 1-based layers that have an early exit of any adapter, ascending, without L."""
         return [layer for layer in self.model.exit_heads() if layer < self.num_layers]
+
+    @property
+    def adapters(self) -> dict[str, list[int]]:
+        """The layers of each adapter's early exits by the adapter's name, which is what setting ``adapter`` takes, in
+        the order in which they were loaded. Exits that lay beside the weights or were added here are ``exits``."""
+        sets = self.model.exit_sets()
+        return {name: [layer for layer in heads if layer < self.num_layers] for name, heads in sets.items()}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -247,7 +253,8 @@ class LLM:
         candidate_ids: Sequence[int] | None = None,
         **settings: Any,
     ) -> None:
-        """Add untrained exits after ``layers`` (1-based) and keep those the model has.
+        """Add untrained exits after ``layers`` (1-based) that have none, and keep those the model has. They are of no
+        adapter, and called ``exits``.
 
         ``settings`` are further fields of :class:`ExitConfig`: ``init``, ``rank``, ``gate``, ``branch``.
         ``candidate_ids`` restricts the new exits to these token ids.
@@ -268,7 +275,7 @@ class LLM:
         self._engine = None
 
     def remove_exits(self, layers: Sequence[int]) -> None:
-        """Drop the exits after these layers."""
+        """Drop the exits after these layers, those of all adapters."""
         self._check_idle()
         self.model.remove_exits(wholes(layers, "layers"))
         self._engine = None
@@ -278,14 +285,19 @@ class LLM:
         if self._engine is not None and (self._engine.roster.running or self._engine.roster.waiting):
             raise UserError("exits can't be changed while texts are decoded; let them end, or close their streams")
 
-    def save_exits(self, directory: Source) -> Path:
-        """Write the exits to an adapter directory, whole or not at all."""
+    def save_exits(self, directory: Source, *, adapter: str | None = None) -> Path:
+        """Write the exits to an adapter directory, whole or not at all.
+
+        ``adapter`` names one of several adapters; None writes the exits of all of them together. Raises
+        :class:`UserError` where two of them have an exit at one layer, since a directory holds one a layer.
+        """
         place = Path(path_of(directory, "the directory"))
-        save_adapter(place, self.model)
+        save_adapter(place, self.model, adapter=adapter)
         return place
 
     def export(self, directory: Source, *, dtype: str | torch.dtype | None = None) -> Path:
-        """Write a directory that ``transformers`` loads as it is, with the exits beside the weights."""
+        """Write a directory that ``transformers`` loads as it is, with the exits of all adapters beside the weights.
+        Raises :class:`UserError` where two of them have an exit at one layer."""
         place = Path(path_of(directory, "the directory"))
         export(self.model, place, dtype=dtype)
         return place

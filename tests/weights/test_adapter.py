@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -426,12 +427,82 @@ def test_the_directory_of_another_model_stays_as_it_is(base: Path, tmp_path: Pat
         assert_same_exits(model, again)
 
 
-def test_exits_at_the_same_layer(base: Path, tmp_path: Path) -> None:
-    left, right = saved(base, tmp_path / "l", (1, 3)), saved(base, tmp_path / "r", (3,))
-    assert "both have an exit at layer 3" in refused(base, left, right)
-    model = with_exits(base, [ExitConfig(layer=1)])
-    with pytest.raises(UserError, match="the model both have an exit at layer 1"):
-        attach(model, [left])
+def test_two_adapters_may_have_an_exit_at_a_layer(base: Path, tmp_path: Path) -> None:
+    left, right = saved(base, tmp_path / "l", (1, 3)), saved(base, tmp_path / "r", (2, 3), seed=1)
+    for order in ((left, right), (right, left)):
+        model, alone = load_model(base), {}
+        attach(model, order)
+        for directory in order:
+            alone[directory.name] = load_model(base)
+            attach(alone[directory.name], [directory])
+        assert {name: list(heads) for name, heads in model.exit_sets().items()} == {
+            directory.name: list(alone[directory.name].exit_heads()) for directory in order
+        }
+        for name, heads in model.exit_sets().items():
+            for layer, head in heads.items():
+                expected = alone[name].exits[str(layer)].state_dict()
+                assert all(torch.equal(tensor, expected[key]) for key, tensor in head.state_dict().items())
+        first = order[0].name
+        assert list(model.exit_heads()) == [1, 2, 3]
+        assert model.exits["3"] is model.exit_sets()[first][3]
+        assert list(model.heads_by_key())[2:] == [(order[0].name, 3), (order[1].name, 3)]
+        with pytest.raises(UserError, match=r"'[lr]' and '[lr]' both have an exit at layer 3.*one a layer.*adapter="):
+            save_adapter(tmp_path / "both", model)
+        with pytest.raises(UserError, match="both have an exit at layer 3"):
+            export(model, tmp_path / "exported")
+        with pytest.raises(UserError, match=r"no adapter 'lr'.*there are: [lr], [lr]"):
+            save_adapter(tmp_path / "both", model, adapter="lr")
+        assert not (tmp_path / "both").exists()
+        assert not (tmp_path / "exported").exists()
+        for name in ("l", "r"):
+            save_adapter(tmp_path / "again" / name, model, adapter=name)
+            again = load_model(base)
+            attach(again, [tmp_path / "again" / name])
+            assert_same_exits(again, alone[name])
+
+
+def test_exits_that_a_model_has_stand_before_those_of_adapters(base: Path, tmp_path: Path) -> None:
+    model = with_exits(base, [ExitConfig(layer=1)], seed=5)
+    own = model.exits["1"]
+    attach(model, [saved(base, tmp_path / "l", (1, 3))])
+    assert {name: list(heads) for name, heads in model.exit_sets().items()} == {"exits": [1], "l": [1, 3]}
+    assert model.exits["1"] is own
+    assert model.exit_sets()["l"][1] is not own
+
+
+def test_adapters_are_called_by_their_directories(base: Path, tmp_path: Path) -> None:
+    for place in ("one/exits", "two/exits", "a:b"):
+        saved(base, tmp_path / place, (1,))
+    model = load_model(base)
+    attach(model, [tmp_path / "a:b", tmp_path / "one" / "exits"])
+    assert list(model.exit_sets()) == ["a-b", "exits"]
+    message = refused(base, tmp_path / "one" / "exits", tmp_path / "two" / "exits")
+    assert "both be called 'exits'" in message
+    assert "rename one" in message
+    assert "both be called 'a-b'" in refused(base, tmp_path / "a:b", tmp_path / "a:b")
+    with pytest.raises(UserError, match="would be called 'exits', as are exits that the model has already; rename"):
+        attach(with_exits(base, [ExitConfig(layer=2)]), [tmp_path / "one" / "exits"])
+
+
+def test_exits_of_all_adapters_go_where_the_model_goes(base: Path, tmp_path: Path) -> None:
+    """Also those that are not in its state dict; and copies stay copies."""
+    model = load_model(base)
+    attach(model, [saved(base, tmp_path / "l", (1, 3)), saved(base, tmp_path / "r", (3,), seed=1)])
+    names = list(model.state_dict())
+    assert len(names) == len(set(names))
+    hidden = model.exit_sets()["r"][3]
+    assert not any(parameter is hidden.lens.weight for parameter in model.parameters())
+    model.checkpoint = None  # an open file has no copy
+    copied = deepcopy(model).to(torch.float64)
+    assert copied.exit_sets()["r"][3] is not hidden
+    assert copied.exits["3"] is copied.exit_sets()["l"][3]
+    assert {head.lens.weight.dtype for head in copied.heads_by_key().values()} == {torch.float64}
+    assert {head.lens.weight.dtype for head in model.heads_by_key().values()} == {torch.float32}
+    assert torch.equal(copied.exit_sets()["r"][3].lens.weight.float(), hidden.lens.weight)
+    model.remove_exits([3])
+    assert {name: list(heads) for name, heads in model.exit_sets().items()} == {"l": [1]}
+    model.add_exits([ExitConfig(layer=3)])
+    assert {name: list(heads) for name, heads in model.exit_sets().items()} == {"exits": [3], "l": [1]}
 
 
 def test_what_is_no_adapter(base: Path, tmp_path: Path) -> None:

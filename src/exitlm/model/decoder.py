@@ -10,15 +10,15 @@ Dh head_dim. Layers and exits are numbered from 1: tap e is the output of layer 
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from exitlm.errors import UserError
 from exitlm.model.config import SLIDING, ModelConfig
-from exitlm.model.exits import ExitConfig, ExitHead, check_layers
+from exitlm.model.exits import OWN_EXITS, ExitConfig, ExitHead, ExitKey, check_layers
 from exitlm.model.layers import AttentionContext, CacheKey, DecoderLayer, PastProtocol, RMSNorm, Tap, model_norm
 from exitlm.model.rope import rotary_tables
 
@@ -83,7 +83,10 @@ class Decoder(nn.Module):
 class EarlyExitModel(nn.Module):
     """A decoder with exits. Built with torch's default initialisation on the default device and dtype.
 
-    ``checkpoint`` is a place for what the weights were loaded from; nothing here reads it.
+    ``exits`` has one exit a layer; these are what training, saving and :meth:`exit_logits` see. Of several adapters
+    that have an exit at a layer, it holds the first one's. The others are reached by :meth:`exit_sets` alone: they are
+    no part of the state dict and of the parameters. ``checkpoint`` is a place for what the weights were loaded from;
+    nothing here reads it.
     """
 
     def __init__(self, config: ModelConfig, layers: Iterable[int] | None = None) -> None:
@@ -92,6 +95,7 @@ class EarlyExitModel(nn.Module):
         self.model = Decoder(config, layers)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.exits: Numbered[ExitHead] = Numbered()
+        self._adapters: dict[str, dict[int, ExitHead]] = {}
         self.checkpoint: Any = None
         self.tie_weights()
 
@@ -302,6 +306,52 @@ class EarlyExitModel(nn.Module):
         """The exits by layer, ascending."""
         return self.exits.by_number()
 
+    def exit_sets(self) -> dict[str, dict[int, ExitHead]]:
+        """The exits of each adapter by layer, ascending; the adapters in the order in which they were added. Exits that
+        came from none are those of ``exits``, which stands first if no adapter has that name. Where several have an
+        exit at a layer, the first one's is in :attr:`exits`."""
+        sets = {name: dict(heads) for name, heads in self._adapters.items()}
+        named = {id(head) for heads in sets.values() for head in heads.values()}
+        own = {layer: head for layer, head in self.exit_heads().items() if id(head) not in named}
+        if not own:
+            return sets
+        joined = {OWN_EXITS: dict(sorted({**sets.get(OWN_EXITS, {}), **own}.items()))}
+        return {**sets, **joined} if OWN_EXITS in sets else {**joined, **sets}
+
+    def heads_by_key(self) -> dict[ExitKey, ExitHead]:
+        """Every exit of every adapter, by layer, and at one layer in the order of the adapters."""
+        sets = self.exit_sets()
+        layers = sorted({layer for heads in sets.values() for layer in heads})
+        return {(name, layer): heads[layer] for layer in layers for name, heads in sets.items() if layer in heads}
+
+    def add_adapters(self, adapters: Mapping[str, Mapping[int, ExitHead]]) -> None:
+        """Attach the exits of adapters by name and layer, and keep those that are there.
+
+        Raises:
+            UserError: a name is taken, or has no layer. The model is then unchanged.
+        """
+        taken = self.exit_sets()
+        for name in adapters:
+            if name in taken:
+                raise UserError(f"the model has exits called '{name}' already; give the others another name")
+        for heads in adapters.values():
+            check_layers(list(heads), self.config.num_hidden_layers)
+        self._adapters |= {name: dict(sorted(heads.items())) for name, heads in adapters.items() if heads}
+        added: dict[int, ExitHead] = {}
+        for heads in adapters.values():
+            added = {**heads, **added}  # the first one's stays
+        self.exits.update({str(e): added[e] for e in sorted(added) if str(e) not in self.exits})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch does to all that is in the module, also to the exits that are only in an adapter."""
+        inside = {id(head) for head in self.exits.values()}
+        for heads in self._adapters.values():
+            for head in heads.values():
+                if id(head) not in inside:
+                    head._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def add_exits(self, configs: Sequence[ExitConfig], *, seed: int = 0, candidate_ids: Tensor | None = None) -> None:
         """Attach new, initialised exits and keep those that are there. An exit's values do not depend on the others'.
 
@@ -345,11 +395,13 @@ class EarlyExitModel(nn.Module):
             return
 
     def remove_exits(self, layers: Iterable[int]) -> None:
-        """Detach exits; a layer without one is a UserError."""
+        """Detach exits, those of all adapters; a layer without one is a UserError."""
         chosen = list(dict.fromkeys(layers))
         self._exits_at(chosen)
         for layer in chosen:
             del self.exits[str(layer)]
+        left = {n: {e: h for e, h in heads.items() if e not in chosen} for n, heads in self._adapters.items()}
+        self._adapters = {name: heads for name, heads in left.items() if heads}
 
     def own_outputs(self, layers: Iterable[int] | None = None) -> None:
         """Give exits (default: all) whose output matrix is shared a copy of their own; the others stay as they are."""

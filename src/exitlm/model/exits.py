@@ -27,6 +27,10 @@ from exitlm.values import flag, whole, wrong
 ExitKind = Literal["embed", "norm", "mlp", "block", "lens"]
 OutputKind = Literal["shared", "own", "exits", "low_rank"]
 InitKind = Literal["copy", "random", "identity", "closed_form"]
+ExitKey = tuple[str, int]
+"""An exit of a model with several adapters: the adapter's name, and the layer."""
+OWN_EXITS = "exits"
+"""The name of the exits that came from no adapter directory of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from exitlm.atomic import cannot_write, locked, replace_file, sync
 from exitlm.errors import UserError, nearest
 from exitlm.model import EarlyExitModel, ExitConfig, ExitHead, ExitRecord
-from exitlm.model.exits import check_layers
+from exitlm.model.exits import OWN_EXITS, check_layers
 from exitlm.weights.checkpoint import HEAD, INDEX, SINGLE, Checkpoint, read_json
 from exitlm.weights.load import Unfilled
 from exitlm.weights.tensorfile import (
@@ -76,16 +76,24 @@ def is_adapter(directory: Path) -> bool:
 
 
 def save_adapter(
-    directory: str | os.PathLike[str], model: EarlyExitModel, *, training: Mapping[str, Any] | None = None
+    directory: str | os.PathLike[str],
+    model: EarlyExitModel,
+    *,
+    training: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Write the exits of ``model`` to ``directory``, whole or not at all; an adapter there is replaced.
 
     ``training`` is plain data about the run; without it, the record of the adapter that the exits came from is kept.
+    ``adapter`` names one of several adapters that the model has (None: the exits of all, which must then be at
+    different layers, since a directory holds one exit a layer).
 
     Raises:
-        UserError: the model has no exits, or the directory can't be written or holds another model.
+        UserError: the model has no exits, several at a layer or none of that name, or the directory can't be written or
+            holds another model.
     """
     directory = Path(directory)
+    heads = heads_to_write(model, adapter)
     base = base_of(model)
     check_place(directory, lambda: base["digest"])
     existed = directory.is_dir()
@@ -95,7 +103,7 @@ def save_adapter(
         raise cannot_write(directory, error) from error
     try:
         with locked(_lock_of(directory)):
-            write_adapter(directory, model, base, training=training)
+            write_adapter(directory, heads, base, training=training)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):
@@ -154,18 +162,42 @@ def backbone_tensors(model: EarlyExitModel) -> dict[str, Tensor]:
     return {name: state[name] for name in state if not name.startswith("exits.") and not (tied and name == HEAD)}
 
 
+def heads_to_write(model: EarlyExitModel, adapter: str | None = None) -> dict[int, ExitHead]:
+    """The exits that go into a directory: those of one adapter, or of all (None).
+
+    Raises:
+        UserError: there are none, two adapters have one at the same layer, or no adapter has that name.
+    """
+    sets = model.exit_sets()
+    if not sets:
+        raise UserError("the model has no exits to save; tune some (exitlm tune) or add some (add_exits) first")
+    if adapter is not None:
+        if adapter not in sets:
+            raise UserError(f"there is no adapter '{adapter}'{nearest(adapter, sets)}; there are: {', '.join(sets)}")
+        return sets[adapter]
+    heads: dict[int, ExitHead] = {}
+    owner: dict[int, str] = {}
+    for name, own in sets.items():
+        for layer, head in own.items():
+            if layer in heads:
+                raise UserError(
+                    f"adapters '{owner[layer]}' and '{name}' both have an exit at layer {layer}, and a directory holds "
+                    f"one a layer; load only one of them, or save one by its name: save_exits(..., adapter='{name}')"
+                )
+            heads[layer], owner[layer] = head, name
+    return dict(sorted(heads.items()))
+
+
 def write_adapter(
     directory: Path,
-    model: EarlyExitModel,
+    heads: Mapping[int, ExitHead],
     base: Mapping[str, Any],
     *,
     training: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the two files; the caller holds the lock. ``dtype`` converts floating-point tensors (None: none)."""
-    heads = model.exit_heads()
-    if not heads:
-        raise UserError("the model has no exits to save; tune some (exitlm tune) or add some (add_exits) first")
+    """Write the two files; the caller holds the lock. ``heads`` are at least one exit by layer, ascending; ``dtype``
+    converts floating-point tensors (None: none)."""
     source = _matrix_owners(heads)
     tensors = [
         _written(f"exits.{layer}.{name}", tensor, dtype)
@@ -394,39 +426,60 @@ def _tensors(path: Path, layers: set[int]) -> dict[str, Tensor]:
 # --- attaching ------------------------------------------------------------------------------------------------------
 
 
+def adapter_names(directories: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """What adapters are called, by the last part of their directories; a ``:``, which separates the base's name from
+    an adapter's, becomes a ``-``.
+
+    Raises:
+        UserError: two would be called alike.
+    """
+    owner: dict[str, str | os.PathLike[str]] = {}
+    for directory in directories:
+        name = Path(directory).resolve().name.replace(":", "-") or OWN_EXITS
+        if name in owner:
+            raise UserError(
+                f"the adapters {owner[name]} and {directory} would both be called '{name}', after the last part of "
+                "their directories; rename one of the directories, or leave one out"
+            )
+        owner[name] = directory
+    return list(owner)
+
+
 def attach(
     model: EarlyExitModel,
     adapters: Iterable[str | os.PathLike[str]],
     *,
     allow_other_base: bool = False,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Add the exits of adapters to a model, in its dtype and on its device, beside those it has; all of them or none.
 
+    Several may have an exit at a layer (see :meth:`EarlyExitModel.exit_sets`). ``names`` is what they are called (None:
+    see :func:`adapter_names`).
+
     Raises:
         UserError: an adapter can't be read, was tuned on other weights (unless ``allow_other_base``), does not fit the
-            model, or has an exit at a layer that has one already.
+            model, or has the name of another.
     """
-    read = [read_adapter(directory) for directory in adapters]
+    directories = list(adapters)
+    names = adapter_names(directories) if names is None else names
+    read = [read_adapter(directory) for directory in directories]
     digest = digest_of_base(model) if read and not allow_other_base else None
-    added: dict[int, ExitHead] = {}
-    owner: dict[int, Path] = {}
-    for adapter in read:
+    sets: dict[str, dict[int, ExitHead]] = {}
+    for name, adapter in zip(names, read, strict=True):
         if digest is not None and adapter.base_digest != digest:
             raise UserError(
                 f"the exits in {adapter.directory} were tuned on other weights: theirs have digest "
                 f"{adapter.base_digest} ({adapter.meta['base'].get('name')}), this model's have {digest}; load their "
                 "base, or allow another one (--allow-other-base, allow_other_base=True)"
             )
-        heads = _build(model, adapter)
-        for layer in heads:
-            if str(layer) in model.exits or layer in added:
-                other = f"{owner[layer]}" if layer in owner else "the model"
-                raise UserError(
-                    f"{adapter.directory} and {other} both have an exit at layer {layer}; remove one of them first"
-                )
-            owner[layer] = adapter.directory
-        added.update(heads)
-    model.exits.update({str(layer): head for layer, head in sorted(added.items())})
+        if name in model.exit_sets():
+            raise UserError(
+                f"{adapter.directory} would be called '{name}', as are exits that the model has already; rename the "
+                "directory, or remove those exits first"
+            )
+        sets[name] = _build(model, adapter)
+    model.add_adapters(sets)
 
 
 def _build(model: EarlyExitModel, adapter: Adapter) -> dict[int, ExitHead]:

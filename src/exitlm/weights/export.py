@@ -19,7 +19,7 @@ from exitlm.atomic import check_free, replace_directory
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
 from exitlm.model.families import FAMILIES
-from exitlm.weights.adapter import attach, backbone_tensors, base_of, is_adapter, write_adapter
+from exitlm.weights.adapter import attach, backbone_tensors, base_of, heads_to_write, is_adapter, write_adapter
 from exitlm.weights.checkpoint import INDEX, SINGLE, Checkpoint, dtype_of
 from exitlm.weights.load import load_model
 from exitlm.weights.source import resolve
@@ -54,7 +54,8 @@ def export(
     keeps that of the weights. No file of weights is larger than ``shard_bytes``, but for a larger tensor.
 
     Raises:
-        UserError: the source can't be loaded, the model is not whole, or the directory is taken or can't be written.
+        UserError: the source can't be loaded, the model is not whole or has several adapters with an exit at one layer,
+            or the directory is taken or can't be written.
     """
     directory = Path(directory)
     check_free(directory)
@@ -62,6 +63,7 @@ def export(
     model = source if isinstance(source, EarlyExitModel) else _load(source)
     if len(model.model.layers) != model.config.num_hidden_layers:
         raise UserError("the model has only some of its layers; load all of them to export it")
+    heads = heads_to_write(model) if model.exit_sets() else {}
     with replace_directory(directory) as place:
         digest = _write_weights(place, backbone_tensors(model), chosen, shard_bytes)
         config = exported_config(model, chosen or model.dtype)
@@ -70,8 +72,8 @@ def export(
             for name in _COPIED:
                 if (model.checkpoint.directory / name).is_file():
                     shutil.copyfile(model.checkpoint.directory / name, place / name)
-        if model.exit_heads():
-            write_adapter(place, model, base_of(model, digest=digest, name=directory.name), dtype=chosen)
+        if heads:
+            write_adapter(place, heads, base_of(model, digest=digest, name=directory.name), dtype=chosen)
 
 
 def _load(source: str | os.PathLike[str]) -> EarlyExitModel:
