@@ -3,7 +3,7 @@
 import functools
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,12 +116,23 @@ class Company:
 def draw_company(rng: random.Random, family: str, most: int = 6, arithmetic: Arithmetic = FLOAT64) -> Company:
     """Prompts that partly begin alike, arriving over time at an engine with a small or large budget."""
     model = company_model(family, rng.randrange(3), arithmetic)
+    return company_of(rng, model, lambda: draw_config(rng, model), most, arithmetic)
+
+
+def company_of(
+    rng: random.Random,
+    model: EarlyExitModel,
+    draw: Callable[[], GenerationConfig],
+    most: int = 6,
+    arithmetic: Arithmetic = FLOAT64,
+) -> Company:
+    """The same with settings that ``draw`` gives."""
     stem = random_ids(rng.randint(1, 14), rng.randrange(10**6))
     requests = []
     for _ in range(rng.randint(2, most)):
         own = random_ids(rng.randint(1, 9), rng.randrange(10**6))
         prompt = rng.choice([own, stem + own, own * 3, stem, (stem + own)[:14] * 2])
-        requests.append((prompt, draw_config(rng, model)))
+        requests.append((prompt, draw()))
     size = rng.choice([1, 2, 3, 5, 8, 32])
     options = arithmetic.options(
         block_size=size, prefill_chunk=rng.choice([1, 3, 8, 512]), max_sequences=rng.choice([1, 2, 3, 64]),
@@ -143,10 +154,14 @@ def alone(company: Company) -> list[Generation]:
     return [engine.generate(prompt, config) for prompt, config in company.requests]
 
 
-def together(company: Company, rng: random.Random, check_every: int = 0) -> tuple[dict[int, Generation], Engine]:
-    """What they get in company. Every ``check_every`` steps, keys and hidden states are compared with a full pass."""
+def together(
+    company: Company, rng: random.Random, check_every: int = 0, **given: Any
+) -> tuple[dict[int, Generation], Engine]:
+    """What they get in company. Every ``check_every`` steps, keys and hidden states are compared with a full pass.
+    ``given``: further options of the engine."""
     costs = some_costs(company.model, row=rng.choice([0.0, 0.1, 0.7]))
-    engine = company.arithmetic.engine(company.model, tokenizer=Letters(), options=company.options, costs=costs)
+    options = {"tokenizer": Letters(), "options": company.options, "costs": costs, **given}
+    engine = company.arithmetic.engine(company.model, **options)
     left, keys, found, step = list(range(len(company.requests))), {}, {}, 0
     while left or engine.roster.running or engine.roster.waiting:
         while left and company.arrivals[left[0]] <= step:

@@ -160,8 +160,8 @@ def advance_many(moves: Sequence[tuple[Driver, Sequence[int]]], last: int | None
 
 
 def _rows(arrived: Arrived, first: int, last: int) -> Arrived:
-    block = None if arrived.block_MD is None else arrived.block_MD[first:last]
-    return Arrived(arrived.hidden_MD[first:last], arrived.residual_MD[first:last], block)
+    blocks = {name: stream_MD[first:last] for name, stream_MD in arrived.blocks.items()}
+    return Arrived(arrived.hidden_MD[first:last], arrived.residual_MD[first:last], blocks)
 
 
 def logits_of(runner: Runner, arrived: Arrived) -> Tensor:

@@ -434,7 +434,7 @@ def test_drafting_thresholds_come_from_calibration_and_costs() -> None:
         engine.add(PROMPT, GenerationConfig.of(settings))
         drafting = engine.roster.waiting[-1].drafting
         assert drafting is not None
-        assert drafting.sources[layer].prior == prior
+        assert drafting.sources["exit", "exits", layer].prior == prior
 
 
 def test_costs_are_measured_only_where_they_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,7 @@ def test_every_head(family: str) -> None:
 def test_heads_that_share_a_matrix_are_packed_once() -> None:
     model = attach(tiny_model("llama"), [ExitConfig(layer=layer, output="exits") for layer in (1, 2)])
     model.add_exits([ExitConfig(layer=3, output="own")])
-    heads = FusedModel(model, "none").heads
+    heads = {layer: head for (_, layer), head in FusedModel(model, "none").heads.items()}
     assert heads[1].projections[0] is heads[2].projections[0]
     assert heads[3].projections[0] is not heads[1].projections[0]
 

@@ -138,7 +138,7 @@ def test_heads_that_share_a_matrix_are_packed_once() -> None:
     model = copy.deepcopy(native_model("llama"))
     attach(model, [ExitConfig(layer=layer, output="exits") for layer in (1, 2)])
     model.add_exits([ExitConfig(layer=3, output="own")])
-    heads = STORED.pack(model).heads
+    heads = {layer: head for (_, layer), head in STORED.pack(model).heads.items()}
     assert heads[1].c.first.data == heads[2].c.first.data  # type: ignore[union-attr]
     assert heads[3].c.first.data != heads[1].c.first.data  # type: ignore[union-attr]
 

@@ -152,7 +152,7 @@ def test_boundaries_are_the_early_exits() -> None:
     model = attach(tiny_model("llama"), [ExitConfig(layer=layer) for layer in (3, 1, 4)])
     runner = make_runner(FusedModel(model, "none"))
     assert (runner.early, runner.bounds, runner.segments) == ((1, 3), (0, 1, 3, 4), 3)
-    assert [runner.head(boundary).layer for boundary in (1, 2)] == [1, 3]
+    assert [runner.head(boundary).key for boundary in (1, 2)] == [("exits", 1), ("exits", 3)]
     bare = make_runner(FusedModel(tiny_model("llama"), "none"))
     assert (bare.bounds, bare.segments) == ((0, 4), 1)
 

@@ -81,10 +81,7 @@ class Engine:
         self.runner = Runner(self.fused, self.options)
         self.memory = Memory(self.runner, self.options)
         self.pricing = Pricing(self.runner, self.options, costs, cache_dir)
-        heads = {e: model.exits[str(e)] for e in self.runner.early}
-        records = {e: head.record for e, head in heads.items()}
-        kinds = {e: head.config.kind for e, head in heads.items()}
-        self.intake = Intake(self.runner, records, kinds, tokenizer, lambda: self.pricing.costs)
+        self.intake = Intake(self.runner, model.heads_by_key(), tokenizer, lambda: self.pricing.costs)
         self.roster = Roster(
             self.memory, min(self.options.max_sequences, self.options.max_rows), self.runner.segments,
             self.fused.original_context,
@@ -178,20 +175,28 @@ class Engine:
     # ---- at an exit
 
     def _test(self, chosen: Chosen, arrived: Arrived) -> None:
-        """Score the newest rows that are tested at this exit; where a rule fires, the token or draft is there."""
-        rows, tested, row, boundary = [], [], -1, chosen.last
+        """Score the newest rows that are tested at this boundary, those of each adapter by its own exit."""
+        groups: dict[str, tuple[list[int], list[Sequence]]] = {}
+        row, layer = -1, self.runner.bounds[chosen.last]
         for sequence, count in chosen.members:
             row += count
             if sequence.key in chosen.tested:
+                rows, tested = groups.setdefault(sequence.plan.adapters[layer], ([], []))
                 rows.append(row)
                 tested.append(sequence)
-        if not rows:
-            return
-        layer, head = self.runner.bounds[boundary], self.runner.head(boundary)
+        for adapter, (rows, tested) in groups.items():
+            self._test_exit(chosen.last, adapter, arrived, rows, tested)
+
+    def _test_exit(
+        self, boundary: int, adapter: str, arrived: Arrived, rows: list[int], tested: list[Sequence]
+    ) -> None:
+        """Score some rows at one exit; where a rule fires, the token or draft is there."""
+        layer, head = self.runner.bounds[boundary], self.runner.head(boundary, adapter)
         gates = [1.0] * len(rows)
         gated = [i for i, sequence in enumerate(tested) if sequence.plan.rule_name == "gate"]
         if gated:  # a gate that does not fire needs no logits
-            for i, score in zip(gated, self.runner.gates(boundary, arrived, [rows[i] for i in gated]), strict=True):
+            found_gates = self.runner.gates(boundary, arrived, [rows[i] for i in gated], adapter)
+            for i, score in zip(gated, found_gates, strict=True):
                 gates[i] = score
             quiet = [i for i in gated if not fires(gates[i], tested[i].plan.threshold(layer))]
             for i in quiet:
@@ -201,7 +206,7 @@ class Engine:
             if not rows:
                 return
         started = time.perf_counter()
-        found = self.runner.exit_scores(boundary, arrived, rows)
+        found = self.runner.exit_scores(boundary, arrived, rows, adapter)
         self.accounts.in_kernels += time.perf_counter() - started
         raw_TK = found.logits_MK
         logits_TK = restricted(raw_TK, tested, head.candidate_ids, self.config.vocab_size)
@@ -227,7 +232,7 @@ class Engine:
         assert sequence.test is not None
         fired = sequence.test.fires(layer, score, token)
         if sequence.drafting is not None:
-            sequence.drafting.tested(layer, sequence.generated, fired)
+            sequence.drafting.tested(sequence.plan.source(layer), sequence.generated, fired)
         return fired
 
     def _fired(self, sequence: Sequence, layer: int, token: int, raw_K: Tensor, candidates_K: Tensor | None) -> None:
@@ -240,9 +245,9 @@ class Engine:
             sequence.tally.max_pending = max(sequence.tally.max_pending, sequence.pending)
         if sequence.config.mode == "lossless":
             assert sequence.drafting is not None
-            drafted = len(sequence.drafts)
-            _, estimate = sequence.drafting.odds(layer, self.pricing.acceptance, sequence.generated, drafted)
-            sequence.extend_drafts([Draft(token, layer, "exit", layer, estimate, test.confidence)])
+            drafted, key = len(sequence.drafts), sequence.plan.source(layer)
+            _, estimate = sequence.drafting.odds(key, self.pricing.acceptance, sequence.generated, drafted)
+            sequence.extend_drafts([Draft(token, layer, "exit", key, estimate, test.confidence)])
             return
         raw_V = expand(raw_K, candidates_K, self.config.vocab_size) if sequence.config.logprobs else raw_K
         sequence.tally.rounds += 1

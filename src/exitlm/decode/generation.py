@@ -35,19 +35,21 @@ class GenerationConfig:
     model's. ``rule``: probability, margin, entropy, gate, patience, fixed or decay; None is the gate where exits were
     tuned with one, else probability. ``threshold``: a number in [0, 1], or one per exit layer (a mapping); None takes
     what tuning stored for the rule, else 0.9. ``exits``: the active exit layers; None is all of them, or those that
-    tuning found worth testing when rule and threshold are left at None too. ``patience``: successive exits that must
-    agree. ``exit_layer``: the layer of rule ``fixed`` (None: the deepest active exit). ``max_pending``: positions that
-    may wait for the deeper layers (None: 64; it changes no token). ``min_exit_tokens``: tokens before the first exit
-    may fire. ``draft``: the sources of drafts in lossless mode: exits, lookup (what followed the same words before) and
-    grammar (what ``response_format`` forces) and prediction; ``max_draft`` caps one round (at most 63). ``prediction``:
-    a text or token ids that much of the output is expected to be, such as a file that is edited (lossless mode).
-    ``adaptive`` lets measured acceptance and cost set the length of drafts. ``temperature`` (0: greedy) to
-    ``logits_processor`` are those of :class:`exitlm.decode.sampling.sampler.Sampler`; ``bad_words`` are texts or token
-    ids each, and ``seed`` decides all that is random (None: a fresh one).
-    ``logprobs``: 0 is off, n gives each token's log-probability and the n most likely alternatives;
-    ``prompt_logprobs`` likewise for the prompt's own tokens (None is off, 0 without alternatives). ``n``: how many
-    texts to write, each with noise of its own. ``response_format``: what the text must look like, a JSON schema, a
-    regular expression or one of some choices (see :func:`exitlm.decode.sampling.grammar.read_response_format`).
+    tuning found worth testing when rule and threshold are left at None too. ``adapter``: the name of the adapter whose
+    exits these are, of a model that has several (:attr:`exitlm.LLM.adapters`); None is all of them, and at a layer
+    where several have an exit the first one's. ``patience``: successive exits that must agree. ``exit_layer``: the
+    layer of rule ``fixed`` (None: the deepest active exit). ``max_pending``: positions that may wait for the deeper
+    layers (None: 64; it changes no token). ``min_exit_tokens``: tokens before the first exit may fire. ``draft``: the
+    sources of drafts in lossless mode: exits, lookup (what followed the same words before) and grammar (what
+    ``response_format`` forces) and prediction; ``max_draft`` caps one round (at most 63). ``prediction``: a text or
+    token ids that much of the output is expected to be, such as a file that is edited (lossless mode). ``adaptive``
+    lets measured acceptance and cost set the length of drafts. ``temperature`` (0: greedy) to ``logits_processor`` are
+    those of :class:`exitlm.decode.sampling.sampler.Sampler`; ``bad_words`` are texts or token ids each, and ``seed``
+    decides all that is random (None: a fresh one). ``logprobs``: 0 is off, n gives each token's log-probability and the
+    n most likely alternatives; ``prompt_logprobs`` likewise for the prompt's own tokens (None is off, 0 without
+    alternatives). ``n``: how many texts to write, each with noise of its own. ``response_format``: what the text must
+    look like, a JSON schema, a regular expression or one of some choices (see
+    :func:`exitlm.decode.sampling.grammar.read_response_format`).
     """
 
     max_new_tokens: int = 128
@@ -55,6 +57,7 @@ class GenerationConfig:
     rule: str | None = None
     threshold: float | Mapping[int, float] | None = None
     exits: Sequence[int] | None = None
+    adapter: str | None = None
     patience: int = 2
     exit_layer: int | None = None
     max_pending: int | None = None
@@ -108,6 +111,8 @@ class GenerationConfig:
         self._one_of("mode", self.mode, MODES)
         if self.rule is not None:
             self._one_of("rule", self.rule, RULES)
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise wrong("adapter", self.adapter, "the name of an adapter that was loaded")
         for source in self.draft:
             self._one_of("draft", source, DRAFTS)
         if not all(self.stop):
@@ -161,7 +166,9 @@ class GenerationConfig:
             "top_p": (self.temperature > 0, "a temperature above 0"),
             "min_p": (self.temperature > 0, "a temperature above 0"),
             "n": (self.temperature > 0, "a temperature above 0, since all texts are the same"),
-            **dict.fromkeys(("rule", "threshold", "exits", "min_exit_tokens"), (exits, "a mode that uses exits")),
+            **dict.fromkeys(
+                ("rule", "threshold", "exits", "adapter", "min_exit_tokens"), (exits, "a mode that uses exits")
+            ),
         }
         for f in dataclasses.fields(self):
             used, needs = idle.get(f.name, (True, ""))

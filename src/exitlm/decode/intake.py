@@ -16,28 +16,33 @@ from exitlm.decode.pricing.drafting import Drafting
 from exitlm.decode.sampling.grammar import GrammarCompiler, GrammarState
 from exitlm.decode.sequence import Sequence
 from exitlm.decode.text import TextStream, Tokenizer
-from exitlm.errors import UserError
-from exitlm.model.record import ExitRecord
+from exitlm.errors import UserError, nearest
+from exitlm.model.exits import ExitHead, ExitKey
 
 Ids = collections.abc.Sequence[int]
 
 
 class Intake:
-    """Makes the sequences of one engine. ``notes`` say what was chosen for requests that left it open."""
+    """Makes the sequences of one engine. ``notes`` say what was chosen for requests that left it open, of which adapter
+    and why. ``exits`` are those of a request that names no adapter, ``adapters`` those of each by its name."""
 
     def __init__(
         self,
         runner: Runner,
-        records: collections.abc.Mapping[int, ExitRecord],
-        kinds: collections.abc.Mapping[int, str],
+        heads: collections.abc.Mapping[ExitKey, ExitHead],
         tokenizer: Tokenizer | None,
         costs: collections.abc.Callable[[], Costs],
     ) -> None:
-        """``records`` and ``kinds`` are those of the early exits; ``costs`` is asked only where drafts are open."""
+        """``heads`` are those of a model's exits, at a layer in the order of the adapters; ``costs`` is asked only
+        where drafts are open."""
         self.runner, self.config, self.pool = runner, runner.fused.config, runner.pool
-        self.tokenizer, self.notes = tokenizer, dict[str, str]()
-        gated = frozenset(e for e in runner.early if runner.fused.heads[e].has_gate)
-        self.exits = Exits(records=records, gated=gated, kinds=kinds)
+        self.tokenizer, self.notes = tokenizer, dict[tuple[str | None, str], str]()
+        early = {key: head for key, head in heads.items() if key[1] in runner.early}
+        self.exits = Exits.of(early)
+        self.adapters = {
+            name: Exits.of({key: head for key, head in early.items() if key[0] == name}, f"adapter '{name}'")
+            for name in runner.fused.adapters
+        }
         self._costs = costs
         self._compiler: GrammarCompiler | None = None
         self._compiling = threading.Lock()
@@ -57,7 +62,10 @@ class Intake:
         output = Output(TextStream(self.tokenizer, config.stop, prompt), stops, min(config.max_new_tokens, room))
         drafting = index = prediction = None
         if config.mode == "lossless":
-            exits = {e: self.exits.expected(e, plan.rule) for e in plan.exits if plan.rule is not None}
+            known, rule = self.exits_of(config.adapter), plan.rule
+            exits: dict[collections.abc.Hashable, tuple[float, float]] = {
+                plan.source(e): known.expected(e, rule) for e in plan.exits if rule is not None
+            }
             limits = {"max_draft": config.max_draft, "max_pending": config.max_pending}
             predicts = bool(config.prediction) and "prediction" in config.draft
             drafting = Drafting(exits, adaptive=config.adaptive, predicts=predicts, **limits)
@@ -97,21 +105,34 @@ class Intake:
                 self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
         return self._compiler.state(config.response_format, config.stop_token_ids)
 
+    def exits_of(self, adapter: str | None) -> Exits:
+        """The exits of an adapter, or those of all (None). Raises :class:`UserError` for one that the model lacks."""
+        if adapter is None:
+            return self.exits
+        if adapter not in self.adapters:
+            have = ", ".join(self.adapters) or "none"
+            raise UserError(
+                f"the model has no adapter '{adapter}'{nearest(adapter, self.adapters)} (it has: {have}); an adapter "
+                "is called by the last part of the directory that it was loaded from"
+            )
+        return self.adapters[adapter]
+
     def plan(self, config: GenerationConfig) -> Plan:
         """Which exits a configuration tests, and by what rule."""
-        plan = make_plan(config, self.exits, self._costs)
+        plan = make_plan(config, self.exits_of(config.adapter), self._costs)
         if plan.why:
-            self._note_off(plan)
+            self._note_off(plan, config.adapter)
         return plan
 
-    def _note_off(self, plan: Plan) -> None:
+    def _note_off(self, plan: Plan, adapter: str | None) -> None:
         """Say which exits are left alone by default, and that naming them switches them on."""
-        self.notes.pop(plan.why, None)
+        self.notes.pop((adapter, plan.why), None)
         if plan.off:
+            whose = f" of adapter '{adapter}'" if adapter is not None and len(self.adapters) > 1 else ""
             reason = "by what tuning measured" if plan.why == "leave" else "by measured cost and calibration"
             none = " (none pays)" if plan.rule is None else ""
-            self.notes[plan.why] = (
-                f"no token will {plan.why} at exits {list(plan.off)}, {reason}{none}; name them to use them: "
+            self.notes[adapter, plan.why] = (
+                f"no token will {plan.why} at exits {list(plan.off)}{whose}, {reason}{none}; name them to use them: "
                 f"--exits {','.join(map(str, plan.off))}"
             )
 

@@ -7,12 +7,13 @@ the same on every machine; what is *drafted* in ``lossless`` mode may follow mea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from exitlm.decode.generation import GenerationConfig
 from exitlm.decode.pricing.costs import Costs, choose_drafting
 from exitlm.decode.rules import PATIENCE_REACHED, ExitRule
 from exitlm.errors import UserError
+from exitlm.model.exits import ExitHead, ExitKey
 from exitlm.model.record import ExitRecord
 
 DEFAULT_THRESHOLD = 0.9
@@ -23,11 +24,12 @@ _PRIOR_FIRING, _PRIOR_ACCEPTANCE = 0.5, 0.7
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The rule of a request, None where no exit is tested; ``off`` names exits that are left alone by default, and
-    ``why``."""
+    ``why``; ``adapters`` tells of each layer whose exit it is."""
 
     rule: ExitRule | None = None
     off: tuple[int, ...] = ()
     why: str = ""
+    adapters: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def exits(self) -> list[int]:
@@ -45,14 +47,35 @@ class Plan:
         assert self.rule is not None
         return self.rule.thresholds[layer]
 
+    def source(self, layer: int) -> tuple[str, str, int]:
+        """What drafts of an exit are counted under: two adapters' exits at a layer are right in different measure."""
+        return "exit", self.adapters[layer], layer
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exits:
-    """What planning knows of a model's early exits: their records, which have gates, and how their heads are built."""
+    """What planning knows of the early exits that a request may test, one a layer: their records, which have gates, how
+    their heads are built, and whose they are. ``owner`` is who has them, in words."""
 
     records: Mapping[int, ExitRecord]
     gated: frozenset[int]
     kinds: Mapping[int, str] = field(default_factory=dict)
+    adapters: Mapping[int, str] = field(default_factory=dict)
+    owner: str = "the model"
+
+    @classmethod
+    def of(cls, heads: Mapping[ExitKey, ExitHead], owner: str = "the model") -> Exits:
+        """Those of some heads; of several at a layer, the first one."""
+        chosen: dict[int, tuple[str, ExitHead]] = {}
+        for (adapter, layer), head in heads.items():
+            chosen.setdefault(layer, (adapter, head))
+        return cls(
+            records={e: head.record for e, (_, head) in chosen.items()},
+            gated=frozenset(e for e, (_, head) in chosen.items() if head.config.gate),
+            kinds={e: head.config.kind for e, (_, head) in chosen.items()},
+            adapters={e: adapter for e, (adapter, _) in chosen.items()},
+            owner=owner,
+        )
 
     @property
     def layers(self) -> list[int]:
@@ -92,7 +115,11 @@ class Exits:
 
 def make_plan(config: GenerationConfig, exits: Exits, costs: Callable[[], Costs]) -> Plan:
     """The plan of a request. ``costs`` is asked only where drafts are left at their default. Raises :class:`UserError`
-    for settings that the model's exits can't meet."""
+    for settings that these exits can't meet."""
+    return replace(_plan(config, exits, costs), adapters=exits.adapters)
+
+
+def _plan(config: GenerationConfig, exits: Exits, costs: Callable[[], Costs]) -> Plan:
     if config.mode == "full" or (config.mode == "lossless" and "exits" not in config.draft):
         return Plan()
     layers = _active(config, exits)
@@ -101,7 +128,7 @@ def make_plan(config: GenerationConfig, exits: Exits, costs: Callable[[], Costs]
             if exits.records:
                 raise UserError(f"exits is empty; name some of {exits.layers}, or use mode 'full'")
             raise UserError(
-                "mode 'threshold' needs exits, but the model has none; make some with: exitlm tune BASE --out DIR"
+                f"mode 'threshold' needs exits, but {exits.owner} has none; make some with: exitlm tune BASE --out DIR"
             )
         return Plan()
     name = config.rule or exits.default_rule(layers)
@@ -129,7 +156,7 @@ def _active(config: GenerationConfig, exits: Exits) -> list[int]:
     for layer in config.exits:
         if layer not in exits.records:
             have = ", ".join(map(str, exits.layers)) or "none"
-            raise UserError(f"the model has no exit at layer {layer} (it has: {have}); tune one with: exitlm tune")
+            raise UserError(f"{exits.owner} has no exit at layer {layer} (it has: {have}); tune one with: exitlm tune")
     return sorted(config.exits)
 
 
@@ -142,7 +169,8 @@ def _thresholds(config: GenerationConfig, exits: Exits, layers: Sequence[int], r
         for layer in given:
             if layer not in found:
                 raise UserError(
-                    f"a threshold is given for {layer!r}, which is no active exit; the active ones are {layers}"
+                    f"a threshold is given for {layer!r}, which is no active exit; the active ones of {exits.owner} "
+                    f"are {layers}"
                 )
         return {**found, **given}
     return dict.fromkeys(layers, given)

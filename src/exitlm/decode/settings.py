@@ -19,6 +19,7 @@ class GenerationSettings(TypedDict, total=False):
     rule: str | list[str] | list[str | None] | None
     threshold: float | Mapping[int, float] | list[float] | list[float | Mapping[int, float] | None] | None
     exits: Sequence[int] | None
+    adapter: str | list[str] | list[str | None] | None
     patience: int | list[int]
     exit_layer: int | list[int] | list[int | None] | None
     max_pending: int | list[int] | list[int | None] | None

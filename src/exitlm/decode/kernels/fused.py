@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from exitlm.decode.kernels.formats import GRID_FORMATS, Linear, exit_format, hea
 from exitlm.decode.kernels.graphs import Rotations, StaticRows, static_runner, through_layers
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
-from exitlm.model.exits import ExitHead
+from exitlm.model.exits import ExitHead, ExitKey
 from exitlm.model.layers import MLP, DecoderLayer, RMSNorm, activate
 from exitlm.model.rope import rotary_tables
 
@@ -346,10 +346,12 @@ class FusedLayer:
 class FusedHead:
     """An exit head: features, logits over its own rows, and the gate's score."""
 
-    def __init__(self, fused: FusedModel, head: ExitHead, model: EarlyExitModel, entry: int | None) -> None:
+    def __init__(
+        self, fused: FusedModel, key: ExitKey, head: ExitHead, model: EarlyExitModel, entry: int | None
+    ) -> None:
         self.config = config = head.config
         quant, dtype = exit_format(fused.quant), fused.dtype
-        self.kind, self.layer, self.entry = config.kind, config.layer, entry
+        self.kind, self.key, self.entry = config.kind, key, entry
         self.eps, self.dtype, self.static = fused.config.rms_norm_eps, dtype, fused.static
         self.candidate_ids = head.candidate_ids
         self.candidate_list = None if head.candidate_ids is None else head.candidate_ids.tolist()
@@ -442,16 +444,19 @@ def _sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, x)))) if math.isfinite(x) else math.nan
 
 
-def cache_entries(windows: Sequence[int | None], exits: Sequence[int], blocks: Mapping[int, int | None]) -> list[Entry]:
-    """The cache entries of layers with these windows and of block exits: ``blocks`` has the window of each by layer;
-    ``exits`` are all exit layers, ascending."""
-    bounds = [e for e in exits if e < len(windows)]
+def cache_entries(
+    windows: Sequence[int | None], exits: Iterable[ExitKey], blocks: Mapping[ExitKey, int | None]
+) -> list[Entry]:
+    """The cache entries of layers with these windows and of block exits, in the order of ``blocks``, which has the
+    window of each; ``exits`` are all exits."""
+    bounds = sorted({e for _, e in exits if e < len(windows)})
     found = [Entry(window, bisect.bisect_right(bounds, i)) for i, window in enumerate(windows)]
-    return found + [Entry(window, bisect.bisect_left(bounds, e)) for e, window in sorted(blocks.items())]
+    return found + [Entry(window, bisect.bisect_left(bounds, e)) for (_, e), window in blocks.items()]
 
 
 class FusedModel:
-    """All layers and heads of a model, packed for decoding."""
+    """All layers and heads of a model, packed for decoding. ``adapters`` are the names of those that its exits come
+    from, ``heads`` the exits by adapter and layer, in the order of :meth:`EarlyExitModel.heads_by_key`."""
 
     def __init__(self, model: EarlyExitModel, quant: str, compile: str = "none") -> None:
         """``quant`` and ``compile`` are resolved ones (see ``formats.py`` and ``graphs.py``)."""
@@ -473,14 +478,14 @@ class FusedModel:
             ]
             self.final_norm = norm_scale(model.model.norm, self.dtype)
             self.final_head = pack_linear(model.lm_head.weight.detach().to(self.dtype), None, head_format(quant))
-            self.heads: dict[int, FusedHead] = {}
+            self.adapters = list(model.exit_sets())
+            self.heads: dict[ExitKey, FusedHead] = {}
             self.shared_outputs: dict[int, Linear] = {}
             entries = len(self.layers)
-            for name in sorted(model.exits, key=int):
-                head = model.exits[name]
+            for key, head in model.heads_by_key().items():
                 entry = entries if head.config.kind == "block" else None
                 entries += entry is not None
-                self.heads[int(name)] = FusedHead(self, head, model, entry)
+                self.heads[key] = FusedHead(self, key, head, model, entry)
         self._rotations: dict[bool, Rotations] = {}
 
     @property
@@ -528,8 +533,8 @@ class FusedModel:
 
     def entries(self) -> list[Entry]:
         """The cache entries: one for every layer, then one for every block exit."""
-        blocks = {e: head.block.window for e, head in self.heads.items() if head.block is not None}
-        return cache_entries([layer.window for layer in self.layers], sorted(self.heads), blocks)
+        blocks = {key: head.block.window for key, head in self.heads.items() if head.block is not None}
+        return cache_entries([layer.window for layer in self.layers], self.heads, blocks)
 
     def rows(self, batch: Batch, pool: KVPool) -> Rows:
         """What all layers of a pass share."""

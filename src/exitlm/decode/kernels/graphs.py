@@ -42,6 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from exitlm.decode.batch import Batch
 from exitlm.decode.cache.kv_pool import KVPool
 from exitlm.errors import UserError, nearest
+from exitlm.model.exits import ExitKey
 
 Rotations = list[Tensor]
 """Rotations of positions, ``[T, 1, R / 2]`` complex, for each RoPE of a model."""
@@ -102,9 +103,9 @@ class LayerLike(Protocol):
 
 
 class HeadLike(Protocol):
-    """What is recorded of an exit head."""
+    """What is recorded of an exit head. ``key``: its adapter and layer."""
 
-    layer: int
+    key: ExitKey
 
     def compute(self, input_MD: Tensor) -> Tensor:
         """Logits of what the head reads."""
@@ -264,7 +265,7 @@ class StaticRunner:
     _pool: KVPool | None = None
     _input_1D: Tensor | None = None
     _buffers: dict[int, _Buffers] = field(default_factory=dict)
-    _heads: dict[int, Recorded] = field(default_factory=dict)
+    _heads: dict[ExitKey, Recorded] = field(default_factory=dict)
     _passes: dict[tuple[int, ...], Recorded] = field(default_factory=dict)
 
     def takes(self, batch: Batch) -> bool:
@@ -311,10 +312,10 @@ class StaticRunner:
         buffer.copy_(input_1D)
         if self.record is None:
             return head.compute(buffer)
-        found = self._heads.get(head.layer)
+        found = self._heads.get(head.key)
         if found is None:
             try:
-                found = self._heads[head.layer] = self.record(lambda: head.compute(buffer))
+                found = self._heads[head.key] = self.record(lambda: head.compute(buffer))
             except RuntimeError as error:
                 self._give_up(error)
                 return head.compute(input_1D)

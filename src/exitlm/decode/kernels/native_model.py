@@ -24,7 +24,7 @@ from exitlm.decode.kernels.fused import cache_entries, gate_scores, grown, norm_
 from exitlm.decode.kernels.scores import Scores
 from exitlm.model.config import SLIDING, ModelConfig
 from exitlm.model.decoder import EarlyExitModel
-from exitlm.model.exits import ExitHead
+from exitlm.model.exits import ExitHead, ExitKey
 from exitlm.model.layers import MLP, DecoderLayer, RMSNorm
 from exitlm.model.rope import RopeConfig, rotary_tables
 from exitlm.native import abi
@@ -85,6 +85,9 @@ class _Parts:
     def __init__(self, model: EarlyExitModel, source: Source, digits: int, store: Store) -> None:
         self.model, self.source, self.digits, self.store = model, source, digits, store
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for (_, layer), head in model.heads_by_key().items():  # some are no part of the model's parameters
+            for name, parameter in head.named_parameters(f"exits.{layer}"):
+                self.names.setdefault(id(parameter), name)
         self.kept: list[Any] = []
         self.shared: dict[int, abi.Matrix] = {}
         self.grids = False
@@ -202,8 +205,9 @@ def mlp_norm(layer: DecoderLayer, config: ModelConfig) -> RMSNorm | None:
 class NativeHead:
     """An exit head, or the final one (``head`` None)."""
 
-    def __init__(self, native: NativeModel, parts: _Parts, head: ExitHead | None) -> None:
-        self.native, self._parts = native, parts
+    def __init__(self, native: NativeModel, parts: _Parts, key: ExitKey, head: ExitHead | None) -> None:
+        """``key``: its adapter and layer."""
+        self.native, self._parts, self.key = native, parts, key
         model, found = parts.model, abi.Head()
         self.kind = "final" if head is None else head.config.kind
         self.block: NativeBlock | None = None
@@ -340,8 +344,9 @@ class NativeModel:
         L = len(model.model.layers)  # from the first on; those above may be absent
         self.layers = (abi.Layer * L)(*(parts.layer(model.model.layers[str(i)], i) for i in range(L)))
         self.output = parts.linear(model.lm_head)
-        self.final = NativeHead(self, parts, None)
-        self.heads = {int(name): NativeHead(self, parts, model.exits[name]) for name in sorted(model.exits, key=int)}
+        self.final = NativeHead(self, parts, ("", config.num_hidden_layers), None)
+        self.adapters = list(model.exit_sets())
+        self.heads = {key: NativeHead(self, parts, key, head) for key, head in model.heads_by_key().items()}
         self._windows = [layer.window or None for layer in self.layers]
         self._tables: dict[bool, list[Tensor]] = {}
         self._pool: KVPool | None = None
@@ -354,12 +359,12 @@ class NativeModel:
 
     def entries(self) -> list[Entry]:
         """The cache entries: one for every layer, then one for every block exit."""
-        blocks = {e: head.block.layer[0].window or None for e, head in self.heads.items() if head.block is not None}
-        return cache_entries(self._windows, sorted(self.heads), blocks)
+        blocks = {key: head.block.layer[0].window or None for key, head in self.heads.items() if head.block is not None}
+        return cache_entries(self._windows, self.heads, blocks)
 
     def bind(self, pool: KVPool) -> None:
         """Tell the layers where their keys and values lie."""
-        blocks = [head.block.layer[0] for _, head in sorted(self.heads.items()) if head.block is not None]
+        blocks = [head.block.layer[0] for head in self.heads.values() if head.block is not None]
         for entry, layer in enumerate([*self.layers, *blocks]):
             store = pool.stores[entry]
             layer.cache, layer.slots, layer.group = store.data_ptr(), store.shape[2], pool.group_of[entry]

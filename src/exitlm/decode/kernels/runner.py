@@ -1,16 +1,17 @@
 """Runs passes: a range of segments with the exit heads at their ends, on the rows of a batch.
 
 A runner knows models and the pool of keys and values, and nothing of sequences or policy. Segment s lies between
-boundaries s and s + 1; boundary 0 is the embedding and the last one the end of the model. In every pass and mode each
-row leaves its key at the block exits that it passes, tested or not, so that a block's entry is filled as a layer's is.
+boundaries s and s + 1; boundary 0 is the embedding and the last one the end of the model. A boundary is a layer at
+which any adapter has an exit. In every pass and mode each row leaves its key at the block exits that it passes, those
+of all adapters, tested or not, so that a block's entry is filled as a layer's is.
 
 Shapes: M rows, T tested rows, D hidden_size, K rows of an exit's output matrix, V vocab_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from exitlm.decode.batch import Batch
 from exitlm.decode.cache.kv_pool import KVPool
-from exitlm.decode.kernels.fused import FusedHead, FusedModel
+from exitlm.decode.kernels.fused import FusedHead, FusedLayer, FusedModel
 from exitlm.decode.kernels.graphs import attention_backends
-from exitlm.decode.kernels.native_model import NativeHead, NativeModel
+from exitlm.decode.kernels.native_model import NativeBlock, NativeHead, NativeModel
 from exitlm.decode.kernels.scores import Scores
 from exitlm.decode.options import EngineConfig
 
@@ -28,11 +29,11 @@ from exitlm.decode.options import EngineConfig
 @dataclass(frozen=True, slots=True)
 class Arrived:
     """What a pass brought to its last boundary: the hidden states ``[M, D]``, the stream before the last layer's MLP,
-    and the block's stream where the exit there is one."""
+    and the stream of each block exit there, ``[M, D]`` by adapter."""
 
     hidden_MD: Tensor
     residual_MD: Tensor
-    block_MD: Tensor | None = None
+    blocks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Runner:
@@ -40,8 +41,14 @@ class Runner:
 
     def __init__(self, fused: FusedModel | NativeModel, options: EngineConfig) -> None:
         self.fused, config = fused, fused.config
-        self.early = tuple(e for e in sorted(fused.heads) if e < config.num_hidden_layers)
+        self.early = tuple(sorted({e for _, e in fused.heads if e < config.num_hidden_layers}))
         self.bounds = (0, *self.early, config.num_hidden_layers)
+        self._heads: list[dict[str, FusedHead | NativeHead]] = [  # of each boundary, by adapter
+            {name: head for (name, at), head in fused.heads.items() if at == layer} for layer in self.bounds
+        ]
+        self._blocks: list[dict[str, FusedLayer | NativeBlock]] = [
+            {name: head.block for name, head in heads.items() if head.block is not None} for heads in self._heads[:-1]
+        ] + [{}]
         self.pool = KVPool(
             fused.entries(), heads=config.num_key_value_heads, head_dim=config.head_dim, dtype=fused.cache_dtype,
             device=fused.device, context=config.max_position_embeddings, options=options,
@@ -68,48 +75,49 @@ class Runner:
         call."""
         rows: Any = self.fused.rows(batch, self.pool)  # of its own kind
         at = self.bounds[first]
-        residual, block_MD = hidden_MD, None
+        residual, streams = hidden_MD, dict[str, Tensor]()
         for boundary in range(first + 1, last + 1):
-            layer = self.bounds[boundary]
-            block = self.fused.heads[layer].block if layer in self.fused.heads and boundary < self.segments else None
-            if block is None and boundary < last:
+            layer, blocks = self.bounds[boundary], self._blocks[boundary]
+            if not blocks and boundary < last:
                 continue
             hidden_MD, residual = self.fused.run(hidden_MD, at, layer, rows)
-            at = layer
-            if block is not None:
+            at, streams = layer, {}
+            if blocks:
                 with attention_backends(self.fused.device):
-                    block_MD = block.attend(hidden_MD, rows)
-        return Arrived(hidden_MD, residual, block_MD)
+                    streams = {name: block.attend(hidden_MD, rows) for name, block in blocks.items()}
+        return Arrived(hidden_MD, residual, streams)
 
-    def head(self, boundary: int) -> FusedHead | NativeHead:
-        """The exit head at a boundary."""
-        return self.fused.heads[self.bounds[boundary]]
+    def head(self, boundary: int, adapter: str | None = None) -> FusedHead | NativeHead:
+        """The head of an adapter's exit at a boundary; of the first adapter that has one there (None)."""
+        heads = self._heads[boundary]
+        return next(iter(heads.values())) if adapter is None else heads[adapter]
 
-    def exit_logits(self, boundary: int, arrived: Arrived, rows: Sequence[int]) -> Tensor:
-        """Logits ``[T, K]`` of the exit at a boundary for some of the rows that arrived there."""
-        head = self.head(boundary)
+    def exit_logits(self, boundary: int, arrived: Arrived, rows: Sequence[int], adapter: str | None = None) -> Tensor:
+        """Logits ``[T, K]`` of an exit at a boundary for some of the rows that arrived there; ``adapter``: see
+        :meth:`head`."""
+        head = self.head(boundary, adapter)
         block_TD = self._block(head, arrived, rows)
         return head.logits(select(arrived.hidden_MD, rows), select(arrived.residual_MD, rows), block_TD)
 
-    def exit_scores(self, boundary: int, arrived: Arrived, rows: Sequence[int]) -> Scores:
+    def exit_scores(self, boundary: int, arrived: Arrived, rows: Sequence[int], adapter: str | None = None) -> Scores:
         """The same with what is read of each row."""
-        head = self.head(boundary)
+        head = self.head(boundary, adapter)
         if isinstance(head, NativeHead):
             block_TD = self._block(head, arrived, rows)
             read = head.input(select(arrived.hidden_MD, rows), select(arrived.residual_MD, rows), block_TD)
             return head.scores(read, mass=True)
-        return Scores.of(self.exit_logits(boundary, arrived, rows))
+        return Scores.of(self.exit_logits(boundary, arrived, rows, adapter))
 
-    def _block(self, head: FusedHead | NativeHead, arrived: Arrived, rows: Sequence[int]) -> Tensor | None:
+    @staticmethod
+    def _block(head: FusedHead | NativeHead, arrived: Arrived, rows: Sequence[int]) -> Tensor | None:
         """What the block of an exit puts out for some of the rows, where the exit has one."""
         if head.block is None:
             return None
-        assert arrived.block_MD is not None
-        return head.block.feed_forward(select(arrived.block_MD, rows))
+        return head.block.feed_forward(select(arrived.blocks[head.key[0]], rows))
 
-    def gates(self, boundary: int, arrived: Arrived, rows: Sequence[int]) -> list[float]:
+    def gates(self, boundary: int, arrived: Arrived, rows: Sequence[int], adapter: str | None = None) -> list[float]:
         """The gate's score for some of the rows that arrived at a boundary."""
-        return self.head(boundary).gates(select(arrived.hidden_MD, rows))
+        return self.head(boundary, adapter).gates(select(arrived.hidden_MD, rows))
 
     def final_logits(self, arrived: Arrived, rows: Sequence[int]) -> Tensor:
         """Logits ``[T, V]`` of the final head for some of the rows that arrived at the end."""

@@ -24,11 +24,12 @@ _MAX_RATIO = 3.0  # a pass that was interrupted tells no more than this
 class Costs:
     """Seconds of a layer (``layer[context][rows]``), of the final head (by rows), and of each exit's test and draft.
 
-    ``rows`` and ``contexts`` are the axes: the rows of a pass, of one sequence with so many tokens before
-    them. ``test`` and ``draft`` hold seconds for one row by the exit's layer; a draft is a test that reads the exit's
-    vocabulary matrix. ``step`` are seconds of the engine's own in each pass, so that a pass that is cut in two at an
-    exit costs them twice. ``speed`` multiplies everything; it follows the machine. ``spread`` says how much longer than
-    at best a part took, as a share, or fewer rows than more of them; ``origin`` where a table came from.
+    ``rows`` and ``contexts`` are the axes: the rows of a pass, of one sequence with so many tokens before them.
+    ``test`` and ``draft`` hold seconds for one row by the exit's layer (where several adapters have one, of the
+    dearest); a draft is a test that reads the exit's vocabulary matrix. ``step`` are seconds of the engine's own in
+    each pass, so that a pass that is cut in two at an exit costs them twice. ``speed`` multiplies everything; it
+    follows the machine. ``spread`` says how much longer than at best a part took, as a share, or fewer rows than more
+    of them; ``origin`` where a table came from.
     """
 
     rows: tuple[int, ...]

@@ -14,24 +14,25 @@ MOST_DRAFTS = 63  # with the newest token: rows of final logits at once, and row
 
 
 class Drafting:
-    """Limits, and the sources by their keys: an exit by its layer, a look-up by ("lookup", n), "prediction"."""
+    """Limits, and the sources by their keys: an exit by :meth:`Plan.source`, a look-up by ("lookup", n), "prediction".
+    All sequences of an engine call a source alike."""
 
     def __init__(
         self,
-        exits: Mapping[int, tuple[float, float]],
+        exits: Mapping[Hashable, tuple[float, float]],
         *,
         adaptive: bool,
         max_draft: int | None = None,
         max_pending: int | None = None,
         predicts: bool = False,
     ) -> None:
-        """``exits`` maps layers to the chances that tuning found: that the rule fires, and that it is right then.
+        """``exits`` maps keys to the chances that tuning found: that the rule fires, and that it is right then.
         Without ``adaptive``, all is drafted that the limits allow. ``predicts``: the request expects a text."""
         self.adaptive = adaptive
         self.limit = min(MOST_DRAFTS, MAX_DRAFT if max_draft is None else max_draft)
         self.exit_limit = self.limit if max_pending is None else min(self.limit, max_pending)
         self.sources: dict[Hashable, Acceptance] = {
-            layer: Acceptance(prior=right, firing_prior=firing) for layer, (firing, right) in exits.items()
+            key: Acceptance(prior=right, firing_prior=firing) for key, (firing, right) in exits.items()
         }
         self.sources |= {("lookup", n): Acceptance(prior=prior) for n, prior in LOOKUP_PRIOR.items()}
         if predicts:
@@ -42,9 +43,9 @@ class Drafting:
         ``table`` holds what all sequences tell of it."""
         return table.inform(key, self.sources[key]).odds(position, drafts)
 
-    def tested(self, layer: int, position: int, fired: bool) -> None:
+    def tested(self, key: Hashable, position: int, fired: bool) -> None:
         """Count a test of an exit."""
-        self.sources[layer] = self.sources[layer].after_test(position, fired)
+        self.sources[key] = self.sources[key].after_test(position, fired)
 
     def verified(self, key: Hashable, position: int, accepted: bool) -> None:
         """Count a draft that was accepted, or the first one that was refused."""

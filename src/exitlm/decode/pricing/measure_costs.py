@@ -32,6 +32,7 @@ from exitlm.decode.kernels.native_model import NativeHead, NativeModel
 from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.pricing.costs import STEADY, Costs
 from exitlm.decode.rules import probability
+from exitlm.model.exits import ExitKey
 
 NO_ROOM = "guessed, since the pool has no room to measure"
 _FORMAT = 8  # a table that an older exitlm measured says nothing about this one's speed: count up with the hot path
@@ -51,14 +52,21 @@ def ideal(fused: FusedModel | NativeModel) -> Costs:
     layer = 4 * config.hidden_size * config.num_attention_heads * config.head_dim
     layer += 3 * config.hidden_size * config.intermediate_size
     head = config.hidden_size * config.vocab_size / layer
-    share = {
-        e: head if h.candidate_list is None else head * len(h.candidate_list) / config.vocab_size
-        for e, h in fused.heads.items()
-    }
+    share = _dearest(
+        {
+            key: head if h.candidate_list is None else head * len(h.candidate_list) / config.vocab_size
+            for key, h in fused.heads.items()
+        }
+    )
     return Costs(
         rows=(1, 16), layer=((1.0, 1.0),), head=(head, head), test=dict.fromkeys(share, 0.0), draft=share,
         num_hidden_layers=config.num_hidden_layers,
     )  # fmt: skip
+
+
+def _dearest(by_key: Mapping[ExitKey, float]) -> dict[int, float]:
+    """By layer what the dearest of its exits takes: whose exit is tested does not change what is decided by costs."""
+    return {e: max(taken for (_, at), taken in by_key.items() if at == e) for e in sorted({e for _, e in by_key})}
 
 
 def _seconds(action: Callable[[], object], before: Callable[[], object], device: torch.device) -> list[float]:
@@ -93,9 +101,9 @@ def _switches() -> int:
 
 Timed = tuple[Callable[[], object], Callable[[], object]]
 """What is timed, and what runs before it."""
-Part = tuple[str, int]
+Part = tuple[str, int | ExitKey]
 """What is timed: ``layers`` or ``head`` with a number of rows, ``context`` with a number of tokens before one row,
-``test`` or ``gate`` with an exit's layer."""
+``test`` or ``gate`` with an exit."""
 
 
 def _contexts(fused: FusedModel | NativeModel) -> tuple[int, ...]:
@@ -144,10 +152,10 @@ def _parts(runner: Runner) -> Iterator[dict[Part, Timed]]:
             ("layers", 1): (one, partial(final, 1)), ("head", 1): (partial(final, 1), one),
             ("context", far): (partial(layers, 1, far), partial(final, 1)),
         }  # fmt: skip
-        for e, exit_head in fused.heads.items():
-            parts["test", e] = partial(test, exit_head), one
+        for key, exit_head in fused.heads.items():
+            parts["test", key] = partial(test, exit_head), one
             if exit_head.has_gate:
-                parts["gate", e] = partial(exit_head.gates, hidden[:1]), one
+                parts["gate", key] = partial(exit_head.gates, hidden[:1]), one
         for rows in SIZES[1:]:  # last, as a table can do without them
             parts["layers", rows] = partial(layers, rows), partial(final, min(rows, 16))
             parts["head", rows] = partial(final, rows), partial(layers, min(rows, 16))
@@ -203,10 +211,12 @@ def _table(fused: FusedModel | NativeModel, best: Mapping[Part, float], spread: 
     layer = [seconds / L for seconds in _filled(best, "layers")]
     near, far = _contexts(fused)
     reading = max(0.0, best["context", far] / L - layer[0])
-    # every token leaves its key in a block's cache
-    block = {e: layer[0] if exit_head.block is not None else 0.0 for e, exit_head in fused.heads.items()}
-    draft = {e: block[e] + best["test", e] for e in fused.heads}
-    test = {e: block[e] + best.get(("gate", e), best["test", e]) for e in fused.heads}
+    draft = _dearest({key: best["test", key] for key in fused.heads})
+    test = _dearest({key: best.get(("gate", key), best["test", key]) for key in fused.heads})
+    for (_, e), exit_head in fused.heads.items():
+        if exit_head.block is not None:  # every token leaves its key in the cache of each block
+            draft[e] += layer[0]
+            test[e] += layer[0]
     return Costs(
         rows=SIZES, contexts=(near, far), num_hidden_layers=L, test=test, draft=draft, spread=spread, origin="measured",
         layer=(tuple(layer), tuple(t + rows * reading for rows, t in zip(SIZES, layer, strict=True))),
@@ -241,7 +251,9 @@ def cached(runner: Runner, directory: Path) -> Costs:
     """The table that is kept in ``directory`` for this machine and these shapes, if a few passes take what it says;
     else :func:`measure`, kept if the times agreed. ``origin`` says which."""
     fused = runner.fused
-    exits = {e: repr(head.config) for e, head in fused.heads.items()}
+    exits: dict[int, str] = {}
+    for (_, e), head in fused.heads.items():  # whatever the adapters are called
+        exits[e] = f"{exits.get(e, '')}{head.config!r}"
     shape = {k: v for k, v in asdict(fused.config).items() if isinstance(v, (int, float, str))}
     machine = (platform.processor(), platform.machine(), os.cpu_count(), torch.get_num_threads(), torch.__version__,
                str(fused.device), fused.compile, _device_name(fused.device))  # fmt: skip
@@ -284,7 +296,7 @@ def _kept(data: Any, fused: FusedModel | NativeModel) -> Costs:
         or data["contexts"] != list(contexts)
         or len(layer) != len(contexts)
         or not all(len(column) == len(SIZES) for column in (*layer, head))
-        or not test.keys() == draft.keys() == fused.heads.keys()
+        or not test.keys() == draft.keys() == {e for _, e in fused.heads}
         or not all(0.0 < value < math.inf for value in seconds)
         or not 0.0 <= float(data["spread"]) <= STEADY
     ):

@@ -105,9 +105,8 @@ class Pricing:
             mode, worths, verified = "lossless", sequence.worths(), len(sequence.ids) - 1
             ready = tuple(worths[max(0, filled[0] - verified) :]) if unstarted else ()
             worth = tuple(worths[filled[-1] + moving - verified : filled[0] - verified])
-            odds = [
-                sequence.drafting.odds(e, self.acceptance, sequence.generated, len(sequence.drafts)) for e in layers
-            ]
+            keys, drafts = map(sequence.plan.source, layers), len(sequence.drafts)
+            odds = [sequence.drafting.odds(key, self.acceptance, sequence.generated, drafts) for key in keys]
             exits = tuple(
                 Exit(layer=e, firing=firing, acceptance=right) for e, (firing, right) in zip(layers, odds, strict=True)
             )
