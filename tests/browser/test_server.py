@@ -38,7 +38,7 @@ def reference(directory: Path, cache: None) -> exitlm.LLM:
 
 @pytest.fixture(scope="module")
 def server(directory: Path, cache: None) -> Iterator[Served]:
-    with serving(loaded(directory), ["early"]) as found:
+    with serving(loaded(directory)) as found:
         yield found
 
 
@@ -130,7 +130,7 @@ def test_refusals_of_the_server_are_sentences(tab: Tab) -> None:
 
 def test_the_base_alone_has_no_exits(tab: Tab) -> None:
     """The model with exits is chosen at first; the base writes, too."""
-    assert tab.js("document.querySelector('#model').value").endswith(":early")
+    assert tab.js("document.querySelector('#model').value").endswith(":exits")
     tab.js("const model = document.querySelector('#model'); model.selectedIndex = 0;"
            " model.dispatchEvent(new Event('change'))")  # fmt: skip
     assert "no exits" in tab.text("#model-note")
@@ -139,7 +139,7 @@ def test_the_base_alone_has_no_exits(tab: Tab) -> None:
 
 
 def test_a_key_opens_the_real_server(new_tab: Callable[..., Tab], directory: Path, cache: None) -> None:
-    with serving(loaded(directory), ["early"], http={"api_keys": ["sesame"]}) as guarded:
+    with serving(loaded(directory), http={"api_keys": ["sesame"]}) as guarded:
         tab = new_tab()
         tab.goto(f"{guarded.url}/")
         tab.wait("document.activeElement.id === 'key'")

@@ -49,10 +49,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(model: exitlm.LLM, adapters: list[str] | None = None, **sections: dict[str, Any]) -> Iterator[Served]:
+def serving(model: exitlm.LLM, **sections: dict[str, Any]) -> Iterator[Served]:
     """Serve a model that is loaded, on a free port, until the end of the block."""
-    named = {"source": "tiny", "adapters": adapters or []}
-    config = ServeConfig.of(merged({"model": named, "http": {"port": 0}}, sections))
+    config = ServeConfig.of(merged({"model": {"source": "tiny"}, "http": {"port": 0}}, sections))
     with listening(config) as listener:
         server = Server(config, lambda found: model)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -92,7 +91,7 @@ def make_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 @pytest.fixture(scope="session")
 def served(make_model: Callable[..., exitlm.LLM]) -> Iterator[Served]:
     """One server for all tests that leave it as it is."""
-    with serving(make_model(), ["exits"]) as found:
+    with serving(make_model()) as found:
         yield found
 
 

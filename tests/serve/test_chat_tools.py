@@ -105,7 +105,7 @@ def test_none_offers_nothing(make_model: Callable[..., exitlm.LLM]) -> None:
     """With tool_choice "none" the prompt is that of a conversation without tools."""
     model = make_model("float32", quant="none")
     model.tokenizer.chat_template = QWEN  # type: ignore[union-attr]
-    with serving(model, ["exits"]) as served, served.client() as client:
+    with serving(model) as served, served.client() as client:
         ask: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 3, "temperature": 0}
         plain = client.chat.completions.create(**ask)
         none = client.chat.completions.create(**ask, tools=OFFERED, tool_choice="none")

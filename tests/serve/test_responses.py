@@ -254,7 +254,7 @@ def test_a_stream_that_breaks_off_says_so(make_model: Callable[..., exitlm.LLM])
         return advance(*given)
 
     model.engine.advance = broken  # type: ignore[method-assign]
-    with serving(model, ["exits"]) as served:
+    with serving(model) as served:
         events = raw_events(served, temperature=0, max_output_tokens=400, exitlm={"mode": "full"})
         assert kinds(events) == [*TEXT[:5], "response.failed"]
         last = events[-1]["response"]
@@ -316,7 +316,7 @@ BAD: list[tuple[Any, str, str | None]] = [
 
 @pytest.fixture(scope="module")
 def limited(make_model: Callable[..., exitlm.LLM]) -> Any:
-    with serving(make_model("float32", quant="none"), ["exits"], limits={"new_tokens": 500}) as found:
+    with serving(make_model("float32", quant="none"), limits={"new_tokens": 500}) as found:
         yield found
 
 

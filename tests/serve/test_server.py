@@ -132,7 +132,7 @@ def test_settings_are_checked() -> None:
 
 def test_defaults_of_the_server(model: exitlm.LLM) -> None:
     defaults = {"temperature": 0.0, "mode": "threshold", "threshold": 0.02}
-    with serving(model, ["exits"], defaults=defaults, limits={"new_tokens": 20}) as served, served.client() as client:
+    with serving(model, defaults=defaults, limits={"new_tokens": 20}) as served, served.client() as client:
         found = model.generate("Hi", mode="threshold", threshold=0.02, max_new_tokens=16)
         answer: Any = client.completions.create(model="tiny:exits", prompt="Hi", max_tokens=16)
         assert answer.choices[0].text == found.text
@@ -353,7 +353,7 @@ def test_mistakes_on_the_command_line(run: Any, arguments: list[str], says: str)
 
 
 def test_figures(model: exitlm.LLM) -> None:
-    with serving(model, ["exits"]) as served, served.client() as client, served.http() as http:
+    with serving(model) as served, served.client() as client, served.http() as http:
         ask: Any = {"model": "tiny:exits", "messages": HI, "max_tokens": 40, "temperature": 0}
         exits = {"exitlm": {"mode": "threshold", "threshold": 0.02}}
         for stream in (False, True):

@@ -62,6 +62,8 @@ class Server:
         """Set a setting, or give it back its default (None)."""
         if name in _EXIT_SETTINGS and self._exits is None:
             raise UserError(f"{name} needs a server of exitlm, and {self._base} is none")
+        if name == "adapter":
+            raise UserError("adapter is for a MODEL in this process; name a server's by --model BASE:ADAPTER")
         if value is None:
             self._settings.pop(name, None)
             return

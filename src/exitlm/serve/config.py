@@ -20,7 +20,7 @@ from exitlm.values import flag, number, path_of, paths_of, settings_of, whole, w
 KEY_VARIABLE = "EXITLM_API_KEY"
 SECTIONS = ("model", "http", "limits", "engine", "defaults")
 LOGS = ("requests", "errors")
-NOT_DEFAULTS = ("n", "logits_processor", "response_format", "prompt_logprobs", "logprobs", "prediction")
+NOT_DEFAULTS = ("n", "logits_processor", "response_format", "prompt_logprobs", "logprobs", "prediction", "adapter")
 """Settings of a generation that belong to one request."""
 
 Section = TypeVar("Section")

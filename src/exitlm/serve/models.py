@@ -24,14 +24,16 @@ class ServedModel:
     adapter: str | None = None
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of a generation by this model: those ``given``, and none of the exits for the base.
+        """Settings of a generation by this model: those ``given``, with its adapter's exits, or none for the base.
 
         Raises:
             ApiError: exits are asked for of a model that has none.
         """
         found = dict(given)
         if self.adapter is not None:
-            return found
+            mode, draft = found.get("mode", DEFAULT_MODE), found.get("draft")
+            uses_exits = mode == "threshold" or (mode == "lossless" and (draft is None or "exits" in draft))
+            return {**found, "adapter": self.adapter} if uses_exits else found
         for name in ("threshold", "rule", "exits", "exit_layer"):
             if found.get(name) is not None:
                 raise ApiError(400, f"model '{self.name}' has no exits, so {name} has no effect; {_REMEDY}", param=name)
@@ -47,7 +49,7 @@ class Models:
     """What is offered: names, and which one answers where none is named."""
 
     def __init__(self, base: str, adapters: Sequence[str], engine: Engine, defaults: Mapping[str, Any]) -> None:
-        """``adapters``: the names of the adapters that the engine has; ``defaults``: settings of a generation."""
+        """``adapters``: the names of adapters that the engine has; ``defaults``: settings of a generation."""
         self.engine, self.created = engine, int(time.time())
         served = [ServedModel(name=base), *(ServedModel(name=f"{base}:{a}", adapter=a) for a in adapters)]
         self.by_name = {model.name: model for model in served}
@@ -87,7 +89,7 @@ class Models:
         return {model.name: self._exits_of(model) for model in self.by_name.values()}
 
     def _exits_of(self, model: ServedModel) -> dict[str, Any]:
-        exits, found = self.engine.intake.exits, []
+        exits, found = self.engine.intake.exits_of(model.adapter), []
         if model.adapter is not None:
             tested, rule = exits.tested(), exits.default_rule(exits.layers)
             for layer in exits.layers:

@@ -16,7 +16,6 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -172,7 +171,8 @@ class Server(uvicorn.Server):
 
 def made(config: ServeConfig, model: Served, state: State) -> Service:
     """The service of a model that was loaded."""
-    service = Service(config, model, adapter_names(config, bool(model.engine.runner.early)), state.metrics)
+    adapters = [name for name, exits in model.engine.intake.adapters.items() if exits.layers]
+    service = Service(config, model, adapters, state.metrics)
     state.metrics.engine = service.engine.engine
     warm_up(service)
     return service
@@ -182,19 +182,6 @@ def warm_up(service: Service) -> None:
     """Decode a little, so that the first client does not wait for what is measured or built at the first use."""
     engine = service.engine.engine
     engine.generate([0], GenerationConfig(max_new_tokens=2, ignore_eos=True))
-
-
-def adapter_names(config: ServeConfig, has_exits: bool) -> list[str]:
-    """The names of the adapters, from their directories; ``exits`` for those that lie beside the model."""
-    if not config.model.adapters:
-        return ["exits"] if has_exits else []
-    names: list[str] = []
-    for directory in config.model.adapters:
-        name = Path(directory).resolve().name.replace(":", "-")
-        while name in names:
-            name += "-2"
-        names.append(name)
-    return names
 
 
 @contextlib.asynccontextmanager

@@ -25,7 +25,7 @@ class Service:
     """A model that is ready to answer."""
 
     def __init__(self, config: ServeConfig, model: Served, adapters: Sequence[str], metrics: Metrics) -> None:
-        """``adapters``: the names of the adapters that the model was loaded with."""
+        """``adapters``: the names of those of the model's adapters that are offered."""
         self.config, self.model, self.metrics = config, model, metrics
         self.engine = AsyncEngine(model, max_waiting=config.limits.queue, observer=metrics)
         self.models = Models(str(config.model.name), adapters, self.engine.engine, config.defaults)

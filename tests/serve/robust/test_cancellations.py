@@ -61,7 +61,7 @@ def _leave(served: Served, number: int) -> None:
 @pytest.mark.parametrize("clients", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_all_blocks_come_back(model: exitlm.LLM, clients: int) -> None:
     prompt = {"prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "temperature": 0.9, "seed": 3}
-    with serving(model, ["exits"]) as served, concurrent.futures.ThreadPoolExecutor(LEAVERS) as pool:
+    with serving(model) as served, concurrent.futures.ThreadPoolExecutor(LEAVERS) as pool:
         alone = json.loads(ask(served, request(TEXT, prompt)).body)["choices"]
         with connect(served) as staying:
             staying.sendall(request(TEXT, prompt))

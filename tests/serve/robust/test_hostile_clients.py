@@ -37,7 +37,7 @@ MB = 2**20
 @pytest.fixture(scope="module")
 def server(model: exitlm.LLM) -> Iterator[Served]:
     """A server with the usual limits."""
-    with serving(model, ["exits"]) as served:
+    with serving(model) as served:
         yield served
 
 

@@ -34,7 +34,7 @@ PLAIN: dict[str, Any] = {"messages": HI, "prompt": "x", "prompts": "x", "tokens"
 @pytest.fixture(scope="module")
 def server(model: exitlm.LLM) -> Iterator[Served]:
     """Answers are short, as requests ask for any number of tokens."""
-    with serving(model, ["exits"], limits={"new_tokens": MAX_TOKENS, "choices": 4}) as served:
+    with serving(model, limits={"new_tokens": MAX_TOKENS, "choices": 4}) as served:
         yield served
         answers(served)
         wait_until_idle(served)

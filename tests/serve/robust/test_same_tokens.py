@@ -69,7 +69,7 @@ def _same_in_company(model: exitlm.LLM, rounds: int, *, depths: bool) -> None:
         for i, settings in enumerate(SETTINGS) for prompt in PROMPTS[:2]
     }  # fmt: skip
     ends = threading.Event()
-    with serving(model, ["exits"]) as served, concurrent.futures.ThreadPoolExecutor(COMPANY) as pool:
+    with serving(model) as served, concurrent.futures.ThreadPoolExecutor(COMPANY) as pool:
         company = [pool.submit(_company, served, number, ends) for number in range(COMPANY)]
         try:
             wait_for(lambda: served.server.state.metrics.counts["generation_tokens"] > 100)
