@@ -107,6 +107,8 @@ def test_every_setting_can_be_reached(run: Run, checkpoint: Path, adapter: Path)
          dict(top_k=40, min_p=0.05, repetition_penalty=1.1, temperature=0.8, seed=3)),
         (["--set", "stop_token_ids=5,9", "ignore_eos=true", "max_pending=null"],
          dict(stop_token_ids=[5, 9], ignore_eos=True, max_pending=None)),
+        (["--set", "adapter=adapter", "mode=threshold", "threshold=0"],
+         dict(adapter="adapter", mode="threshold", threshold=0)),
     ]  # fmt: skip
     for words, settings in cases:
         code, out, err = run(*base, *words, "--max-new-tokens", 9)

@@ -259,6 +259,34 @@ def test_two_adapters_of_one_base(checkpoint: Path, tmp_path: Path) -> None:
     assert exitlm.load(checkpoint, adapter=[tmp_path / "3", tmp_path / "1"]).exit_layers == [1, 3]
 
 
+def test_two_adapters_that_share_a_layer(checkpoint: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"mode": "threshold", "threshold": 0.0, "max_new_tokens": 9, "ignore_eos": True}
+    alone = {}
+    for seed, name in enumerate(("a", "b")):
+        one = exitlm.load(checkpoint, dtype="float64")
+        one.add_exits([1, 2 + seed], kind="norm", output="own", init="random", seed=seed)
+        alone[name] = one.generate("hello", **settings).token_ids
+        one.save_exits(tmp_path / name)
+    model = exitlm.load(checkpoint, adapter=[tmp_path / "b", tmp_path / "a"], dtype="float64")
+    assert model.adapters == {"b": [1, 3], "a": [1, 2]}
+    assert model.exit_layers == [1, 2, 3]
+    outs = model.generate(["hello"] * 3, adapter=["a", "b", None], **settings)
+    assert [out.token_ids for out in outs] == [alone["a"], alone["b"], alone["b"]]
+    assert alone["a"] != alone["b"]
+    with pytest.raises(UserError, match=r"no adapter 'c' \(it has: b, a\)"):
+        model.generate("hello", adapter="c")
+    for write in (model.save_exits, model.export):
+        with pytest.raises(UserError, match="both have an exit at layer 1"):
+            write(tmp_path / "both")
+    again = exitlm.load(checkpoint, adapter=model.save_exits(tmp_path / "c", adapter="a"), dtype="float64")
+    assert again.adapters == {"c": [1, 2]}
+    assert again.generate("hello", adapter="c", **settings).token_ids == alone["a"]
+    model.remove_exits([1])
+    model.add_exits([1])
+    assert model.adapters == {"exits": [1], "b": [3], "a": [2]}
+    assert model.save_exits(tmp_path / "merged") == tmp_path / "merged"
+
+
 def test_an_adapter_of_another_base_is_refused(model_with_exits: exitlm.LLM, checkpoint: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", seed=1)
     model_with_exits.save_exits(tmp_path / "adapter")

@@ -26,7 +26,7 @@ from exitlm.decode.pricing.measure_costs import SIZES, _table, ideal
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig
-from exitlm.model.record import ExitRecord
+from exitlm.model.record import Calibration, ExitRecord
 from tests.decode.arithmetic import FLOAT64, Arithmetic, params, slow_params
 from tests.decode.company import Letters, company_of, draw_config, together
 from tests.decode.driver import Driver, advance_many, make_runner
@@ -358,6 +358,18 @@ def test_records_and_notes_are_of_the_adapter() -> None:
     assert "[1] of adapter 'a'," in notes[0]
     assert "[2, 3] of adapter 'b'," in notes[1]
     assert "[1, 2]," in notes[2]
+
+
+def test_what_to_expect_of_drafts_is_of_the_adapter() -> None:
+    both, _ = sharing(a="lens", b="lens")
+    for right, (name, heads) in zip((0.6, 0.9), both.exit_sets().items(), strict=True):
+        curve = Calibration(scores=(0.5,), coverage=(0.4,), precision=(right,))
+        heads[1].record = ExitRecord(rule="probability", threshold=0.5, calibration=curve)
+        engine = make_engine(both)
+        engine.add([5, 6], GenerationConfig(rule="probability", adapter=name))
+        drafting = engine.roster.waiting[-1].drafting
+        assert drafting is not None
+        assert drafting.sources["exit", name, 1].prior == right
 
 
 # ---- costs

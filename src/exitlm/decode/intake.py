@@ -16,7 +16,7 @@ from exitlm.decode.pricing.drafting import Drafting
 from exitlm.decode.sampling.grammar import GrammarCompiler, GrammarState
 from exitlm.decode.sequence import Sequence
 from exitlm.decode.text import TextStream, Tokenizer
-from exitlm.errors import UserError, nearest
+from exitlm.errors import UserError, nearest, short
 from exitlm.model.exits import ExitHead, ExitKey
 
 Ids = collections.abc.Sequence[int]
@@ -112,8 +112,8 @@ class Intake:
         if adapter not in self.adapters:
             have = ", ".join(self.adapters) or "none"
             raise UserError(
-                f"the model has no adapter '{adapter}'{nearest(adapter, self.adapters)} (it has: {have}); an adapter "
-                "is called by the last part of the directory that it was loaded from"
+                f"the model has no adapter {short(adapter)}{nearest(adapter, self.adapters)} (it has: {have}); an "
+                "adapter is called by the last part of the directory that it was loaded from"
             )
         return self.adapters[adapter]
 
