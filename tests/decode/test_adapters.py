@@ -32,6 +32,7 @@ from tests.decode.company import Letters, company_of, draw_config, together
 from tests.decode.driver import Driver, advance_many, make_runner
 from tests.decode.models import attach, fade, fit_lenses, generate, make_engine, random_ids, worst
 from tests.decode.test_company import check_alike
+from tests.decode.test_graphs import record_on_cpu
 from tests.model.families import FAMILIES, tiny_model
 
 FAST, FAST_NATIVE, SLOW = 3, 2, 40  # companies for each family
@@ -229,9 +230,13 @@ def sharing(family: str = "llama", a: str = "block", b: str = "block", **over: A
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_each_adapter_has_its_own_logits_at_a_boundary(family: str, kinds: tuple[str, str], compile: str) -> None:
-    """Of rows of two texts that share passes: as the model computes them that has one adapter alone."""
+    """Of rows of two texts that share passes: as the model computes them that has one adapter alone. Static passes and
+    heads are recorded."""
     both, alone = sharing(family, *kinds)
-    runner, texts = make_runner(FusedModel(both, "none", compile), 128), [random_ids(12), random_ids(12, 1)]
+    fused, texts = FusedModel(both, "none", compile), [random_ids(12), random_ids(12, 1)]
+    if fused.static is not None:
+        fused.static.record = record_on_cpu
+    runner = make_runner(fused, 128)
     drivers = [Driver(runner), Driver(runner)]
     expected = {name: [alone[name].exit_logits(ids) for ids in texts] for name in NAMES}
     assert runner.bounds == (0, 1, 2, 3, 4)
