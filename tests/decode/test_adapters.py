@@ -210,7 +210,8 @@ def test_a_text_is_that_of_its_adapter_alone_in_many_cases(
     arithmetic: Arithmetic, family: str, count: int, passes: dict[int, set[str]]
 ) -> None:
     seen = run(family, count, passes, arithmetic)
-    assert min(seen.mixed, seen.early, seen.drafted, seen.lossless, seen.shared) > count / 2
+    assert min(seen.mixed, seen.early, seen.drafted, seen.lossless) > count / 2
+    assert seen.shared > count / 4  # windows of 8 positions leave few blocks to share
 
 
 # ---- passes
