@@ -49,7 +49,7 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(model: exitlm.LLM, adapters: list[str] | None = None, **sections: dict[str, Any]) -> Iterator[Served]:
+def serving(model: exitlm.LLM, /, adapters: list[str] | None = None, **sections: dict[str, Any]) -> Iterator[Served]:
     """Serve a model that is loaded, on a free port, until the end of the block."""
     named = {"source": "tiny", "adapters": adapters or []}
     config = ServeConfig.of(merged({"model": named, "http": {"port": 0}}, sections))
