@@ -25,12 +25,14 @@ CHARACTERS = ["Naïve", " ", "🙂", "\n\n", "日", "本", " end"]
 
 @dataclass(frozen=True)
 class Token:
-    """One token: its text, where it left, what made it, and the confidence at each exit that was tested."""
+    """One token: its text, where it left, what made it, and the confidence at each exit that was tested, and
+    the draft of the exit at layer 9 that was refused in its place."""
 
     text: str
     layer: int = LAYERS
     source: str = "final"
     tested: dict[int, float] = field(default_factory=dict)
+    refused: str | None = None
 
     @property
     def confidence(self) -> float | None:
@@ -59,7 +61,7 @@ def token(word: str, place: int, mode: str) -> Token:
         if fires:
             return Token(word, layer, "exit", tested)
     if mode == "lossless" and draw > 0.93:  # the deepest exit drafted, and the full model refused
-        return Token(word, LAYERS, "final", {**tested, 9: 1.0})
+        return Token(word, LAYERS, "final", {**tested, 9: 1.0}, refused=" wrong")
     if mode == "lossless" and draw > 0.88:
         return Token(word, LAYERS, "lookup")
     return Token(word, LAYERS, "final", tested)
@@ -89,12 +91,13 @@ def trace(tokens: list[Token]) -> dict[str, Any]:
         "sources": [token.source for token in tokens],
         "tokens": [token.text for token in tokens],
         "tested": [[{"layer": layer, "confidence": c} for layer, c in token.tested.items()] for token in tokens],
+        "refused": [token.refused and {"token": token.refused, "layer": 9, "source": "exit"} for token in tokens],
     }
 
 
 def usage(tokens: list[Token], mode: str) -> dict[str, Any]:
     """What the last chunk says of the whole answer."""
-    drafts = sum(token.source != "final" or max(token.tested.values(), default=0) >= 0.9 for token in tokens)
+    drafts = sum(token.source != "final" or token.refused is not None for token in tokens)
     accepted = sum(token.source != "final" for token in tokens)
     lossless = mode == "lossless"
     return {

@@ -77,15 +77,16 @@ def test_hover_tells_what_became_of_a_token(tab: Tab) -> None:
     expected = written("essay", "lossless")
     at = {  # one token of each kind
         "accepted": next(i for i, token in enumerate(expected) if token.source == "exit" and token.layer == 9),
-        "refused": next(
-            i for i, token in enumerate(expected) if token.source == "final" and token.tested.get(9) == 1.0
-        ),
+        "refused": next(i for i, token in enumerate(expected) if token.refused),
         "copied": next(i for i, token in enumerate(expected) if token.source == "lookup"),
         "final": next(i for i, t in enumerate(expected) if t.source == "final" and t.tested and t.tested[9] < 0.9),
     }
     says = {
         "accepted": ["Left at layer 9 of 12, draft accepted", "Drafted by the exit at layer 9 and accepted"],
-        "refused": ["Left at layer 12 of 12, draft refused", "the full model chose this token."],
+        "refused": [
+            "Left at layer 12 of 12, draft refused",
+            "“·wrong”, drafted by the exit at layer 9, was refused here",
+        ],
         "copied": ["Left at layer 12 of 12, draft accepted", "Drafted from the text before and accepted"],
         "final": ["Left at layer 12 of 12", "All 12 layers computed it."],
     }
@@ -101,7 +102,7 @@ def test_hover_tells_what_became_of_a_token(tab: Tab) -> None:
         }
     classes = [token["classes"] for token in shown(tab)]
     assert [i for i, of in enumerate(classes) if "refused" in of] == [
-        i for i, token in enumerate(expected) if token.source == "final" and token.tested.get(9, 0) >= 0.9
+        i for i, token in enumerate(expected) if token.refused
     ]
     assert [i for i, of in enumerate(classes) if "copied" in of] == [
         i for i, t in enumerate(expected) if t.source == "lookup"
@@ -123,7 +124,12 @@ def test_the_asked_threshold_says_which_exit_fires(tab: Tab) -> None:
     tab.js("document.querySelector('#threshold').focus()")
     tab.press("End")  # 1: no exit fires
     ask(tab, "essay")
-    assert not any("refused" in token["classes"] for token in shown(tab))
+    i = next(i for i, token in enumerate(written("essay", "lossless")) if token.source == "exit")
+    tab.hover(f"{TOKEN} .ink", i)
+    tab.wait(f"document.querySelector('#tip').textContent.includes('token {i + 1}')")
+    fired = [fires for _, fires in confidences(tab).values()]
+    assert fired
+    assert not any(fired)
 
 
 def test_the_histogram_counts_every_token_once(tab: Tab) -> None:

@@ -87,8 +87,16 @@ def test_the_result(engine: Engine, mode: str) -> None:
     if mode == "threshold":
         assert stats.drafted == 0
         assert stats.layer_rows <= sum(out.exit_layers[1:]) + 4 * stats.max_pending
+    refused = [token for token in out.trace if token.refused is not None]
     if mode == "lossless":
         assert stats.acceptance == stats.accepted / stats.drafted
+        assert 0 < len(refused) <= stats.drafted - stats.accepted
+    else:
+        assert not refused
+    for token in refused:
+        assert token.refused is not None
+        assert token.refused.id != token.id
+        assert (token.source, token.refused.source, token.refused.layer < 4) == ("final", "exit", True)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 3, "top_k": 5, "repetition_penalty": 1.3}])

@@ -49,7 +49,7 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(model: exitlm.LLM, **sections: dict[str, Any]) -> Iterator[Served]:
+def serving(model: exitlm.LLM, /, **sections: dict[str, Any]) -> Iterator[Served]:
     """Serve a model that is loaded, on a free port, until the end of the block."""
     config = ServeConfig.of(merged({"model": {"source": "tiny"}, "http": {"port": 0}}, sections))
     with listening(config) as listener:

@@ -2,6 +2,7 @@
 
 import json
 from typing import Any
+from unittest import mock
 
 import openai
 import pytest
@@ -135,6 +136,25 @@ def test_a_trace_tells_where_tokens_left(served: Served, client: openai.OpenAI, 
     assert [[t["layer"] for t in tests] for tests in tested] == [list(token.confidence) for token in found.trace]
     sure = [value for part in parts for value in part["confidences"]]
     assert [value is None for value in sure] == [layer == 4 for layer in found.exit_layers]
+
+
+def test_a_trace_tells_which_drafts_were_refused(served: Served, client: openai.OpenAI) -> None:
+    """A prediction that is right for two tokens, and then wrong."""
+    found = expected(served, temperature=0.0, max_new_tokens=8, mode="full", ignore_eos=True)
+    wrong = next(token for token in range(40, 60) if token != found.token_ids[2])
+    drafts = [*found.token_ids[:2], wrong]
+    drafting = {"mode": "lossless", "draft": ["prediction"], "adaptive": False}
+    body = {"exitlm": {**drafting, "trace": True}, "ignore_eos": True}
+    with mock.patch("exitlm.decode.intake.Intake._expected_ids", return_value=drafts):
+        answer = client.chat.completions.create(
+            model=NAME, messages=MESSAGES, max_tokens=8, temperature=0, extra_body=body,
+            prediction={"type": "content", "content": "anything"},
+        )  # fmt: skip
+    trace = answer.choices[0].exitlm  # type: ignore[attr-defined]
+    assert trace["sources"][:3] == ["final", "prediction", "final"]
+    told = {"token": served.model.tokenizer.decode([wrong]), "layer": 4, "source": "prediction"}
+    assert trace["refused"] == [None, None, told, *[None] * 5]
+    assert answer.choices[0].message.content == found.text
 
 
 def test_parts_and_developers(served: Served, client: openai.OpenAI) -> None:

@@ -274,6 +274,33 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     assert isinstance(server.failure, UserError)
 
 
+LOADS_FOR_EVER = """
+import threading
+from exitlm.serve.config import ServeConfig
+from exitlm.serve.server import serve
+config = ServeConfig.of({"model": {"source": "x"}, "http": {"port": 0}})
+raise SystemExit(serve(config, lambda _: threading.Event().wait()))
+"""
+
+
+def test_a_signal_ends_a_server_that_still_loads() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LOADS_FOR_EVER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        url = re.search(r"http://\S+", process.stdout.readline())
+        try:
+            assert url
+            with httpx.Client(base_url=url[0], timeout=60) as http:
+                assert http.get("/health").json() == {"status": "loading"}
+            process.send_signal(signal.SIGTERM)
+            _, log = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, log
+    assert [json.loads(line)["event"] for line in log.splitlines()] == ["drain"]  # no line for a poll
+
+
 def test_a_taken_port_is_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = ServeConfig.of({"model": {"source": "x"}, "http": {"port": taken.getsockname()[1]}})

@@ -32,7 +32,7 @@ from exitlm.decode.agenda import Agenda, Chosen
 from exitlm.decode.batch import Batch
 from exitlm.decode.cache.memory import MAX_PENDING, Memory
 from exitlm.decode.fair_lock import FairLock
-from exitlm.decode.generation import Generation, GenerationConfig, Piece, TokenTrace
+from exitlm.decode.generation import Generation, GenerationConfig, Piece, RefusedDraft, TokenTrace
 from exitlm.decode.intake import Intake
 from exitlm.decode.kernels.packed import packed_model
 from exitlm.decode.kernels.runner import Arrived, Runner
@@ -315,6 +315,8 @@ class Engine:
                 self._count(sequence, draft, kept)
             if draft is not None and kept:
                 trace.exit_layer, trace.source, trace.drafted = draft.layer, draft.source, True
+            elif draft is not None:
+                trace.refused = RefusedDraft(id=draft.token, layer=draft.layer, source=draft.source)
             taken += kept
             self._emit(sequence, trace, raw_RV[i])
             if not kept or sequence.output.finish_reason is not None:

@@ -201,20 +201,30 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
+@dataclass(frozen=True, kw_only=True)
+class RefusedDraft:
+    """A draft that the full model refused: its token, the layer and the source it came from."""
+
+    id: int
+    layer: int
+    source: str
+
+
 @dataclass(kw_only=True)
 class TokenTrace:
     """One generated token: where it came from and what was tried for it.
 
     ``exit_layer`` is the layer whose head gave it (L for the final head); ``source`` is ``exit``, ``final``,
     ``lookup``, ``grammar`` or ``prediction``; ``confidence`` maps each exit that was tried to its score; ``drafted``
-    says that it was a draft that the full model accepted. ``logprob`` is under the unfiltered distribution it was taken
-    from.
+    says that it was a draft that the full model accepted, ``refused`` what draft it took the place of. ``logprob`` is
+    under the unfiltered distribution it was taken from.
     """
 
     id: int
     exit_layer: int
     source: str
     drafted: bool = False
+    refused: RefusedDraft | None = None
     confidence: dict[int, float] = field(default_factory=dict)
     logprob: float | None = None
     top_logprobs: dict[int, float] = field(default_factory=dict)

@@ -103,7 +103,7 @@ def _choice(reply: Reply, body: ChatBody, talk: Conversation, index: int, found:
         "finish_reason": finish_reason(found, reader.calls),
     }  # fmt: skip
     if body.trace:
-        choice["exitlm"] = trace_of(found.trace)
+        choice["exitlm"] = trace_of(found.trace, reply.service.words)
     return choice
 
 
@@ -154,7 +154,7 @@ class ChatWriter:
             entries = chat_logprobs(piece.tokens, self.body.top_logprobs or 0, self.reply.service.words)
             told["logprobs"] = {"content": entries, "refusal": None}
         if self.body.trace:
-            told["exitlm"] = trace_of(piece.tokens)
+            told["exitlm"] = trace_of(piece.tokens, self.reply.service.words)
         deltas = [_delta(delta) for delta in self._readers[index].read(piece.tokens)]
         if told and not deltas:
             deltas = [{"content": ""}]

@@ -105,7 +105,7 @@ def _choice(reply: Reply, body: CompletionBody, index: int, prompt: Sequence[int
         "index": index, "text": text, "logprobs": logprobs, "finish_reason": found.finish_reason,
     }  # fmt: skip
     if body.trace:
-        choice["exitlm"] = trace_of(found.trace)
+        choice["exitlm"] = trace_of(found.trace, reply.service.words)
     return choice
 
 
@@ -167,7 +167,7 @@ class CompletionWriter:
         if piece is not None and index in self._scores:
             choice["logprobs"] = self._scores[index].answer(piece.tokens)
         if piece is not None and self.body.trace:
-            choice["exitlm"] = trace_of(piece.tokens)
+            choice["exitlm"] = trace_of(piece.tokens, self.reply.service.words)
         if ended is not None:
             choice["finish_reason"] = ended.finish_reason
             more = f', "exitlm": {json.dumps({"mode": ended.stats.mode, "exact": ended.stats.exact})}'

@@ -25,6 +25,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 GUARDED = ("/v1", "/api", "/tokenize", "/detokenize")
+POLLED = ("/health", "/metrics")  # asked every few seconds: no line in the log unless they break
 LONGEST_ID = 128
 MAX_DEPTH = 100  # of objects and lists within each other; the time to compile a schema grows faster than its depth
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z)', re.DOTALL)
@@ -77,7 +78,7 @@ class Guard:
             if not status:
                 await _refuse(refusal_of(error), answer)
         finally:
-            if self.all_requests or status >= 500 or failure is not None:
+            if failure is not None or (scope["path"] not in POLLED and (self.all_requests or status >= 500)):
                 _log(scope, name, status, begun, facts)
 
     async def _let_in(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> Receive:
@@ -161,4 +162,5 @@ def _log(scope: Scope, name: str, status: int, begun: float, facts: dict[str, An
         "event": "request", "id": name, "method": scope["method"], "path": scope["path"], "status": status,
         "seconds": round(time.monotonic() - begun, 4), "client": client[0] if client else None, **facts,
     }  # fmt: skip
-    log.log(logging.ERROR if status >= 500 else logging.INFO, json.dumps(line))
+    level = logging.ERROR if status >= 500 and status != 503 else logging.INFO  # 503: it loads or ends, as it should
+    log.log(level, json.dumps(line))

@@ -127,7 +127,7 @@ class Output:
 
     def _with_trace(self, event: Event) -> Event:
         if self._trace:
-            event["exitlm"] = trace_of(self._waiting)
+            event["exitlm"] = trace_of(self._waiting, self._words)
         self._waiting = []
         return event
 

@@ -131,7 +131,7 @@ class ResponseState:
             if status == "incomplete":
                 found["incomplete_details"] = {"reason": "max_output_tokens"}
             if self.body.trace:
-                found["exitlm"] = trace_of(self.generation.trace)
+                found["exitlm"] = trace_of(self.generation.trace, self.reply.service.words)
         return found
 
 

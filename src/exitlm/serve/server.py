@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import FrameType
@@ -53,6 +55,10 @@ def serve(config: ServeConfig, load: Load) -> int:
         server.run(sockets=[listener])
     if server.failure is not None:
         raise server.failure
+    if server.loading:  # by a thread that can't be stopped; what it writes is put in place whole or not at all
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 
@@ -82,11 +88,13 @@ def listening(config: ServeConfig) -> Iterator[socket.socket]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with the model's loading and a drain of its own. ``failure`` is why the model could not be loaded."""
+    """uvicorn, with the model's loading and a drain of its own. ``failure`` is why the model could not be loaded,
+    ``loading`` whether it still is."""
 
     def __init__(self, config: ServeConfig, load: Load) -> None:
         self.state = State(config)
         self.failure: BaseException | None = None
+        self.loading = False
         self._load, self._settings = load, config
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
@@ -137,9 +145,14 @@ class Server(uvicorn.Server):
 
     async def _ready(self) -> None:
         begun = time.monotonic()
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[Service] = loop.create_future()
+        self.loading = True
+        threading.Thread(target=self._load_service, args=(loop, loaded), name="load", daemon=True).start()
         try:
-            model = await asyncio.to_thread(self._load, self._settings)
-            service = await asyncio.to_thread(made, self._settings, model, self.state)
+            service = await loaded
+        except asyncio.CancelledError:
+            raise
         except BaseException as error:
             self.failure, self.should_exit = error, True
             return
@@ -154,6 +167,27 @@ class Server(uvicorn.Server):
                 }
             )
         )
+
+    def _load_service(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[Service]) -> None:
+        """In a thread of its own, which the server's end does not wait for."""
+        found: Service | None = None
+        error: BaseException | None = None
+        try:
+            found = made(self._settings, self._load(self._settings), self.state)
+        except BaseException as caught:
+            error = caught
+
+        def tell() -> None:
+            self.loading = False
+            if loaded.done():
+                return
+            if found is not None:
+                loaded.set_result(found)
+            elif error is not None:
+                loaded.set_exception(error)
+
+        with contextlib.suppress(RuntimeError):  # the server has ended
+            loop.call_soon_threadsafe(tell)
 
     async def _drain(self) -> None:
         """Wait for the answers that are being written, as long as they may take."""

@@ -12,8 +12,9 @@ from exitlm.serve.vocabulary import Vocabulary
 LEAST = -9999.0  # what stands for a log-probability of minus infinity, which JSON lacks
 
 
-def trace_of(tokens: Sequence[TokenTrace]) -> dict[str, Any]:
-    """Where each token left, how sure that exit was, what it was a draft of, its text, and all exits tried."""
+def trace_of(tokens: Sequence[TokenTrace], words: Vocabulary) -> dict[str, Any]:
+    """Where each token left, how sure that exit was, what it was a draft of, its text, all exits tried, and the draft
+    that was refused in its place."""
     return {
         "exit_layers": [token.exit_layer for token in tokens],
         "confidences": [_number(token.confidence.get(token.exit_layer)) for token in tokens],
@@ -21,6 +22,16 @@ def trace_of(tokens: Sequence[TokenTrace]) -> dict[str, Any]:
         "tokens": [token.text for token in tokens],
         "tested": [
             [{"layer": layer, "confidence": _number(score)} for layer, score in token.confidence.items()]
+            for token in tokens
+        ],
+        "refused": [
+            None
+            if token.refused is None
+            else {
+                "token": words.spelling(token.refused.id)[0],
+                "layer": token.refused.layer,
+                "source": token.refused.source,
+            }
             for token in tokens
         ],
     }

@@ -92,7 +92,7 @@ def _native(model: EarlyExitModel, quant: str, options: EngineConfig) -> NativeM
     native = NativeModel(
         model, kernels, source, quant=name, digits=digits, half_cache=options.kv_dtype == "float16", store=store
     )
-    if not stored.lost:  # else what was packed is not what the file stores
+    if store.has_new and not stored.lost:  # else what was packed is not what the file stores
         store.keep()
     return native
 
@@ -126,6 +126,11 @@ class KeptMatrices:
         if key is not None:
             self._made[key] = found
         return found
+
+    @property
+    def has_new(self) -> bool:
+        """Whether something was packed that the file does not hold."""
+        return self._path is not None and bool(self._made)
 
     def keep(self) -> None:
         """Write what was packed, for the next time. A cache that can't be written only means packing again."""
