@@ -1,5 +1,6 @@
 """The picture of the page in the README: the packaged model, with the exits that ``make demo`` has tuned."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,10 @@ ADAPTER = Path("runs/demo/adapter")
 
 
 @pytest.mark.skipif(not ADAPTER.is_dir(), reason="needs the exits of make demo")
-def test_the_demo_s_model_beside_itself(new_tab: Callable[..., Tab], shots: Path) -> None:
+def test_the_demo_s_model_beside_itself(new_tab: Callable[..., Tab], shots: Path, tmp_path: Path) -> None:
     """Early exit beside ``full``: both answer, some tokens leave early, and the tip tells where one did."""
-    named = {"source": "smollm2", "adapters": ["demo"]}
-    with serving(exitlm.load("smollm2", adapter=ADAPTER), model=named) as server:
+    adapter = shutil.copytree(ADAPTER, tmp_path / "demo")  # which names it
+    with serving(exitlm.load("smollm2", adapter=adapter), model={"source": "smollm2"}) as server:
         tab = new_tab(width=1240, height=860)
         tab.goto(f"{server.url}/")
         tab.wait("document.querySelectorAll('#model option').length")
