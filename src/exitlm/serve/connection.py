@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from exitlm.serve.errors import ApiError
 
 HEAD_BYTES = 64 * 1024
+HEADERS = 256  # each takes some hundred bytes, however short it is
 LINGER = 2.0  # seconds that a refused client has to read why; a socket that closes at once loses what it has written
 CONNECTION = "exitlm.connection"  # the extension of an ASGI scope under which a connection is found
 
@@ -29,7 +30,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
-        self._head_bytes, self._in_head, self._in_body, self._is_refused = 0, True, False, False
+        self._head_bytes, self._headers, self._in_head, self._in_body, self._is_refused = 0, 0, True, False, False
         self._silence: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
@@ -54,25 +55,51 @@ class Connection(HttpToolsProtocol):
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._head_bytes > HEAD_BYTES and not self._is_refused:
-            self._refuse(ApiError(431, f"the head of the request is larger than {HEAD_BYTES} bytes; send less"))
+        if self._in_head and not self._is_refused:
+            self._check_head()
         self._watch()
+
+    def _check_head(self) -> bool:
+        """Refuse a head that is too large; whether it is not."""
+        if self._headers > HEADERS:
+            self._refuse(ApiError(431, f"the request has more than {HEADERS} headers; send fewer"))
+        elif self._head_bytes > HEAD_BYTES:
+            self._refuse(ApiError(431, f"the head of the request is larger than {HEAD_BYTES} bytes; send less"))
+        return not self._is_refused
 
     def on_message_begin(self) -> None:
         """A request begins."""
         if not self._in_head:
             self._in_head, self._head_bytes = True, 0
+        self._headers = 0
         super().on_message_begin()
         self.scope["extensions"] = {CONNECTION: self}  # type: ignore[dict-item]
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One of its headers; those beyond the limit are only counted."""
+        self._headers += 1
+        if self._headers <= HEADERS:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Its head is there."""
+        if self._headers > HEADERS and not self._is_refused:
+            self._check_head()
+        if self._is_refused:
+            return
         self._in_head, self._in_body = False, True
         self._heard()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """A part of its body."""
+        if not self._is_refused:
+            super().on_body(body)
+
     def on_message_complete(self) -> None:
         """All of it is there."""
+        if self._is_refused:
+            return
         self._in_body = False
         self._heard()
         super().on_message_complete()
