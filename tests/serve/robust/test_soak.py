@@ -16,6 +16,7 @@ from tests.serve.robust.process import Process, process
 
 CLIENTS = 8
 SLOPE = 2**20  # bytes a minute
+SCHEMAS = 100  # different ones; each is kept compiled, up to a limit that ten minutes of new ones do not reach
 WARM = 0.3  # of the time: caches fill, and the allocator gets to know what it has to hold
 
 
@@ -46,7 +47,8 @@ def _client(served: Process, number: int, ends: threading.Event, found: list[int
                 case 4:
                     found.append(http.post("/tokenize", json={"prompt": text}).status_code)
                 case 5:
-                    schema = {"type": "object", "properties": {text[:8]: {"type": "integer"}}, "required": [text[:8]]}
+                    name = f"field {chance.randrange(SCHEMAS)}"
+                    schema = {"type": "object", "properties": {name: {"type": "integer"}}, "required": [name]}
                     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
                     given = {**body, "messages": HI, "response_format": wanted}
                     found.append(http.post(CHAT, json=given).status_code)

@@ -29,7 +29,7 @@ from exitlm.values import elements, flag, wholes, wrong
 if TYPE_CHECKING:
     import xgrammar
 
-CACHE_BYTES = 256 * 2**20  # of compiled grammars; a large schema takes a few MiB
+CACHE_BYTES = 64 * 2**20  # of compiled grammars, as xgrammar counts them; a large schema takes a few MiB
 CONTEXT = 4  # tokens before a forced text that are encoded with it
 # xgrammar 0.2 lets surrogates through as if they were characters; UTF-8 has none.
 FIRST_OF_SURROGATE, SECOND_OF_SURROGATE = b"\xed", re.compile(rb"[\xa0-\xbf]")
