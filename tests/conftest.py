@@ -2,6 +2,7 @@
 what the tests of the facade and of the command line share: a cache of their own, a tiny model on disk, a command."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 torch.set_num_threads(int(os.environ.get("EXITLM_TEST_THREADS", "1")))
 os.environ.setdefault("EXITLM_THREADS", os.environ.get("EXITLM_TEST_THREADS", "1"))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell has put into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs a command line: its exit code, stdout and stderr."""
