@@ -723,6 +723,20 @@ def test_keywords_that_are_not_enforced_are_named() -> None:
         warn_of_unenforced(PERSON)
 
 
+@pytest.mark.parametrize("tagged", [False, True])
+def test_references_to_other_documents_are_refused(byte_compiler: GrammarCompiler, tagged: bool) -> None:
+    """xgrammar would allow any value there."""
+    schema = {"type": "object", "properties": {"a": {"items": {"$ref": "http://localhost/schema"}}}}
+    inside = {"type": "json_schema", "json_schema": schema}
+    form = tag(inside) if tagged else read_response_format({"type": "json_schema", "json_schema": {"schema": schema}})
+    assert form is not None
+    with pytest.raises(UserError, match=r"'http://localhost/schema' leads out of the schema; put that part under"):
+        byte_compiler.compile(form)
+    own = {"type": "object", "properties": {"$ref": {"const": "x"}, "a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {}}}
+    assert read_response_format(own) is not None
+    byte_compiler.compile(read_response_format(own))  # type: ignore[arg-type]
+
+
 # ---- reading
 
 

@@ -1,6 +1,7 @@
 """Whatever is wrong with a request is a 4xx with OpenAI's error object, which says what, and what to do."""
 
 import json
+import logging
 from typing import Any
 
 import httpx
@@ -120,9 +121,44 @@ def test_bodies_that_are_not_json(served: Served, content: bytes) -> None:
         assert http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("content", [b'{"prompt": "\xff"}', b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}"])
+def test_bodies_that_no_decoder_takes_are_told_what_to_send(served: Served, content: bytes) -> None:
+    with served.http() as http:
+        said = refused(http.post(TEXT, content=content, headers={"content-type": "application/json"}), 400)
+    assert "send an object in UTF-8" in said
+
+
+def test_a_prompt_that_is_too_long_brings_no_warning_of_the_tokenizer(served: Served) -> None:
+    """transformers would write one to standard error, where each line is a JSON object."""
+    found: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = found.append  # type: ignore[method-assign]
+    logger, tokenizer = logging.getLogger("transformers"), served.model.tokenizer
+    before = tokenizer.model_max_length, logger.level
+    tokenizer.model_max_length = 16
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    text = "x" * 2100
+    try:
+        with served.http() as http:
+            for path, body in (
+                (CHAT, {"messages": [{"role": "user", "content": text}]}), (TEXT, {"prompt": text}),
+                ("/tokenize", {"prompt": text}), ("/api", {"prompts": [text]}),
+            ):  # fmt: skip
+                tokenizer.deprecation_warnings.clear()  # it warns once
+                http.request("PUT" if path == "/api" else "POST", path, json=body)
+                assert not [record.getMessage() for record in found], path
+    finally:
+        logger.removeHandler(handler)
+        tokenizer.model_max_length = before[0]
+        logger.setLevel(before[1])
+
+
 def test_bodies_of_another_type_and_size(served: Served) -> None:
     with served.http() as http:
-        refused(http.post(TEXT, content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}), 400)
+        for kind in ({"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}, {}):
+            said = refused(http.post(TEXT, content=b'{"prompt": "x"}', headers=kind), 400)
+            assert "content-type: application/json" in said  # curl -d names another type, if none is given
         assert "larger than" in refused(http.post(TEXT, json={"prompt": "x" * (5 * 2**20)}), 413)
 
         def endless() -> Any:

@@ -301,6 +301,28 @@ def test_a_signal_ends_a_server_that_still_loads() -> None:
     assert [json.loads(line)["event"] for line in log.splitlines()] == ["drain"]  # no line for a poll
 
 
+WARNS = """
+import warnings
+from exitlm.errors import UserError
+from exitlm.serve.config import ServeConfig
+from exitlm.serve.server import serve
+def load(_):
+    warnings.warn("so it is")
+    raise UserError("no model")
+try:
+    serve(ServeConfig.of({"model": {"source": "x"}, "http": {"port": 0}}), load)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_warning_is_a_line_of_the_log() -> None:
+    found = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, timeout=110)
+    assert found.stdout.endswith("no model\n"), found.stderr
+    (line,) = map(json.loads, found.stderr.splitlines())
+    assert (line["level"], line["event"], line["message"]) == ("warning", "warning", "so it is")
+
+
 def test_a_taken_port_is_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = ServeConfig.of({"model": {"source": "x"}, "http": {"port": taken.getsockname()[1]}})
@@ -364,6 +386,7 @@ def test_the_command_serves_and_drains(tiny: Path, adapter: Path, tmp_path: Path
         (["serve", "nowhere-such", "--port", "0"], "nowhere-such"),
         (["serve", "x", "--host", "0.0.0.0"], "--without-key"),
         (["serve", "x", "--config", "/nowhere.toml"], "can't be read"),
+        (["serve", "x", "--api-key-file", "/nowhere"], "keys /nowhere can't be read: No such file or directory\n"),
         (["serve", "x", "--set", "limits.que=1"], "did you mean 'queue'"),
         (["serve", "x", "--set", "queue=1"], "SECTION.KEY"),
         (["serve", "x", "--prt", "1"], "did you mean '--port'"),

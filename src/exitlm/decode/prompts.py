@@ -43,12 +43,12 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, *, chat: b
     if prompt == "":
         raise UserError("the prompt is empty; give at least one character")
     if messages is None:
-        return list(tokenizer(prompt)["input_ids"])
+        return list(tokenizer(prompt, verbose=False)["input_ids"])
     remedy = "leave chat off" if isinstance(prompt, str) else "give the prompt as a text, or messages that it takes"
     if not tokenizer.chat_template:
         raise UserError(f"this model's tokenizer has no chat template; {remedy.partition(', or')[0]}")
     text = chat_text(tokenizer, messages, answer=True, remedy=remedy)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def messages_of(items: Sequence[Any]) -> list[dict[str, str]]:

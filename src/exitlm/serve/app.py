@@ -38,7 +38,10 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody, "/v1/responses": ResponseBody,
     "/tokenize": TokenizeBody, "/detokenize": DetokenizeBody, "/api": ReferenceBody,
 }  # fmt: skip
-_SAID = {404: "there is nothing at {path}; see /openapi.json", 405: "{path} takes no {method}; see /openapi.json"}
+_SAID = {
+    400: "the body can't be read as JSON; send an object in UTF-8, with numbers of fewer than 4,300 digits",
+    404: "there is nothing at {path}; see /openapi.json", 405: "{path} takes no {method}; see /openapi.json",
+}  # fmt: skip
 
 
 def application(state: State) -> Application:

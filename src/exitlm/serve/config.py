@@ -193,8 +193,10 @@ def _keys_of_file(path: str | None) -> tuple[str, ...]:
         return ()
     try:
         lines = Path(path_of(path, "http.api_key_file")).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the file of API keys {path} can't be read: {error}") from error
+    except OSError as error:
+        raise UserError(f"the file of API keys {path} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the file of API keys {path} is not text in UTF-8; write one key a line") from error
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not keys:
         raise UserError(f"the file of API keys {path} holds none; write one a line")

@@ -91,7 +91,7 @@ def _encoded(service: Service, messages: list[dict[str, Any]], offer: Offer) -> 
         remedy="give messages that it takes, or use /v1/completions",
     )  # fmt: skip
     return Conversation(
-        ids=list(tokenizer(text, add_special_tokens=False)["input_ids"]), offer=offer, format=format,
+        ids=list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), offer=offer, format=format,
         spelled=marker_ids(format, tokenizer) if offer.tools else {},
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ def _ids(service: Service, body: ReferenceBody) -> list[list[int]]:
 
 
 def _encoded(service: Service, text: str) -> list[int]:
-    return list(service.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(service.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _parts(

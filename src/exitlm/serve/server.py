@@ -17,9 +17,10 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import uvicorn
 
@@ -48,7 +49,8 @@ def serve(config: ServeConfig, load: Load) -> int:
     """
     config.http.check_reach()
     _log_to_stderr()
-    with listening(config) as listener:
+    with warnings.catch_warnings(), listening(config) as listener:
+        warnings.showwarning = _log_warning
         server = Server(config, load)
         host, port = listener.getsockname()[:2]
         print(f"serving {config.model.name} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
@@ -236,6 +238,14 @@ def _log_to_stderr() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """A warning as a line of the log, without the place in the source that raised it."""
+    log.warning(json.dumps({"event": "warning", "message": str(message)}))
 
 
 class _Lines(logging.Formatter):

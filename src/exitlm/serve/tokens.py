@@ -21,7 +21,7 @@ async def tokenize(service: Service, body: TokenizeBody) -> dict[str, Any]:
         ids = (await conversation(service, body.messages)).ids
     else:
         text = checked(body.prompt or "", "prompt")
-        found = await asyncio.to_thread(tokenizer, text, add_special_tokens=body.add_special_tokens)
+        found = await asyncio.to_thread(tokenizer, text, add_special_tokens=body.add_special_tokens, verbose=False)
         ids = list(found["input_ids"])
     return {
         "count": len(ids), "max_model_len": service.engine.engine.config.max_position_embeddings, "tokens": ids,

@@ -22,7 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exitlm.decode.sampling.schemas import MAX_WHITESPACE, plain_schema, schemas_of, tag_source, warn_of_unenforced
+from exitlm.decode.sampling.schemas import (
+    MAX_WHITESPACE,
+    check_references,
+    plain_schema,
+    schemas_of,
+    tag_source,
+    warn_of_unenforced,
+)
 from exitlm.errors import UserError, nearest, short
 from exitlm.values import elements, flag, wholes, wrong
 
@@ -242,6 +249,7 @@ class GrammarCompiler:
             match wanted.kind:
                 case "json_schema":
                     schema = json.loads(wanted.source)
+                    check_references(schema)
                     warn_of_unenforced(schema)
                     return compiler.compile_json_schema(
                         json.dumps(plain_schema(schema, closed=wanted.strict)),
@@ -251,6 +259,7 @@ class GrammarCompiler:
                     )
                 case "structural_tag":
                     for schema in schemas_of(json.loads(wanted.source)):
+                        check_references(schema)
                         warn_of_unenforced(schema)
                     source = tag_source(wanted.source, closed=wanted.strict, any_whitespace=wanted.any_whitespace)
                     return compiler.compile_structural_tag(source)

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+from exitlm.errors import UserError, short
+
 MAX_WHITESPACE = 20  # characters in one gap of a JSON text: a small model may write blanks for ever
 
 # Where a JSON schema holds further ones: by name, in a list, or alone.
@@ -80,6 +82,21 @@ def _unenforced(schema: Any) -> set[str]:
     for inner in _subschemas(schema):
         found |= _unenforced(inner)
     return found
+
+
+def check_references(schema: Any) -> None:
+    """Refuse references to other documents, which nobody fetches: xgrammar would allow any value in their place.
+
+    Raises:
+        UserError: such a reference, and what to write instead.
+    """
+    if not isinstance(schema, Mapping):
+        return
+    target = schema.get("$ref")
+    if isinstance(target, str) and not target.startswith("#"):
+        raise UserError(f"$ref {short(target)} leads out of the schema; put that part under $defs, and refer to it")
+    for inner in _subschemas(schema):
+        check_references(inner)
 
 
 # ---- structural tags

@@ -19,6 +19,8 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: type[BaseModel] | None) -
     kind, value = found["type"], found.get("input")
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found.get('ctx', {}).get('error', found['msg'])}")
+    if not path and isinstance(value, bytes):  # it was not read as JSON, since nothing said that it is
+        return ApiError(400, "the body comes without the header 'content-type: application/json'; send that header")
     if not path:
         return ApiError(400, f"the body must be a JSON object with the fields of this request, but is {short(value)}")
     if kind == "extra_forbidden":
