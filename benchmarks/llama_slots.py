@@ -4,12 +4,8 @@ HTTP. It runs in a process of its own, by an interpreter that has llama_cpp.
 
 from __future__ import annotations
 
-import json
-import subprocess
-
+from llama import Llama
 from measure import seconds
-
-from exitlm.weights.source import resolve
 
 PROGRAM = """
 import ctypes, json, sys
@@ -63,32 +59,12 @@ class Slots:
     def __init__(self, python: str, model: str, prompts: list[list[int]], count: int, threads: int) -> None:
         self.name, self.prompts, self.count = f"llama.cpp, {len(prompts)} slots", prompts, count
         room = max(len(prompt) for prompt in prompts) + count
-        command = [
-            python,
-            "-c",
-            PROGRAM,
-            str(resolve(model)),
-            str(threads),
-            str(len(prompts)),
-            str(-(-room // 256) * 256),
-        ]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._line()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit("llama.cpp failed")
-        return line
+        self.llama = Llama(python, PROGRAM, model, threads, len(prompts), -(-room // 256) * 256)
 
     def run(self, texts: dict[str, list[list[int]]]) -> float:
         """Seconds, prompts included; the texts go to ``texts`` under its name."""
 
         def decode() -> None:
-            assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps([self.prompts, self.count]) + "\n")
-            self.process.stdin.flush()
-            texts[self.name] = json.loads(self._line())
+            texts[self.name] = self.llama.ask([self.prompts, self.count])
 
         return seconds(decode)

@@ -14,7 +14,6 @@ process. ``tuning``: hidden states of the frozen backbone as exit tuning wants t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from exit_tuning import tuning as tuned_by_both
+from llama import Llama
 from measure import at_least, at_most, interleave, ratios, save, seconds, spread, table
 from passes import Passes
 
@@ -60,29 +60,15 @@ for line in sys.stdin:
 """
 
 
-class Llama:
-    """llama.cpp in a process of its own, which waits while others run."""
+class OneText:
+    """A prompt and its continuation by llama.cpp."""
 
     def __init__(self, python: str, threads: int) -> None:
-        from exitlm.weights.source import resolve
-
-        command = [python, "-c", LLAMA, str(resolve("smollm2")), str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._line()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit("llama.cpp failed")
-        return line
+        self.llama = Llama(python, LLAMA, "smollm2", threads)
 
     def run(self, tokens: list[int], count: int) -> tuple[float, float]:
         """Seconds of the prompt, and seconds per token."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([tokens, count]) + "\n")
-        self.process.stdin.flush()
-        prefill, each = json.loads(self._line())
+        prefill, each = self.llama.ask([tokens, count])
         return prefill, each
 
 
@@ -111,7 +97,7 @@ def with_kernels(kernels: abi.Kernels, isa: str, threads: int, action: Callable[
         kernels.threads(library.default_threads())
 
 
-def full(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
+def full(llm: exitlm.LLM, rounds: int, python: str | None, avx2_python: str | None = None) -> dict[str, Any]:
     """Seconds per token of one sequence, and of reading what a token reads."""
     count, threads = 64, library.default_threads()
     prompt = llm.encode(QUESTION, chat=True)
@@ -146,8 +132,11 @@ def full(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
     if python:
         for number in dict.fromkeys((threads, 1)):
             name = "llama.cpp" if number == threads else "llama.cpp, 1 thread"
-            process = Llama(python, number)
+            process = OneText(python, number)
             actions[name] = lambda process=process: process.run(prompt, count)[1]
+    held = None if avx2_python is None else OneText(avx2_python, threads)
+    if held is not None:
+        actions["llama.cpp, avx2"] = lambda: held.run(prompt, count)[1]
     found = interleave(actions, rounds)
     base, bound = found["native, 15 bits"], found["reading all weights"]
     rows = [
@@ -167,6 +156,9 @@ def full(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
             at_least("native, 15 bits, 1 thread: speed of llama.cpp on one",
                      ratios(found["llama.cpp, 1 thread"], found["native, 15 bits, 1 thread"]), 1.6),
         ]  # fmt: skip
+    if held is not None and "native, 15 bits, avx2" in found:
+        speed = ratios(found["llama.cpp, avx2"], found["native, 15 bits, avx2"])
+        claims.append(at_least("native, 15 bits, avx2: speed of llama.cpp held to avx2, too", speed, 1.4))
     return {"instructions": kernels.isa, "threads": threads, "tokens": count, "bytes": len(weights), "rows": rows,
             "claims": claims}  # fmt: skip
 
@@ -308,7 +300,7 @@ def prefill(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
     ):
         actions[name] = partial(seconds, partial(engine.generate, words, config))
     if python:
-        process = Llama(python, library.default_threads())
+        process = OneText(python, library.default_threads())
         actions["llama.cpp"] = lambda: process.run(words, 1)[0]
     found = interleave(actions, rounds)
     rows = [
@@ -358,7 +350,7 @@ def tuning(llm: exitlm.LLM, rounds: int, python: str | None) -> dict[str, Any]:
     return tuned_by_both(llm, rounds)
 
 
-SECTIONS = {
+SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "full": full, "rows": row_costs, "texts": texts, "checkpoint": checkpoint, "lossless": lossless, "prefill": prefill,
     "load": load, "tuning": tuning,
 }  # fmt: skip
@@ -372,11 +364,13 @@ def main() -> None:
     parser.add_argument("--section", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--llama-python")
+    parser.add_argument("--llama-avx2-python", help="one whose llama_cpp was built without AVX-512, for full")
     arguments = parser.parse_args()
     llm = exitlm.load(arguments.model, adapter=arguments.adapter)
     for name in arguments.section:
         print(f"\n## {name}")
-        figures = SECTIONS[name](llm, arguments.rounds, arguments.llama_python)
+        more = {"avx2_python": arguments.llama_avx2_python} if name == "full" else {}
+        figures = SECTIONS[name](llm, arguments.rounds, arguments.llama_python, **more)
         if figures["claims"]:
             print(table(figures["claims"]))
         print(save(f"native-{name}", figures))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from exitlm.chat.keyboard import Pipe, Terminal
 from exitlm.errors import UserError
 
 Keys = list[str | type[BaseException]]
+TerminalOf = Callable[..., Terminal]
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def prompts() -> list[str]:
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: list[str], prompts: list[str]):  # type: ignore[no-untyped-def]
+def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: list[str], prompts: list[str]) -> TerminalOf:
     """A terminal at which a list of lines and of interrupts is typed."""
 
     def typed(keys: Keys, history: str | None = "h") -> Terminal:
@@ -46,7 +48,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: list[str], 
     return typed
 
 
-def test_entries_are_read_and_kept(terminal, tmp_path: Path, prompts: list[str]) -> None:  # type: ignore[no-untyped-def]
+def test_entries_are_read_and_kept(terminal: TerminalOf, tmp_path: Path, prompts: list[str]) -> None:
     keys = terminal(["hello", "", "a \\", "b", "/mode full"])
     assert [keys.read() for _ in range(4)] == [Said("hello"), None, Said("a \nb"), Command("mode", "full")]
     with pytest.raises(EOFError):
@@ -55,7 +57,7 @@ def test_entries_are_read_and_kept(terminal, tmp_path: Path, prompts: list[str])
     assert prompts == ["> ", "> ", "> ", ". ", "> ", "> "]
 
 
-def test_the_second_interrupt_leaves(terminal, shown: list[str]) -> None:  # type: ignore[no-untyped-def]
+def test_the_second_interrupt_leaves(terminal: TerminalOf, shown: list[str]) -> None:
     with pytest.raises(EOFError):
         terminal([KeyboardInterrupt, KeyboardInterrupt]).read()
     assert "Ctrl-C again leaves" in shown[0]
@@ -65,14 +67,14 @@ def test_the_second_interrupt_leaves(terminal, shown: list[str]) -> None:  # typ
         keys.read()
 
 
-def test_an_interrupt_drops_an_entry_that_has_begun(terminal, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_interrupt_drops_an_entry_that_has_begun(terminal: TerminalOf, tmp_path: Path) -> None:
     keys = terminal(['"""one', KeyboardInterrupt, "two"])
     assert keys.read() is None
     assert keys.read() == Said("two")
     assert read_history(tmp_path / "h") == ["two"]
 
 
-def test_the_history_can_be_off(terminal, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_history_can_be_off(terminal: TerminalOf, tmp_path: Path) -> None:
     assert terminal(["hello"], None).read() == Said("hello")
     assert list(tmp_path.iterdir()) == []
 
@@ -87,7 +89,7 @@ def test_readline_has_the_history_and_completes_commands(tmp_path: Path) -> None
     readline.clear_history()
 
 
-def test_without_readline_lines_are_read_all_the_same(terminal, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_without_readline_lines_are_read_all_the_same(terminal: TerminalOf, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "readline", None)

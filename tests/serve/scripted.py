@@ -1,11 +1,17 @@
 """A served model that writes scripted ids: in the real engine, by a processor of logits."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from tests.serve.conftest import Served
+import exitlm
+from tests.checkpoints import write_checkpoint
+from tests.serve.conftest import Served, serving
+from tests.serve.tools.templates import tokenizer_of
 
 
 class Scripted:
@@ -23,6 +29,16 @@ class Scripted:
             return made
 
         intake.sequence = sequence  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def scripted_server(template: str, directory: Path) -> Iterator[Scripted]:
+    """A server of a tiny model with the tokenizer of a chat template: a byte or a marker is a token."""
+    write_checkpoint(directory, tokenizer=False, max_position_embeddings=4096, vocab_size=320, num_hidden_layers=1)
+    model = exitlm.load(directory, dtype="float32", quant="none")
+    model.tokenizer = tokenizer_of(template)
+    with serving(model, defaults={"mode": "full"}) as served:
+        yield Scripted(served)
 
 
 def _with_processor(config: Any, begin: int, ids: list[int]) -> Any:

@@ -10,12 +10,11 @@ import pytest
 
 import exitlm
 from exitlm.serve.tools.formats import FORMATS
-from tests.checkpoints import write_checkpoint
 from tests.serve.conftest import Served, serving
-from tests.serve.scripted import Scripted
+from tests.serve.scripted import Scripted, scripted_server
 from tests.serve.tools.answers import TOOLS
 from tests.serve.tools.scripts import SCRIPTS, Script
-from tests.serve.tools.templates import QWEN, tokenizer_of
+from tests.serve.tools.templates import QWEN
 
 MESSAGES: Any = [{"role": "user", "content": "What is the weather?"}]
 OFFERED: Any = [tool.definition() for tool in TOOLS]
@@ -27,12 +26,8 @@ TEMPLATES = list(dict.fromkeys(script.template for script in SCRIPTS))
 def scripted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Scripted]]:
-    directory = tmp_path_factory.mktemp("tools")
-    write_checkpoint(directory, tokenizer=False, max_position_embeddings=4096, vocab_size=320, num_hidden_layers=1)
-    model = exitlm.load(directory, dtype="float32", quant="none")
-    model.tokenizer = tokenizer_of(request.param)
-    with serving(model, defaults={"mode": "full"}) as served:
-        yield request.param, Scripted(served)
+    with scripted_server(request.param, tmp_path_factory.mktemp("tools")) as model:
+        yield request.param, model
 
 
 def asked(scripted: Scripted, script: Script, **more: Any) -> dict[str, Any]:

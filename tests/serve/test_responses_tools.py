@@ -8,16 +8,14 @@ import openai
 import pytest
 from openai.types.responses import Response
 
-import exitlm
 from exitlm.serve.protocol.response import ResponseBody
 from exitlm.serve.response_input import chat_body
-from tests.checkpoints import write_checkpoint
-from tests.serve.conftest import Served, serving
-from tests.serve.scripted import Scripted
+from tests.serve.conftest import Served
+from tests.serve.scripted import Scripted, scripted_server
 from tests.serve.test_responses import raw_events
 from tests.serve.tools.answers import TOOLS
 from tests.serve.tools.scripts import SCRIPTS, Script
-from tests.serve.tools.templates import LLAMA_3, QWEN, tokenizer_of
+from tests.serve.tools.templates import LLAMA_3, QWEN
 
 ASK = "What is the weather?"
 OFFERED: Any = [
@@ -31,12 +29,8 @@ PARTS = 5  # of the scripts; the first one is in every run
 def scripted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Scripted]]:
-    directory = tmp_path_factory.mktemp("tools")
-    write_checkpoint(directory, tokenizer=False, max_position_embeddings=4096, vocab_size=320, num_hidden_layers=1)
-    model = exitlm.load(directory, dtype="float32", quant="none")
-    model.tokenizer = tokenizer_of(request.param)
-    with serving(model, defaults={"mode": "full"}) as served:
-        yield request.param, Scripted(served)
+    with scripted_server(request.param, tmp_path_factory.mktemp("tools")) as model:
+        yield request.param, model
 
 
 def asked(model: Scripted, script: Script, **more: Any) -> dict[str, Any]:

@@ -10,16 +10,10 @@
 #include <mutex>
 #include <system_error>
 #include <vector>
+#include "expect.h"
 #include "pool.h"
 
 namespace {
-int failures = 0;
-void expect(bool good, const char *what) {
-    if (good) return;
-    printf("FAILED: %s\n", what);
-    failures++;
-}
-
 class Gate {  // threads wait in front of it for a count of something
   public:
     void add(int more = 1) {

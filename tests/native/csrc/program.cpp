@@ -14,18 +14,12 @@
 #include <thread>
 #include <vector>
 #include "exitcpu.h"
+#include "expect.h"
 #if defined(FAILING_MEMORY)
 #include "failing_memory.h"
 #endif
 
 namespace {
-int failures = 0;
-void expect(bool good, const char *what) {
-    if (good) return;
-    printf("FAILED: %s\n", what);
-    failures++;
-}
-
 template <class T> struct Aligned {  // from 64 bytes on, with nothing to spare behind: a sanitizer sees every byte too many
     explicit Aligned(size_t count) : count(count) {
         if (posix_memalign((void **)&at, 64, count * sizeof(T) + (count == 0)) != 0) abort();

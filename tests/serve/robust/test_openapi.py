@@ -52,7 +52,7 @@ def test_every_operation_is_tried(document: Any) -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("cases", [30, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
 def test_random_requests(server: Served, document: Any, path: str, method: str, cases: int) -> None:
     operation = schemathesis.openapi.from_dict(document)[path][method]

@@ -61,8 +61,8 @@ def test_schemas_are_copied() -> None:
         ("auto", Offer(tools=(Tool("f"), Tool("g")))),
         ("none", Offer()),
         ("required", Offer(tools=(Tool("f"), Tool("g")), forced=True)),
-        (CALL_F, Offer(tools=(Tool("f"), Tool("g")), forced=True, name="f")),
-        ({"type": "function", "name": "g"}, Offer(tools=(Tool("f"), Tool("g")), forced=True, name="g")),
+        (CALL_F, Offer(tools=(Tool("f"), Tool("g")), forced=True, name="f", parallel=False)),
+        ({"type": "function", "name": "g"}, Offer(tools=(Tool("f"), Tool("g")), forced=True, name="g", parallel=False)),
         ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [CALL_F]}}, Offer(tools=(Tool("f"),))),
         (
             {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "g"}]},

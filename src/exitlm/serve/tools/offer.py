@@ -40,7 +40,7 @@ class Tool:
 @dataclass(frozen=True, kw_only=True)
 class Offer:
     """``tools``: those that the prompt shows; none for ``tool_choice`` "none". ``forced``: the answer must be a call;
-    ``name``: of this tool. ``parallel``: an answer may hold several calls."""
+    ``name``: of this tool, once. ``parallel``: an answer may hold several calls."""
 
     tools: tuple[Tool, ...] = ()
     forced: bool = False
@@ -76,7 +76,7 @@ def read_offer(tools: Any = None, tool_choice: Any = None, parallel_tool_calls: 
         return _with_mode(allowed.get("mode", "auto"), "tool_choice.mode", kept, parallel)
     if kind != "function":
         raise UserError(f"tool_choice has type {short(kind)}, but must be {_CHOICE}")
-    return Offer(tools=found, forced=True, name=_name_of(tool_choice, "tool_choice", found), parallel=parallel)
+    return Offer(tools=found, forced=True, name=_name_of(tool_choice, "tool_choice", found), parallel=False)
 
 
 def _with_mode(mode: Any, name: str, tools: tuple[Tool, ...], parallel: bool) -> Offer:
