@@ -12,8 +12,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-import sys
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +160,7 @@ def _rebuild(path: Path, sources: Path, wanted: str, fault: str) -> None:
         with locked(path, timeout=_BUILD_SECONDS):
             if _fault(path, wanted) is None:
                 return
-            print(f"exitlm: the native library {fault}; building it", file=sys.stderr, flush=True)
+            warnings.warn(f"the native library {fault}; building it", stacklevel=2)
             build.build(path, sources)
     except (build.BuildError, UserError) as error:
         raise NativeUnavailable(f"the native library {fault}, and building it failed: {error}") from error

@@ -56,7 +56,7 @@ class State:
     def ready(self) -> Service:
         """The service. Raises :class:`ApiError` while there is none."""
         if self.service is None:
-            raise ApiError(503, "the model is being loaded; try again later", headers={"retry-after": "1"})
+            raise _loading()
         return self.service
 
     def closed(self) -> ApiError | None:
@@ -64,9 +64,7 @@ class State:
         if self.drains:
             headers = {"connection": "close", "retry-after": "5"}
             return ApiError(503, "the server is shutting down; ask another one, or try later", headers=headers)
-        if self.service is None:
-            return ApiError(503, "the model is being loaded; try again later", headers={"retry-after": "1"})
-        return None
+        return _loading() if self.service is None else None
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of ``GET /health``."""
@@ -75,3 +73,7 @@ class State:
         if self.service.engine.is_broken:
             return 503, {"status": "broken"}
         return 200, {"status": "ok"}
+
+
+def _loading() -> ApiError:
+    return ApiError(503, "the model is being loaded; try again later", headers={"retry-after": "1"})
