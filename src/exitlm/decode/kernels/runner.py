@@ -94,6 +94,10 @@ class Runner:
         heads = self._heads[boundary]
         return next(iter(heads.values())) if adapter is None else heads[adapter]
 
+    def heads_at(self, boundary: int) -> Mapping[str, FusedHead | NativeHead]:
+        """The heads of the exits at a boundary, by adapter."""
+        return self._heads[boundary]
+
     def exit_logits(self, boundary: int, arrived: Arrived, rows: Sequence[int], adapter: str | None = None) -> Tensor:
         """Logits ``[T, K]`` of an exit at a boundary for some of the rows that arrived there; ``adapter``: see
         :meth:`head`."""
