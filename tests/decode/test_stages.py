@@ -64,7 +64,7 @@ def test_the_deepest_rows_that_have_to_go_are_first() -> None:
 
 
 def test_the_longest_waiting_go_first_where_there_is_no_room_for_all() -> None:
-    rows = [wait(key, 4, "must", 7, waited=float(key)) for key in range(4)]
+    rows = [wait(key, 4, "must", 7, since=float(-key)) for key in range(4)]
     assert keys(choose(*rows)) == [3, 2]
 
 
@@ -131,7 +131,7 @@ def views(draw: st.DrawFn) -> StageView:
             Waiting(
                 key=key, layer=layer, rows=draw(st.integers(1, 40)), kind=draw(st.sampled_from(KINDS)),
                 exits=draw(later), worth=draw(st.sampled_from((0.01, 0.3, 0.9, 1.0))),
-                pressed=draw(st.integers(0, 7)) == 0, waited=draw(st.sampled_from((0.0, 1.0, 2.0))),
+                pressed=draw(st.integers(0, 7)) == 0, since=draw(st.sampled_from((0.0, 1.0, 2.0))),
             )
         )  # fmt: skip
     return StageView(
@@ -190,7 +190,7 @@ def test_rows_that_have_to_go_are_never_starved(seed: int, max_rows: int, sequen
         return wait(key, 0, rng.choice(("start", "prompt", "must")), rng.randint(1, 6), exits=rng.choice(((), (2,))))
 
     waiting = {key: fresh(key) for key in range(sequences)}
-    for _ in range(300):
+    for clock in range(300):
         view = StageView(
             first=0, last=4, waiting=tuple(waiting.values()), stages=rng.randint(1, 4), sequences=sequences
         )
@@ -199,11 +199,11 @@ def test_rows_that_have_to_go_are_never_starved(seed: int, max_rows: int, sequen
         moved = {member.key: member for member in found.members}
         for key, one in list(waiting.items()):
             if key not in moved:
-                waiting[key] = replace(one, waited=one.waited + 1.0)
-            elif moved[key].rows < one.rows:  # the others stay, and wait as before
-                waiting[key] = replace(one, rows=one.rows - moved[key].rows, waited=one.waited + 1.0)
+                continue
+            if moved[key].rows < one.rows:  # the others stay, and wait as before
+                waiting[key] = replace(one, rows=one.rows - moved[key].rows)
             elif found.last < 4:
-                waiting[key] = replace(one, layer=2, kind="must", exits=(), waited=0.0)
+                waiting[key] = replace(one, layer=2, kind="must", exits=(), since=clock)
             else:
-                waiting[key] = fresh(key)
-        assert max(one.waited for one in waiting.values()) <= 12 * sequences
+                waiting[key] = replace(fresh(key), since=clock)
+        assert clock - min(one.since for one in waiting.values()) <= 12 * sequences

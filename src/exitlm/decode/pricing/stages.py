@@ -37,7 +37,7 @@ class Waiting:
     exits: layers behind ``layer`` at which the newest of these rows is still to be tested, ascending.
     worth: expected tokens of the first of these rows, 1 if it is certain.
     pressed: the sequence has as many pending rows as it may, so these have to go.
-    waited: seconds since they came here; the longest waiting go first, so that all are served while others come.
+    since: when they came here, by any clock: the earliest go first, so that all are served while others come.
     """
 
     key: int
@@ -47,7 +47,7 @@ class Waiting:
     exits: tuple[int, ...] = ()
     worth: float = 1.0
     pressed: bool = False
-    waited: float = 0.0
+    since: float = 0.0
 
     @property
     def goes(self) -> bool:
@@ -114,7 +114,7 @@ def _members(stage: StageView, best: Waiting, here: Sequence[Waiting], limits: L
     """Who goes with ``best``, and how many rows: those that are worth as much, longest waiting first, then drafts by
     falling worth, while one is worth more than what the seconds of its rows bring otherwise."""
     alike = [one for one in here if _worth(one) >= _worth(best)]
-    alike.sort(key=lambda one: (-one.waited, one.kind == "prompt"))  # else in order of arrival
+    alike.sort(key=lambda one: (one.since, one.kind == "prompt"))  # else in order of arrival
     drafts = [one for one in here if _worth(one) < _worth(best) and one.kind != "fill"]
     drafts.sort(key=lambda one: -_worth(one))
     starts = -(-stage.sequences // stage.stages) or len(here)
@@ -155,7 +155,7 @@ def _riders(
     keys = {one.key for one, _ in members}
     room = limits.max_rows - sum(rows for _, rows in members)
     riders = []
-    for one in sorted(here, key=lambda one: -one.waited):
+    for one in sorted(here, key=lambda one: one.since):
         if one.kind != "fill" or one.key in keys or one.rows > room:
             continue
         if all(stop >= last for stop in _stops(stage, one, one.rows)):
