@@ -19,10 +19,10 @@ from typing import Protocol
 
 from exitlm.decode.remote.frames import BadFrame
 from exitlm.decode.remote.hello import Refused, receive
+from exitlm.decode.remote.keys import VARIABLE
 from exitlm.decode.remote.link import Closed, Link
 from exitlm.errors import UserError
 
-KEY = "EXITLM_STAGE_KEY"
 _START = 120.0  # seconds that a process of this machine has to come up
 
 
@@ -89,7 +89,9 @@ class Children:
         self.stop(number)
         host, port = self._listener.getsockname()[:2]
         command = [sys.executable, "-m", "exitlm", "stage", "--join", f"{host}:{port}", "--once"]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, KEY: self._key})
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, env={**os.environ, VARIABLE: self._key}, start_new_session=True
+        )
         self.processes[number] = process
         until = time.monotonic() + _START
         while process.poll() is None and time.monotonic() < until:
