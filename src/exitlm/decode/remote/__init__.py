@@ -1,0 +1,1 @@
+"""Passes that other processes run: what goes between them and the engine."""
