@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from exitlm.decode.kernels.ranks import Ranks
+from exitlm.decode.kernels.scores import Brief, Scores, digest
 from exitlm.decode.kernels.tensor_model import TensorModel, local_part
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
@@ -152,3 +154,33 @@ def smallest() -> list[int]:
 
 def test_ranks_agree_on_the_smallest_numbers() -> None:
     assert launch(3, smallest) == [[7, 7, 1 << 40]] * 3
+
+
+# ---- what is read of logits that lie on several ranks
+
+
+def cut_rows(logits_MK: Tensor, ranks: int) -> Brief:
+    """What is read of logits whose columns are cut."""
+    each = -(-logits_MK.shape[1] // ranks)
+    return Brief.of(torch.stack([digest(logits_MK[:, r * each : (r + 1) * each]) for r in range(ranks)]), each)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("columns", [1, 2, 5, 33])
+def test_a_digest_of_parts_is_that_of_the_whole(ranks: int, columns: int) -> None:
+    """Ties within a part and between parts go to the lowest index; large numbers overflow nothing."""
+    generator = torch.Generator().manual_seed(columns)
+    logits = torch.randint(-3, 4, (40, columns), generator=generator).double() * torch.tensor([[1.0], [400.0]]).repeat(
+        20, 1
+    )
+    found, whole = cut_rows(logits, ranks), Scores.of(logits)
+    assert found.best == whole.best
+    assert found.finite == whole.finite == [True] * 40
+    assert found.probability == pytest.approx(torch.softmax(logits, -1).amax(-1).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_number_that_is_none_is_found_in_any_part(value: float) -> None:
+    logits = torch.zeros(6, 6)
+    logits[range(5), range(5)] = value
+    assert cut_rows(logits, 3).finite == Scores.of(logits).finite == [False] * 5 + [True]

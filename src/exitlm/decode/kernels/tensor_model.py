@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from exitlm.decode.kernels.formats import Linear
 from exitlm.decode.kernels.fused import FusedHead, FusedLayer, FusedMLP, FusedModel
 from exitlm.decode.kernels.ranks import Ranks
+from exitlm.decode.kernels.scores import Brief, digest
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead
@@ -94,6 +95,17 @@ class TensorModel(FusedModel):
         hidden = self.ranks.sum(hidden)
         return hidden * self.embedding_scale if self.embedding_scale != 1.0 else hidden
 
+    def exit_brief(self, head: FusedHead, input_MD: Tensor) -> Brief:
+        """What is read of an exit's logits (``input_MD``: see :meth:`FusedHead.input`), which are not joined for it."""
+        last = head.projections[-1]
+        assert isinstance(last, Joined)
+        return last.brief(head.features(input_MD), self.dtype)
+
+    def final_brief(self, hidden_MD: Tensor) -> Brief:
+        """The same of the final head's logits."""
+        assert isinstance(self.final_head, Joined)
+        return self.final_head.brief(self.final_features(hidden_MD), self.dtype)
+
 
 @dataclass(frozen=True)
 class Summed:
@@ -117,6 +129,12 @@ class Joined:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.ranks.join(self.linear(x), self.rows)
+
+    def brief(self, x: Tensor, dtype: torch.dtype) -> Brief:
+        """What is read of the logits in ``dtype``: four numbers for each row from each rank instead of K."""
+        each = rows_of_each(self.rows, self.ranks.size)
+        counted = max(0, min(each, self.rows - self.ranks.rank * each))
+        return Brief.of(self.ranks.stack(digest(self.linear(x).to(dtype)[:, :counted])), each)
 
 
 def rows_of_each(rows: int, ranks: int) -> int:
