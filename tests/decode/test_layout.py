@@ -57,19 +57,13 @@ def drawn(seed: int) -> tuple[ModelConfig, list[ExitConfig]]:
 
 
 def stage(config: ModelConfig, exits: list[ExitConfig], layers: range) -> EarlyExitModel:
-    """The layers of a stage with their exits, and of the rest of the model what it needs."""
+    """The layers of a stage with their exits."""
     model = EarlyExitModel(config, layers)
     mine = [e for e in exits if layers.start < e.layer <= layers.stop]
     for e in mine:
         head = ExitHead(e, config)
         model._share_output(head, [*model.exit_heads().values()])
         model.exits[str(e.layer)] = head
-    if layers.start:
-        del model.model.embed_tokens
-    if layers.stop < config.num_hidden_layers:
-        del model.model.norm
-        if not any(e.output == "shared" for e in mine):
-            del model.lm_head
     return model
 
 
@@ -81,10 +75,14 @@ def counted(cases: list[tuple[ModelConfig, list[ExitConfig], tuple[int, ...]]]) 
         sizes = []
         for first, last in pairwise(bounds):
             model = stage(config, exits, range(first, last))
-            part = local_part(model, Ranks(group), torch.device("cpu"))
+            part = local_part(model, range(first, last), Ranks(group), torch.device("cpu"))
             mine = [head.config for head in model.exit_heads().values()]
-            if last < config.num_hidden_layers and all(e.candidates or e.output != "shared" for e in mine):
-                part.lm_head = torch.nn.Linear(1, 0, bias=False)  # its rows were copied
+            if first:
+                del part.model.embed_tokens
+            if last < config.num_hidden_layers:
+                del part.model.norm
+                if all(e.candidates or e.output != "shared" for e in mine):
+                    del part.lm_head
             sizes.append(sum(p.numel() for p in part.parameters()))
         out.append(sizes)
     return out

@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass, field
 
 from exitlm.decode.agenda import Chosen
+from exitlm.decode.arrival import Runs
 from exitlm.decode.generation import Stats
-from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.pricing.drafting import MOST_DRAFTS
 from exitlm.decode.pricing.pass_times import PassTimes
 from exitlm.decode.pricing.pricing import Pricing
@@ -46,7 +46,7 @@ class DraftCounts:
 class Accounts:
     """Of one engine. ``times`` are those of passes of a single row, ``drafts`` the counts of all that was verified."""
 
-    def __init__(self, runner: Runner, pricing: Pricing) -> None:
+    def __init__(self, runner: Runs, pricing: Pricing) -> None:
         self.runner, self.pricing = runner, pricing
         self.times, self.drafts = PassTimes(), DraftCounts()
         self.in_kernels = 0.0  # seconds of this step

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from exitlm.decode.kernels.runner import Runner
+from exitlm.decode.arrival import Runs
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.pricing.pricing import Pricing
 from exitlm.decode.roster import Roster
@@ -31,7 +31,7 @@ class Chosen:
 class Agenda:
     """What the running texts of one engine do next."""
 
-    def __init__(self, runner: Runner, roster: Roster, pricing: Pricing, options: EngineConfig) -> None:
+    def __init__(self, runner: Runs, roster: Roster, pricing: Pricing, options: EngineConfig) -> None:
         """``roster`` tells who runs, and gets the blocks that a pass writes."""
         self.runner, self.roster, self.pricing, self.options = runner, roster, pricing, options
 

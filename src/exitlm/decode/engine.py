@@ -29,14 +29,17 @@ from torch import Tensor
 from exitlm.decode import streams
 from exitlm.decode.accounts import Accounts
 from exitlm.decode.agenda import Agenda, Chosen
+from exitlm.decode.arrival import Arrival, Here, Runs
 from exitlm.decode.batch import Batch
 from exitlm.decode.cache.memory import MAX_PENDING, Memory
+from exitlm.decode.departed import Departed, Member, by_adapter, prompt_positions
 from exitlm.decode.fair_lock import FairLock
 from exitlm.decode.generation import Generation, GenerationConfig, Piece, RefusedDraft, TokenTrace
 from exitlm.decode.intake import Intake
 from exitlm.decode.kernels.packed import packed_model
-from exitlm.decode.kernels.runner import Arrived, Runner
-from exitlm.decode.logits import expand, in_groups, log_probabilities, not_finite, restricted, scores
+from exitlm.decode.kernels.runner import Runner
+from exitlm.decode.kernels.scores import log_probabilities
+from exitlm.decode.logits import expand, in_groups, not_finite, restricted, scores
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.pricing.costs import Costs
 from exitlm.decode.pricing.pricing import Pricing
@@ -73,26 +76,35 @@ class Engine:
     ) -> None:
         """``compile`` (auto, none, graphs, static) is how passes of few rows run, see ``graphs.py``. ``costs`` replaces
         measuring; ``cache_dir`` is where measured costs are kept."""
-        self.config, self.tokenizer, self.options = model.config, tokenizer, options or EngineConfig()
-        if self.options.threads is not None:
-            torch.set_num_threads(self.options.threads)
-        self.fused = packed_model(model, quant, compile, self.options)
-        self.quant = self.fused.quant
-        self.runner = Runner(self.fused, self.options)
-        self.memory = Memory(self.runner, self.options)
-        self.pricing = Pricing(self.runner, self.options, costs, cache_dir)
-        self.intake = Intake(self.runner, model.heads_by_key(), tokenizer, lambda: self.pricing.costs)
+        options = options or EngineConfig()
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.runner = Runner(packed_model(model, quant, compile, options), options)
+        pricing = Pricing(self.runner, options, costs, cache_dir)
+        self._assemble(model, self.runner, pricing, tokenizer, options)
+
+    def _assemble(
+        self, model: EarlyExitModel, runner: Runs, pricing: Pricing, tokenizer: Tokenizer | None,
+        options: EngineConfig,
+    ) -> None:  # fmt: skip
+        """Put the parts together around a runner."""
+        self.config, self.tokenizer, self.options = model.config, tokenizer, options
+        self.fused, self.pricing, self.quant = runner.fused, pricing, runner.fused.quant
+        self.memory = Memory(runner, options)
+        self.intake = Intake(runner, model.heads_by_key(), tokenizer, lambda: pricing.costs)
         self.roster = Roster(
-            self.memory, min(self.options.max_sequences, self.options.max_rows), self.runner.segments,
-            self.fused.original_context,
-        )  # fmt: skip
-        self.agenda = Agenda(self.runner, self.roster, self.pricing, self.options)
-        self.accounts = Accounts(self.runner, self.pricing)
+            self.memory, min(options.max_sequences, options.max_rows), runner.segments, self.fused.original_context
+        )
+        self.agenda = Agenda(runner, self.roster, pricing, options)
+        self.accounts = Accounts(runner, pricing)
         self.lock = FairLock()
         self._sinks: dict[int, deque[Event]] = {}
         self._outbox: deque[Event] = deque()
         self._next_key = 0
         self._in_step, self._to_abort = False, list[int]()
+
+    def close(self) -> None:
+        """Give back what is not memory: other processes, where there are some."""
 
     # ---- the loop
 
@@ -113,12 +125,7 @@ class Engine:
         self.accounts.begin_step()
         try:
             self.roster.admit(self.accounts.now())
-            chosen = self.agenda.next_pass()
-            if chosen is not None:
-                before = self.accounts.before(chosen, self.roster.running)
-                self._run(chosen)
-                if before is not None:
-                    self.accounts.after(chosen, before, self.roster.running)
+            self._turn()
         except BaseException as error:
             self._drop_all(error)
             raise
@@ -128,74 +135,93 @@ class Engine:
                 self.abort(self._to_abort.pop())
             self.accounts.end_step()
 
-    def _run(self, chosen: Chosen) -> None:
-        """Take rows from one boundary to another, and do what happens there."""
-        first, last, members = chosen.first, chosen.last, chosen.members
-        parts, tokens, slots = [], [], []
-        for sequence, count in members:
-            start = sequence.filled[first]
+    def _turn(self) -> None:
+        """Choose a pass, run it, and do what it brings."""
+        chosen = self.agenda.next_pass()
+        if chosen is None:
+            return
+        before = self.accounts.before(chosen, self.roster.running)
+        first, last = chosen.first, chosen.last
+        departed = self._depart(chosen)
+        hidden_MD = self.memory.hidden.get(departed.slots) if first else self.runner.embed(departed.tokens)
+        begin = time.perf_counter()
+        arrived = self.runner.run(first, last, departed.batch, hidden_MD)
+        seconds = time.perf_counter() - begin
+        self.accounts.in_kernels += seconds
+        if departed.batch.count == 1:
+            self.accounts.times.add(first, last, seconds)
+        self._arrive(departed, Here(self.runner, last, arrived))
+        if before is not None:
+            self.accounts.after(chosen, before, self.roster.running)
+
+    def _depart(self, chosen: Chosen) -> Departed:
+        """Rows set out from one boundary to another."""
+        first, last = chosen.first, chosen.last
+        layers = self.runner.bounds[last] - self.runner.bounds[first]
+        parts, tokens, slots, members, row = [], [], [], [], 0
+        for sequence, count in chosen.members:
+            start = sequence.sent[first]
             parts.append(sequence.part(start, count, self.memory.windows))
             if first == 0:
                 tokens += sequence.tokens(start, count)
+                if last < self.runner.segments:
+                    sequence.slots += self.memory.hidden.take(count)
             else:
                 slots += sequence.slots_of(start, count)
-        hidden_MD = self.memory.hidden.get(slots) if first else self.runner.embed(tokens)
-        begin = time.perf_counter()
-        arrived = self.runner.run(first, last, Batch.of(tuple(parts)), hidden_MD)
-        seconds = time.perf_counter() - begin
-        self.accounts.in_kernels += seconds
-        if len(members) == 1 and members[0][1] == 1:
-            self.accounts.times.add(first, last, seconds)
-        layers = self.runner.bounds[last] - self.runner.bounds[first]
-        for sequence, count in members:
-            end = sequence.filled[first] + count
             # a draft goes deep if it is worth it, and pending rows may ride along; all other rows have to
             goes = sequence.is_priced or sequence.moving if first else sequence.prefilling or not sequence.is_priced
-            sequence.filled[first:last] = [end] * (last - first)
+            sequence.sent[first:last] = [start + count] * (last - first)
             sequence.waited = 0.0
             if goes:
-                sequence.deep_end = max(sequence.deep_end, end)
+                sequence.deep_end = max(sequence.deep_end, start + count)
             if sequence.generated:
                 sequence.tally.layer_rows += count * layers
-        if last < self.runner.segments:
-            self._wait(first, last, members, arrived)
-            self._test(chosen, arrived)
-        else:
-            self._finish_rows(first, members, arrived)
+            members.append(Member(sequence, start, count, row, sequence.epoch))
+            row += count
+        return Departed(first, last, Batch.of(tuple(parts)), members, chosen.tested, tokens, slots)
 
-    def _wait(self, first: int, last: int, members: list[tuple[Sequence, int]], arrived: Arrived) -> None:
+    def _arrive(self, departed: Departed, arrived: Arrival) -> None:
+        """Do what has to be done where rows have come to; those that were taken back meanwhile bring nothing."""
+        first, last = departed.first, departed.last
+        members = [member for member in departed.members if member.epoch == member.sequence.epoch]
+        for member in members:
+            member.sequence.filled[first:last] = [member.end] * (last - first)
+        if last == self.runner.segments:
+            self._finish_rows(first, members, arrived)
+            return
+        self._wait(departed, members, arrived)
+        self._test(departed, members, arrived)
+
+    def _wait(self, departed: Departed, members: list[Member], arrived: Arrival) -> None:
         """Keep hidden states at a boundary."""
-        slots: list[int] = []
-        for sequence, count in members:
-            if first == 0:
-                sequence.slots += self.memory.hidden.take(count)
-            slots += sequence.slots_of(sequence.filled[last - 1] - count, count)
-        self.memory.hidden.put(slots, arrived.hidden_MD)
+        hidden_MD = arrived.hidden_MD
+        if hidden_MD is None:  # a stage keeps them
+            return
+        if len(members) == len(departed.members):
+            slots = [slot for m in members for slot in m.sequence.slots_of(m.start, m.count)]
+            self.memory.hidden.put(slots, hidden_MD)
+            return
+        for m in members:
+            self.memory.hidden.put(m.sequence.slots_of(m.start, m.count), hidden_MD[m.row : m.row + m.count])
 
     # ---- at an exit
 
-    def _test(self, chosen: Chosen, arrived: Arrived) -> None:
+    def _test(self, departed: Departed, members: list[Member], arrived: Arrival) -> None:
         """Score the newest rows that are tested at this boundary, those of each adapter by its own exit."""
-        groups: dict[str, tuple[list[int], list[Sequence]]] = {}
-        row, layer = -1, self.runner.bounds[chosen.last]
-        for sequence, count in chosen.members:
-            row += count
-            if sequence.key in chosen.tested:
-                rows, tested = groups.setdefault(sequence.plan.adapters[layer], ([], []))
-                rows.append(row)
-                tested.append(sequence)
-        for adapter, (rows, tested) in groups.items():
-            self._test_exit(chosen.last, adapter, arrived, rows, tested)
+        layer = self.runner.bounds[departed.last]
+        for adapter, tested in by_adapter(members, departed.tested, layer).items():
+            rows, sequences = [member.newest for member in tested], [member.sequence for member in tested]
+            self._test_exit(departed.last, adapter, arrived, rows, sequences)
 
     def _test_exit(
-        self, boundary: int, adapter: str, arrived: Arrived, rows: list[int], tested: list[Sequence]
+        self, boundary: int, adapter: str, arrived: Arrival, rows: list[int], tested: list[Sequence]
     ) -> None:
         """Score some rows at one exit; where a rule fires, the token or draft is there."""
         layer, head = self.runner.bounds[boundary], self.runner.head(boundary, adapter)
         gates = [1.0] * len(rows)
         gated = [i for i, sequence in enumerate(tested) if sequence.plan.rule_name == "gate"]
         if gated:  # a gate that does not fire needs no logits
-            found_gates = self.runner.gates(boundary, arrived, [rows[i] for i in gated], adapter)
+            found_gates = arrived.gates([rows[i] for i in gated], adapter)
             for i, score in zip(gated, found_gates, strict=True):
                 gates[i] = score
             quiet = [i for i in gated if not fires(gates[i], tested[i].plan.threshold(layer))]
@@ -206,7 +232,7 @@ class Engine:
             if not rows:
                 return
         started = time.perf_counter()
-        found = self.runner.exit_scores(boundary, arrived, rows, adapter)
+        found = arrived.exit_scores(rows, adapter)
         self.accounts.in_kernels += time.perf_counter() - started
         raw_TK = found.logits_MK
         logits_TK = restricted(raw_TK, tested, head.candidate_ids, self.config.vocab_size)
@@ -256,23 +282,21 @@ class Engine:
 
     # ---- at the end
 
-    def _finish_rows(self, first: int, members: list[tuple[Sequence, int]], arrived: Arrived) -> None:
+    def _finish_rows(self, first: int, members: list[Member], arrived: Arrival) -> None:
         """Rows that have passed all layers: tokens of the final head, drafts verified, full blocks shared."""
-        wanted, at = [], 0
-        for sequence, count in members:
-            begin = sequence.filled[-1] - count
+        wanted = []
+        for member in members:
+            sequence, count = member.sequence, member.count
             if first:
                 self.memory.hidden.give_back(sequence.slots[:count])
                 del sequence.slots[:count]
             if sequence.wants_prompt_scores:
-                self._score_prompt(sequence, begin, arrived, at, count)
-            if begin + count >= len(sequence.ids) and sequence.output.finish_reason is None:
-                skipped = max(0, len(sequence.ids) - 1 - begin)
-                wanted.append((sequence, list(range(at + skipped, at + count))))
-            at += count
+                self._score_prompt(member, arrived)
+            if rows := member.final_rows():
+                wanted.append((sequence, rows))
         for group in in_groups(wanted, _FINAL_ROWS):
             started = time.perf_counter()
-            found = self.runner.final_scores(arrived, [row for _, rows in group for row in rows])
+            found = arrived.final_scores([row for _, rows in group for row in rows])
             raw_RV, finite, best, at = found.logits_MK, found.finite, found.best, 0
             seconds = time.perf_counter() - started
             self.accounts.in_kernels += seconds
@@ -285,7 +309,7 @@ class Engine:
                 except UserError as error:
                     self._fail(sequence, error)
                 at += len(rows)
-        for sequence, _ in members:
+        for sequence in (member.sequence for member in members):
             if sequence.tables:  # it still runs
                 self.memory.publish(sequence)
                 self.memory.leave_windows(sequence)
@@ -348,16 +372,15 @@ class Engine:
         sequence.drafting.verified(draft.key, sequence.generated, kept)
         self.pricing.count(draft.key, kept)
 
-    def _score_prompt(self, sequence: Sequence, begin: int, arrived: Arrived, at: int, count: int) -> None:
-        """Log-probabilities of the prompt's tokens that follow the rows ``at`` to ``at + count``."""
-        most = sequence.config.prompt_logprobs or 0
-        stop = min(begin + count, sequence.prompt_length - 1)
-        known = len(sequence.output.prompt_logprobs)  # kept when it was preempted
-        for cut in range(max(begin, known), stop, _FINAL_ROWS):
-            positions = range(cut, min(cut + _FINAL_ROWS, stop))
-            raw_RV = self.runner.final_logits(arrived, [at + position - begin for position in positions])
-            for position, raw_V in zip(positions, raw_RV, strict=True):
-                sequence.output.prompt_logprobs.append(log_probabilities(raw_V, sequence.ids[position + 1], most))
+    def _score_prompt(self, member: Member, arrived: Arrival) -> None:
+        """Log-probabilities of the prompt's tokens that follow the rows of a member."""
+        sequence = member.sequence
+        positions = prompt_positions(member)
+        for cut in range(0, len(positions), _FINAL_ROWS):
+            some = positions[cut : cut + _FINAL_ROWS]
+            rows, tokens = [member.row + p - member.start for p in some], [sequence.ids[p + 1] for p in some]
+            most = sequence.config.prompt_logprobs or 0
+            sequence.output.prompt_logprobs += arrived.log_probabilities(rows, tokens, most)
 
     # ---- who runs
 

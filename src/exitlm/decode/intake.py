@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections.abc
 import threading
 
+from exitlm.decode.arrival import Runs
 from exitlm.decode.generation import GenerationConfig
-from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.lookup import NgramIndex
 from exitlm.decode.output import Output
 from exitlm.decode.planning import Exits, Plan, make_plan
@@ -28,7 +28,7 @@ class Intake:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runs,
         heads: collections.abc.Mapping[ExitKey, ExitHead],
         tokenizer: Tokenizer | None,
         costs: collections.abc.Callable[[], Costs],

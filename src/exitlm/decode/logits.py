@@ -6,7 +6,6 @@ Shapes: T tested rows, K rows of an exit's output matrix, V vocab_size.
 from __future__ import annotations
 
 import collections.abc
-import math
 
 import torch
 from torch import Tensor
@@ -25,16 +24,6 @@ def expand(logits_K: Tensor, candidates_K: Tensor | None, vocab_size: int) -> Te
     if candidates_K is None:
         return logits_K
     return logits_K.new_full((vocab_size,), -torch.inf).index_copy_(0, candidates_K, logits_K)
-
-
-def log_probabilities(raw_V: Tensor, token: int, most: int) -> tuple[float, dict[int, float]]:
-    """The log-probability of ``token`` and of the ``most`` likely tokens, under logits ``[V]``."""
-    log_p = torch.log_softmax(raw_V.float() if raw_V.dtype != torch.float64 else raw_V, -1)
-    if not most:
-        return float(log_p[token]), {}
-    values, ids = log_p.topk(min(most, len(log_p)))
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return float(log_p[token]), {i: value for i, value in pairs if value > -math.inf}  # an exit's candidates alone
 
 
 def restricted(

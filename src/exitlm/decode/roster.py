@@ -48,10 +48,10 @@ class Roster:
         """Blocks for the next ``rows`` positions; where none are left, the newest sequences give theirs. False if that
         is this one, or if there were drafts among the rows: they are dropped before anybody gives memory for them."""
         while not self.memory.ensure(sequence, rows):
-            entered = max(0, sequence.filled[0] - len(sequence.ids))
+            entered = max(0, sequence.sent[0] - len(sequence.ids))
             if entered < len(sequence.drafts):
                 sequence.drop_drafts(entered)
-                if sequence.length == sequence.filled[0]:  # nothing enters: what waits goes deep
+                if sequence.length == sequence.sent[0]:  # nothing enters: what waits goes deep
                     sequence.test, sequence.deep_end = None, sequence.length
                 return False
             newest = max(self.running, key=lambda other: other.key)

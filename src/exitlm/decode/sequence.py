@@ -5,6 +5,7 @@ positions      0 ....................... len(ids) ....... len(ids) + len(drafts)
                verified tokens           drafts
 filled[0]      positions that have passed the first segment
 filled[s]      ... segment s; it never grows with s
+sent[s]        ... or are on their way through it, in a process of their own; else the same as filled[s]
 ```
 The rows between ``filled[b]`` and ``filled[b - 1]`` are *pending* at boundary b: their hidden states wait in slots
 until a deeper pass takes them along (EE-LLM section 4 computes them again; here nothing is computed twice). A sequence
@@ -99,12 +100,13 @@ class Sequence:
         self.requested = time.monotonic()
         self.waited, self.alone = 0.0, True
         self.stretched = False
+        self.epoch = 0  # passes that were sent in an older one bring nothing any more
         self.restart(segments)
 
     def restart(self, segments: int) -> None:
         """Forget all that was computed; the tokens stay. All but the newest token then go through all layers again, of
         a text that has no token of its own yet the whole prompt."""
-        self.filled = [0] * segments
+        self.set_filled([0] * segments)
         self.tables: list[BlockTable] = []
         self.slots: list[int] = []  # of the positions from filled[-1] to filled[0]
         self.block_keys: list[bytes] = []
@@ -116,6 +118,11 @@ class Sequence:
         self.prefill_end = max(self.prompt_length, len(self.ids) - 1)
 
     # ---- where its rows are
+
+    def set_filled(self, filled: list[int]) -> None:
+        """It stands here, and whatever is on its way is in vain."""
+        self.filled, self.sent = filled, list(filled)
+        self.epoch += 1
 
     @property
     def wants_prompt_scores(self) -> bool:

@@ -35,6 +35,13 @@ class HiddenPool:
         taken, self._free = self._free[cut:][::-1], self._free[:cut]
         return taken
 
+    def reach(self, slot: int) -> None:
+        """Have a slot of this number: who numbers them is elsewhere."""
+        if slot >= len(self.states_SD):
+            more = self.states_SD.new_zeros(max(slot + 1, 2 * len(self.states_SD)), self.states_SD.shape[1])
+            more[: len(self.states_SD)] = self.states_SD
+            self.states_SD = more
+
     def give_back(self, slots: Sequence[int]) -> None:
         """Free these slots."""
         self._free.extend(reversed(slots))

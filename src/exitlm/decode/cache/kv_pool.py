@@ -10,7 +10,7 @@ Shapes: Hkv key/value heads, S slots, Dh head_dim.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,23 +54,25 @@ class KVPool:
         context: int,
         options: EngineConfig,
         zeroed: bool = False,
+        held: Collection[int] | None = None,
+        blocks: Sequence[int] | None = None,
     ) -> None:
-        """``context`` is the longest text; ``zeroed`` is for readers of padded slots. Raises :class:`UserError` where
-        the budget holds no block."""
+        """``context`` is the longest text; ``zeroed`` is for readers of padded slots. ``held``: the entries whose
+        tables are here (None: all); those of the others are empty. ``blocks`` of each group (None: as the budget
+        allows). Raises :class:`UserError` where the budget holds no block."""
         self.block_size, self.device, self.options = options.block_size, device, options
         self.longest = context
         windows = sorted({entry.window for entry in entries}, key=lambda window: (window is not None, window))
         self.groups = tuple(self._group(entries, window) for window in windows)
         self.group_of = [windows.index(entry.window) for entry in entries]
         self._position_bytes = 2 * heads * head_dim * dtype.itemsize
-        self.blocks = self._counts(context)
+        self.blocks = self._counts(context) if blocks is None else list(blocks)
         self.allocators = [BlockAllocator(count) for count in self.blocks]
         make = torch.zeros if zeroed else torch.empty  # pages that nobody writes are never touched
+        self.held = frozenset(range(len(entries)) if held is None else held)
+        slots = [self.blocks[group] * self.block_size * (i in self.held) for i, group in enumerate(self.group_of)]
         with torch.inference_mode(False):  # written in and out of inference mode
-            self.stores: list[Tensor] = [
-                make(2, heads, self.blocks[group] * self.block_size, head_dim, dtype=dtype, device=device)
-                for group in self.group_of
-            ]
+            self.stores: list[Tensor] = [make(2, heads, count, head_dim, dtype=dtype, device=device) for count in slots]
 
     @staticmethod
     def _group(entries: Sequence[Entry], window: int | None) -> Group:
@@ -146,12 +148,12 @@ class KVPool:
         size, device = self.block_size, self.device
         both = (torch.tensor(blocks, device=device)[:, None] * size for blocks in (sources, targets))
         source, target = ((first + torch.arange(size, device=device)).flatten() for first in both)
-        for entry in self.groups[group].entries:
+        for entry in self.held.intersection(self.groups[group].entries):
             self.stores[entry].index_copy_(2, target, self.stores[entry].index_select(2, source))
 
     def clear(self, group: int, blocks: Sequence[int]) -> None:
         """Overwrite blocks whose contents may not be numbers: padded reads would meet them."""
-        for entry in self.groups[group].entries:
+        for entry in self.held.intersection(self.groups[group].entries):
             for block in blocks:
                 self.stores[entry][:, :, block * self.block_size : (block + 1) * self.block_size] = 0.0
 

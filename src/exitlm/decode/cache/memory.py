@@ -6,10 +6,10 @@ again, or has left them behind its windows. Knows nothing of passes or requests.
 
 from __future__ import annotations
 
+from exitlm.decode.arrival import Runs
 from exitlm.decode.cache.block_allocator import next_key
 from exitlm.decode.cache.block_table import BlockTable
 from exitlm.decode.cache.hidden_pool import HiddenPool
-from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.sequence import Sequence
 
@@ -21,7 +21,7 @@ _ROOM_TO_COPY = 4  # shared blocks are copied where so many times as many are fr
 class Memory:
     """The pools of one runner, and who holds what."""
 
-    def __init__(self, runner: Runner, options: EngineConfig) -> None:
+    def __init__(self, runner: Runs, options: EngineConfig) -> None:
         self.pool, self.options = runner.pool, options
         self.hidden = HiddenPool(runner.fused.config.hidden_size, runner.fused.dtype, runner.fused.device)
         self.windows = [group.window for group in self.pool.groups]
@@ -53,7 +53,7 @@ class Memory:
     @staticmethod
     def ensure(sequence: Sequence, rows: int) -> bool:
         """Blocks for the next ``rows`` positions of a sequence; False where there are none."""
-        return all(table.ensure(sequence.filled[0] + rows) for table in sequence.tables)
+        return all(table.ensure(sequence.sent[0] + rows) for table in sequence.tables)
 
     def release(self, sequence: Sequence) -> None:
         """Take all that a sequence holds."""
@@ -72,7 +72,7 @@ class Memory:
     def roll_back(self, sequence: Sequence) -> None:
         """Forget what was computed for refused drafts; all positions but the newest have keys at every depth then."""
         length = len(sequence.ids) - 1
-        sequence.filled = [min(filled, length) for filled in sequence.filled]
+        sequence.set_filled([min(filled, length) for filled in sequence.filled])
         sequence.deep_end = 0
         kept = sequence.pending
         self.hidden.give_back(sequence.slots[kept:])
@@ -138,7 +138,7 @@ class Memory:
                 table.allocator.release_all(blocks)
             else:
                 table.adopt(blocks, begin)
-        sequence.filled = [count * size] * self._segments
+        sequence.set_filled([count * size] * self._segments)
         sequence.published = count
         if not sequence.tally.preemptions:  # else they may be its own
             sequence.tally.shared += count * size

@@ -9,10 +9,9 @@ Shapes: M rows, D hidden_size, H heads, Hkv key/value heads, G = H / Hkv, Dh hea
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from exitlm.decode.batch import Batch, Part, Run
 from exitlm.decode.cache.kv_pool import Entry, KVPool
 from exitlm.decode.kernels.formats import GRID_FORMATS, Linear, exit_format, head_format, pack_linear
 from exitlm.decode.kernels.graphs import Rotations, StaticRows, static_runner, through_layers
+from exitlm.decode.kernels.share import Share
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead, ExitKey
@@ -454,22 +454,14 @@ def _sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, x)))) if math.isfinite(x) else math.nan
 
 
-def cache_entries(
-    windows: Sequence[int | None], exits: Iterable[ExitKey], blocks: Mapping[ExitKey, int | None]
-) -> list[Entry]:
-    """The cache entries of layers with these windows and of block exits, in the order of ``blocks``, which has the
-    window of each; ``exits`` are all exits."""
-    bounds = sorted({e for _, e in exits if e < len(windows)})
-    found = [Entry(window, bisect.bisect_right(bounds, i)) for i, window in enumerate(windows)]
-    return found + [Entry(window, bisect.bisect_left(bounds, e)) for (_, e), window in blocks.items()]
-
-
 class FusedModel:
     """All layers and heads of a model, packed for decoding. ``adapters`` are the names of those that its exits come
     from, ``heads`` the exits by adapter and layer, in the order of :meth:`EarlyExitModel.heads_by_key`."""
 
-    def __init__(self, model: EarlyExitModel, quant: str, compile: str = "none") -> None:
-        """``quant`` and ``compile`` are resolved ones (see ``formats.py`` and ``graphs.py``)."""
+    def __init__(self, model: EarlyExitModel, quant: str, compile: str = "none", share: Share | None = None) -> None:
+        """``quant`` and ``compile`` are resolved ones (see ``formats.py`` and ``graphs.py``). ``share``: the layers
+        that are run here, with the exits at their ends (None: all that the model has)."""
+        self.share = share or Share.of(model)
         self.config, self.quant, self.compile = model.config, quant, compile
         self.dtype, self.device = stream_dtype(model), model.lm_head.weight.device
         self.cache_dtype = self.dtype
@@ -482,20 +474,20 @@ class FusedModel:
             torch.tensor(self.config.embedding_scale, dtype=self.embedding.dtype, device="cpu")
         )
         with torch.no_grad():
-            self.layers = [
-                FusedLayer(model.model.layers[str(i)], i, i, self.config, quant, self.dtype)
-                for i in range(self.config.num_hidden_layers)
-            ]
+            self.layers = {
+                i: FusedLayer(model.model.layers[str(i)], i, i, self.config, quant, self.dtype)
+                for i in self.share.layers
+            }
             self.final_norm = norm_scale(model.model.norm, self.dtype)
-            self.final_head = pack_linear(model.lm_head.weight.detach().to(self.dtype), None, head_format(quant))
+            heads = model.heads_by_key()
+            own = {key: head for key, head in heads.items() if self.share.has_exit(key[1])}
+            if self.share.reads_output(own.values()):
+                self.final_head = pack_linear(model.lm_head.weight.detach().to(self.dtype), None, head_format(quant))
             self.adapters = list(model.exit_sets())
-            self.heads: dict[ExitKey, FusedHead] = {}
             self.shared_outputs: dict[int, Linear] = {}
-            entries = len(self.layers)
-            for key, head in model.heads_by_key().items():
-                entry = entries if head.config.kind == "block" else None
-                entries += entry is not None
-                self.heads[key] = FusedHead(self, key, head, model, entry)
+            self.heads = {
+                key: FusedHead(self, key, head, model, self.share.blocks.get(key)) for key, head in own.items()
+            }
         self._rotations: dict[bool, Rotations] = {}
 
     @property
@@ -542,9 +534,8 @@ class FusedModel:
         return found
 
     def entries(self) -> list[Entry]:
-        """The cache entries: one for every layer, then one for every block exit."""
-        blocks = {key: head.block.window for key, head in self.heads.items() if head.block is not None}
-        return cache_entries([layer.window for layer in self.layers], self.heads, blocks)
+        """The cache entries of the whole model: one for every layer, then one for every block exit."""
+        return self.share.all_entries(self.config)
 
     def rows(self, batch: Batch, pool: KVPool) -> Rows:
         """What all layers of a pass share."""
@@ -560,11 +551,12 @@ class FusedModel:
 
     def run(self, hidden_MD: Tensor, first: int, last: int, rows: Rows) -> tuple[Tensor, Tensor]:
         """Layers ``first`` to ``last - 1``; also returns the residual before the last layer's MLP."""
+        layers = [self.layers[i] for i in range(first, last)]
         if self.static is not None and self.static.takes(rows.batch):
             parts = rows.batch.parts
             tables = self.rotation_tables(max(part.end for part in parts), parts[0].stretched)
-            return self.static.run(self.layers[first:last], hidden_MD, rows.batch, rows.pool, tables)
-        return through_layers(self.layers[first:last], hidden_MD, rows)
+            return self.static.run(layers, hidden_MD, rows.batch, rows.pool, tables)
+        return through_layers(layers, hidden_MD, rows)
 
     def final_features(self, hidden_MD: Tensor) -> Tensor:
         """What the final matrix reads, ``[M, D]``."""

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 from exitlm.decode.batch import Batch
 from exitlm.decode.cache.kv_pool import Entry, KVPool
-from exitlm.decode.kernels.fused import cache_entries, gate_scores, grown, norm_scale
+from exitlm.decode.kernels.fused import gate_scores, grown, norm_scale
 from exitlm.decode.kernels.scores import Scores
+from exitlm.decode.kernels.share import Share
 from exitlm.model.config import SLIDING, ModelConfig
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead, ExitKey
 from exitlm.model.layers import MLP, DecoderLayer, RMSNorm
 from exitlm.model.rope import RopeConfig, rotary_tables
 from exitlm.native import abi
-from exitlm.native.pack import GRIDS, GROUP, PAIR, RawMatrix, fits, format_of, in_turn, pack, quantised, raw_of
+from exitlm.native.pack import GROUP, PAIR, RawMatrix, fits, format_of, in_turn, pack, quantised, raw_of
 from exitlm.native.packfile import Packed
 
 Source = Callable[[str, Tensor], RawMatrix | None]
@@ -82,15 +83,14 @@ class _Unlike(Exception):
 class _Parts:
     """Packs matrices and norms, and keeps them."""
 
-    def __init__(self, model: EarlyExitModel, source: Source, digits: int, store: Store) -> None:
-        self.model, self.source, self.digits, self.store = model, source, digits, store
+    def __init__(self, model: EarlyExitModel, source: Source, digits: int, store: Store, rounds: bool) -> None:
+        self.model, self.source, self.digits, self.store, self.rounds = model, source, digits, store, rounds
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         for (_, layer), head in model.heads_by_key().items():  # some are no part of the model's parameters
             for name, parameter in head.named_parameters(f"exits.{layer}"):
                 self.names.setdefault(id(parameter), name)
         self.kept: list[Any] = []
         self.shared: dict[int, abi.Matrix] = {}
-        self.grids = False
         self.bytes = 0
 
     def keep_floats(self, values: Tensor) -> int:
@@ -108,8 +108,6 @@ class _Parts:
         format, rows, cols, packed = self.store(key, make)
         self.kept.append(packed)
         self.bytes += len(packed)
-        if key is not None and format in GRIDS:
-            self.grids = True
         return abi.matrix(packed, format, rows, cols, self.digits, bias)
 
     def raw(self, parameter: nn.Parameter | Tensor) -> RawMatrix:
@@ -119,7 +117,7 @@ class _Parts:
         found = self.source(name, parameter) if name else None
         if found is not None and fits(found.type, found.cols):
             return found
-        if name.startswith("exits.") and self.grids and parameter.shape[1] % GROUP == 0:
+        if name.startswith("exits.") and self.rounds and parameter.shape[1] % GROUP == 0:
             return quantised(parameter)
         return raw_of(parameter)
 
@@ -326,9 +324,13 @@ class NativeModel:
         digits: int = 2,
         half_cache: bool = False,
         store: Store | None = None,
+        share: Share | None = None,
+        rounds: bool = False,
     ) -> None:
         """``digits`` of 7 bits hold an activation that meets a grid. ``half_cache``: keys and values in float16.
-        ``store`` keeps packed matrices (default: in memory)."""
+        ``store`` keeps packed matrices (default: in memory). ``share``: the layers that are run here, with the exits at
+        their ends (None: all that the model has). ``rounds``: the exits' own matrices are rounded to 8 bits."""
+        self.share = share or Share.of(model)
         self.config, self.kernels, self.quant = model.config, kernels, quant
         self.compile = self.kernels_name = f"native {kernels.isa}"
         self.dtype, self.device = torch.float32, torch.device("cpu")
@@ -340,14 +342,15 @@ class NativeModel:
         )  # fmt: skip
         self.embedding = model.model.embed_tokens.weight.detach()
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=self.embedding.dtype, device="cpu"))
-        self._parts = parts = _Parts(model, source, digits, store or Packer())
-        L = len(model.model.layers)  # from the first on; those above may be absent
-        self.layers = (abi.Layer * L)(*(parts.layer(model.model.layers[str(i)], i) for i in range(L)))
-        self.output = parts.linear(model.lm_head)
-        self.final = NativeHead(self, parts, ("", config.num_hidden_layers), None)
+        self._parts = parts = _Parts(model, source, digits, store or Packer(), rounds)
+        own = self.share.layers
+        self.layers = (abi.Layer * len(own))(*(parts.layer(model.model.layers[str(i)], i) for i in own))
+        chosen = {key: head for key, head in model.heads_by_key().items() if self.share.has_exit(key[1])}
+        if self.share.reads_output(chosen.values()):
+            self.output = parts.linear(model.lm_head)
+            self.final = NativeHead(self, parts, ("", config.num_hidden_layers), None)
         self.adapters = list(model.exit_sets())
-        self.heads = {key: NativeHead(self, parts, key, head) for key, head in model.heads_by_key().items()}
-        self._windows = [layer.window or None for layer in self.layers]
+        self.heads = {key: NativeHead(self, parts, key, head) for key, head in chosen.items()}
         self._tables: dict[bool, list[Tensor]] = {}
         self._pool: KVPool | None = None
 
@@ -358,14 +361,16 @@ class NativeModel:
         return rope.original_max_position_embeddings if rope.kind == "longrope" else None
 
     def entries(self) -> list[Entry]:
-        """The cache entries: one for every layer, then one for every block exit."""
-        blocks = {key: head.block.layer[0].window or None for key, head in self.heads.items() if head.block is not None}
-        return cache_entries(self._windows, self.heads, blocks)
+        """The cache entries of the whole model: one for every layer, then one for every block exit."""
+        return self.share.all_entries(self.config)
 
     def bind(self, pool: KVPool) -> None:
         """Tell the layers where their keys and values lie."""
-        blocks = [head.block.layer[0] for head in self.heads.values() if head.block is not None]
-        for entry, layer in enumerate([*self.layers, *blocks]):
+        layers = dict(zip(self.share.layers, self.layers, strict=True))
+        layers |= {
+            self.share.blocks[key]: head.block.layer[0] for key, head in self.heads.items() if head.block is not None
+        }
+        for entry, layer in layers.items():
             store = pool.stores[entry]
             layer.cache, layer.slots, layer.group = store.data_ptr(), store.shape[2], pool.group_of[entry]
         self._pool = pool
@@ -411,7 +416,7 @@ class NativeModel:
 
     def run(self, hidden_MD: Tensor, first: int, last: int, rows: NativeRows) -> tuple[Tensor, Tensor]:
         """Layers ``first`` to ``last - 1``; also returns the residual before the last layer's MLP."""
-        return self.through(self.layers, first, last - first, abi.PART_ALL, hidden_MD, rows)
+        return self.through(self.layers, first - self.share.layers[0], last - first, abi.PART_ALL, hidden_MD, rows)
 
     def through(
         self, layers: ctypes.Array[abi.Layer], first: int, count: int, part: int, hidden_MD: Tensor, rows: Any

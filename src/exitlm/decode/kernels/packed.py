@@ -18,12 +18,13 @@ from exitlm.decode.kernels.formats import NATIVE_FORMATS, check_quant, resolve_f
 from exitlm.decode.kernels.fused import FusedModel
 from exitlm.decode.kernels.graphs import resolve_compile
 from exitlm.decode.kernels.native_model import NativeModel, Packer, lacks
+from exitlm.decode.kernels.share import Share
 from exitlm.decode.options import EngineConfig
 from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.native import abi, library, packfile
-from exitlm.native.pack import RawMatrix, quantised, raw_of
+from exitlm.native.pack import GRIDS, GROUP, RawMatrix, fits, format_of, quantised, raw_of
 from exitlm.native.packfile import Packed
 from exitlm.weights.store import cache_directory
 from exitlm.weights.stored import StoredMatrices, count_of_changes
@@ -33,8 +34,12 @@ _LOOKED_AT = 4
 _CAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def packed_model(model: EarlyExitModel, quant: str, compile: str, options: EngineConfig) -> FusedModel | NativeModel:
-    """Pack a model for decoding.
+def packed_model(
+    model: EarlyExitModel, quant: str, compile: str, options: EngineConfig, share: Share | None = None,
+    rounds: bool | None = None,
+) -> FusedModel | NativeModel:  # fmt: skip
+    """Pack a model for decoding, or the ``share`` of it that is run here. ``rounds``: whether the matrices of its exits
+    are rounded to 8 bits (None: where those of the model lie on grids, too).
 
     Raises:
         UserError: ``quant`` is unknown, or this model or machine can't have it.
@@ -43,11 +48,11 @@ def packed_model(model: EarlyExitModel, quant: str, compile: str, options: Engin
     unfit = _unfit(model.config, model.device, model.dtype, quant, compile)
     reason = unfit or library.why_not()
     if reason is None:
-        return _native(model, quant, options)
+        return _native(model, quant, options, share, rounds)
     if quant in NATIVE_FORMATS:
         raise UserError(f"quant '{quant}' is a format of the native kernels, which can't run here ({reason})")
     matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
-    fused = FusedModel(model, resolve_format(quant, matrices), resolve_compile(compile, model.device))
+    fused = FusedModel(model, resolve_format(quant, matrices), resolve_compile(compile, model.device), share)
     if unfit is None and os.environ.get("EXITLM_NATIVE") != "0":
         fused.note = f"decoding goes by torch, which is slower and not exact in any company: {reason}"
     return fused
@@ -74,25 +79,46 @@ def _unfit(config: ModelConfig, device: torch.device, dtype: torch.dtype, quant:
     return f"they lack {missing}" if missing else None
 
 
-def _native(model: EarlyExitModel, quant: str, options: EngineConfig) -> NativeModel:
+def rounds_exits(model: EarlyExitModel, quant: str) -> bool:
+    """Whether the native kernels round the matrices of a model's exits: where some of its own lie on grids."""
+    if quant in _CAST:
+        return False
+    source = _Stored(model, quant)
+    matrices = [(name, each) for name, each in model.named_parameters() if each.dim() == 2]
+    if quant == "q8_0":
+        return any(each.shape[1] % GROUP == 0 for _, each in matrices)
+    found = (source(name, each) for name, each in matrices if not name.startswith("exits."))
+    return any(raw is not None and fits(raw.type, raw.cols) and format_of(raw.type) in GRIDS for raw in found)
+
+
+class _Stored:
+    """What the native kernels pack for each matrix of a model; a callable of a parameter's name and the parameter."""
+
+    def __init__(self, model: EarlyExitModel, quant: str) -> None:
+        self.files, self._quant = StoredMatrices(model), quant
+
+    def __call__(self, name: str, parameter: Tensor) -> RawMatrix | None:
+        """The matrix as it is stored or as ``quant`` says; None where it is stored in no other way."""
+        if self._quant == "q8_0" and parameter.shape[1] % GROUP == 0:
+            return quantised(parameter)
+        if self._quant in _CAST:
+            return raw_of(parameter.detach().to(_CAST[self._quant]))
+        return self.files(name, parameter)
+
+
+def _native(
+    model: EarlyExitModel, quant: str, options: EngineConfig, share: Share | None, rounds: bool | None
+) -> NativeModel:
     kernels = abi.Kernels(library.load().lib)
     kernels.threads(options.threads or library.default_threads())
-    stored = StoredMatrices(model)
-
-    def source(name: str, parameter: Tensor) -> RawMatrix | None:
-        if quant == "q8_0" and parameter.shape[1] % 32 == 0:
-            return quantised(parameter)
-        if quant in _CAST:
-            return raw_of(parameter.detach().to(_CAST[quant]))
-        return stored(name, parameter)
-
-    digits = 1 if options.activation_bits == 8 else 2
-    name = "stored" if quant == "auto" else quant
-    store = KeptMatrices(model, name)
+    name, source = "stored" if quant == "auto" else quant, _Stored(model, quant)
+    store = KeptMatrices(model, name, share)
     native = NativeModel(
-        model, kernels, source, quant=name, digits=digits, half_cache=options.kv_dtype == "float16", store=store
-    )
-    if store.has_new and not stored.lost:  # else what was packed is not what the file stores
+        model, kernels, source, quant=name, digits=1 if options.activation_bits == 8 else 2,
+        half_cache=options.kv_dtype == "float16", store=store, share=share,
+        rounds=rounds_exits(model, quant) if rounds is None else rounds,
+    )  # fmt: skip
+    if store.has_new and not source.files.lost:  # else what was packed is not what the file stores
         store.keep()
     return native
 
@@ -100,15 +126,17 @@ def _native(model: EarlyExitModel, quant: str, options: EngineConfig) -> NativeM
 class KeptMatrices:
     """Packed matrices of a checkpoint that is as it was loaded, in a file of the user's cache."""
 
-    def __init__(self, model: EarlyExitModel, quant: str) -> None:
+    def __init__(self, model: EarlyExitModel, quant: str, share: Share | None = None) -> None:
         self._path, self._mark, self._made = None, "", dict[str, Packed]()
         self._held: dict[str, Packed] = {}
         self._pack = Packer()
         backbone = [(name, each) for name, each in model.named_parameters() if not name.startswith("exits.")]
         whole = len(model.model.layers) == model.config.num_hidden_layers
-        if model.checkpoint is None or not whole or any(count_of_changes(each) for _, each in backbone):
+        if model.checkpoint is None or not (whole or share) or any(count_of_changes(each) for _, each in backbone):
             return
         content, of = model.checkpoint.digest(), "" if model.checkpoint.source is None else "-gguf"
+        if share is not None:  # of a stage, which opens what it needs and no more
+            of += f"-{share.layers.start}-{share.layers.stop}"
         self._path = cache_directory() / "packed" / f"{content[:20]}{of}-{quant}-{packfile.LAYOUT}.bin"
         self._mark = _mark(backbone)
         try:

@@ -9,10 +9,9 @@ Shapes: M rows, T ranks, c columns of each rank, K columns that count (the last 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -68,11 +67,3 @@ class Ranks:
         """The columns of all ranks side by side, the first K of them: ``[M, K]``."""
         M, c = x_Mc.shape
         return self.stack(x_Mc).transpose(0, 1).reshape(M, self.size * c)[:, :columns]
-
-    def smallest(self, numbers: Sequence[int]) -> list[int]:
-        """The smallest of each of these numbers on any rank: blocks that every pool has, for example."""
-        device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
-        found = torch.tensor(numbers, dtype=torch.long, device=device)
-        with noticing(self.group):
-            dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
-        return [int(number) for number in found.tolist()]

@@ -22,7 +22,7 @@ from exitlm.decode.cache.kv_pool import KVPool
 from exitlm.decode.kernels.fused import FusedHead, FusedLayer, FusedModel
 from exitlm.decode.kernels.graphs import attention_backends
 from exitlm.decode.kernels.native_model import NativeBlock, NativeHead, NativeModel
-from exitlm.decode.kernels.scores import Scores
+from exitlm.decode.kernels.scores import Scores, log_probabilities
 from exitlm.decode.options import EngineConfig
 
 
@@ -39,10 +39,12 @@ class Arrived:
 class Runner:
     """The runner of this process: native kernels, eager torch, or static shapes and CUDA graphs (see ``graphs.py``)."""
 
-    def __init__(self, fused: FusedModel | NativeModel, options: EngineConfig) -> None:
-        self.fused, config = fused, fused.config
+    def __init__(
+        self, fused: FusedModel | NativeModel, options: EngineConfig, blocks: Sequence[int] | None = None
+    ) -> None:
+        """``blocks``: the number of each group's blocks (None: as the budget allows)."""
+        self.fused, config, self.bounds = fused, fused.config, fused.share.bounds
         self.early = tuple(sorted({e for _, e in fused.heads if e < config.num_hidden_layers}))
-        self.bounds = (0, *self.early, config.num_hidden_layers)
         self._heads: list[dict[str, FusedHead | NativeHead]] = [  # of each boundary, by adapter
             {name: head for (name, at), head in fused.heads.items() if at == layer} for layer in self.bounds
         ]
@@ -52,7 +54,7 @@ class Runner:
         self.pool = KVPool(
             fused.entries(), heads=config.num_key_value_heads, head_dim=config.head_dim, dtype=fused.cache_dtype,
             device=fused.device, context=config.max_position_embeddings, options=options,
-            zeroed=fused.static is not None,
+            zeroed=fused.static is not None, held=fused.share.entries, blocks=blocks,
         )  # fmt: skip
 
     @property
@@ -92,6 +94,10 @@ class Runner:
         heads = self._heads[boundary]
         return next(iter(heads.values())) if adapter is None else heads[adapter]
 
+    def heads_at(self, boundary: int) -> Mapping[str, FusedHead | NativeHead]:
+        """The heads of the exits at a boundary, by adapter."""
+        return self._heads[boundary]
+
     def exit_logits(self, boundary: int, arrived: Arrived, rows: Sequence[int], adapter: str | None = None) -> Tensor:
         """Logits ``[T, K]`` of an exit at a boundary for some of the rows that arrived there; ``adapter``: see
         :meth:`head`."""
@@ -128,6 +134,14 @@ class Runner:
         if isinstance(self.fused, NativeModel):
             return self.fused.final.scores(select(arrived.hidden_MD, rows))
         return Scores.of(self.final_logits(arrived, rows))
+
+    def log_probabilities(
+        self, arrived: Arrived, rows: Sequence[int], tokens: Sequence[int], most: int
+    ) -> list[tuple[float, dict[int, float]]]:
+        """For some of the rows that arrived at the end, the log-probability of the token behind each, and of the
+        ``most`` likely ones."""
+        raw_RV = self.final_logits(arrived, rows)
+        return [log_probabilities(raw_V, token, most) for raw_V, token in zip(raw_RV, tokens, strict=True)]
 
 
 def select(rows_MX: Tensor, rows: Sequence[int]) -> Tensor:

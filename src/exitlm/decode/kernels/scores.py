@@ -5,6 +5,7 @@ Where logits are cut over ranks and only that is read of them, :func:`digest` ta
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,3 +59,13 @@ def digest(logits_Mc: Tensor) -> Tensor:
     wide_Mc = logits_Mc.double()
     largest_M, at_M = wide_Mc.max(-1)
     return torch.stack([largest_M, at_M.double(), (wide_Mc - largest_M[:, None]).exp().sum(-1), wide_Mc.sum(-1)], -1)
+
+
+def log_probabilities(raw_V: Tensor, token: int, most: int) -> tuple[float, dict[int, float]]:
+    """The log-probability of ``token`` and of the ``most`` likely tokens, under logits ``[V]``."""
+    log_p = torch.log_softmax(raw_V.float() if raw_V.dtype != torch.float64 else raw_V, -1)
+    if not most:
+        return float(log_p[token]), {}
+    values, ids = log_p.topk(min(most, len(log_p)))
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return float(log_p[token]), {i: value for i, value in pairs if value > -math.inf}  # an exit's candidates alone

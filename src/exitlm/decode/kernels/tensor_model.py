@@ -15,7 +15,7 @@ Shapes: M rows, D hidden_size, V vocab_size, K rows of an output matrix, T ranks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +29,7 @@ from exitlm.decode.kernels.formats import Linear
 from exitlm.decode.kernels.fused import FusedHead, FusedLayer, FusedMLP, FusedModel
 from exitlm.decode.kernels.ranks import Ranks
 from exitlm.decode.kernels.scores import Brief, digest
+from exitlm.decode.kernels.share import Share
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead
@@ -45,25 +46,30 @@ class TensorModel(FusedModel):
         model: EarlyExitModel,
         quant: str,
         compile: str = "none",
+        share: Share | None = None,
         *,
         group: dist.ProcessGroup,
         device: torch.device | None = None,
     ) -> None:
-        """``model`` is the whole one, or all layers of a pipeline stage, on every rank; only this rank's part of it is
-        moved to ``device`` (None: where it is). ``quant`` and ``compile`` are resolved ones, the same on all ranks.
+        """``model`` is what :class:`FusedModel` takes, on every rank; only this rank's part of it is moved to
+        ``device`` (None: where it is). ``quant``, ``compile`` and ``share`` are the same on all ranks.
 
         Raises:
             UserError: the model can't be cut into so many parts; training refuses it in the same words.
         """
         self.ranks, self.whole = Ranks(group), model.config
         check_tensor(model.config, [head.config for head in model.heads_by_key().values()], self.ranks.size, False, 0)
-        super().__init__(local_part(model, self.ranks, device or model.device), quant, compile)
+        layers = model.model.layers.by_number() if share is None else share.layers
+        part = local_part(model, layers, self.ranks, device or model.device)
+        super().__init__(part, quant, compile, share)
         self._first_row = self.ranks.rank * rows_of_each(self.whole.vocab_size, self.ranks.size)
-        for layer in self.layers:
+        for layer in self.layers.values():
             self._sum_layer(layer)
-        self.final_head: Linear = Joined(self.final_head, self.whole.vocab_size, self.ranks)
-        for key, original in model.heads_by_key().items():
-            self._join_head(self.heads[key], original)
+        if hasattr(self, "final_head"):  # a pipeline stage may have no use for it
+            self.final_head = Joined(self.final_head, self.whole.vocab_size, self.ranks)
+        originals = model.heads_by_key()
+        for key, head in self.heads.items():
+            self._join_head(head, originals[key])
 
     def _sum_layer(self, layer: FusedLayer) -> None:
         layer.output = Summed(layer.output, self.dtype, self.ranks)
@@ -156,16 +162,14 @@ def local_config(config: ModelConfig, ranks: int) -> ModelConfig:
 
 
 @torch.no_grad()
-def local_part(model: EarlyExitModel, ranks: Ranks, device: torch.device) -> EarlyExitModel:
-    """The part of a model that this rank has, on ``device``: modules with its names, plain parameters of fewer rows or
-    columns, and biases that are added to sums on the first rank alone. Only :class:`FusedModel` can run it."""
+def local_part(model: EarlyExitModel, layers: Iterable[int], ranks: Ranks, device: torch.device) -> EarlyExitModel:
+    """The part that this rank has of a model's ``layers`` (0-based) and of all around them, on ``device``: modules with
+    its names, plain parameters of fewer rows or columns, and biases that are added to sums on the first rank alone.
+    Only :class:`FusedModel` can run it."""
     mesh = DeviceMesh.from_group(ranks.group, "cuda" if dist.get_backend(ranks.group) == "nccl" else "cpu")
     parts = _Parts(ranks, device)
     with torch.device("meta"):
-        part = EarlyExitModel(model.config, model.model.layers.by_number())
-    for holder, whole in ((part.model, model.model), (part, model)):
-        for name in dict(holder.named_children()).keys() - dict(whole.named_children()).keys():
-            delattr(holder, name)  # a pipeline stage has no use for it
+        part = EarlyExitModel(model.config, layers)
     cut(part, mesh, sequence=False)
     parts.fill(part, model)
     part.config = local_config(model.config, ranks.size)

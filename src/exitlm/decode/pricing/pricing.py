@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from exitlm.decode.arrival import Runs
 from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.pricing.acceptance import AcceptanceTable
@@ -27,7 +28,7 @@ class Pricing:
     """Costs, acceptances and the recent gain of one engine."""
 
     def __init__(
-        self, runner: Runner, options: EngineConfig, costs: Costs | None = None, cache_dir: Path | None = None
+        self, runner: Runs, options: EngineConfig, costs: Costs | None = None, cache_dir: Path | None = None
     ) -> None:
         """``costs`` replaces measuring; ``cache_dir`` is where measured costs are kept."""
         self.runner = runner
@@ -53,6 +54,7 @@ class Pricing:
         """Costs of passes on this machine: given, kept from an earlier run, or measured now; again after a while where
         the machine was too busy to be measured."""
         if self._costs is None or (not self._costs.steady and time.monotonic() >= self._next_measure):
+            assert isinstance(self.runner, Runner)  # others come with their costs
             costs = cached(self.runner, self._cache_dir or cache_directory())
             self._costs, self._next_measure = costs, time.monotonic() + MEASURE_AGAIN
             if costs.origin == NO_ROOM:

@@ -1,1 +1,1 @@
-"""Passes that other processes run: what goes between them and the engine."""
+"""Decoding by many processes: stages of a pipeline, what they say to each other, and how they are kept alive."""

@@ -1,0 +1,208 @@
+"""Passes and what they bring, as frames. The order of the numbers is the protocol; ``PROTOCOL`` counts its versions.
+
+A batch's runs of slots travel as they are, since the head has decided where everything lies. Whoever receives them
+checks that they lie in its pool, so that a frame can make no kernel write elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from exitlm.decode.batch import Batch, Part, Run
+from exitlm.decode.remote.frames import BadFrame, Frame, Kind
+from exitlm.decode.work import Brought, Final, Follower, Scored, Test, Wants, Work
+
+PROTOCOL = 1
+
+
+class _Numbers:
+    """Reads whole numbers one after the other."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._left: Iterator[int] = iter(numbers)
+        self._most = len(numbers)
+
+    def one(self) -> int:
+        """The next one."""
+        found = next(self._left, None)
+        if found is None:
+            raise BadFrame("a frame came that ends too early")
+        return found
+
+    def count(self) -> int:
+        """The next one, which says how many things follow."""
+        found = self.one()
+        if not 0 <= found <= self._most:
+            raise BadFrame("a frame came that ends too early")
+        return found
+
+    def some(self) -> list[int]:
+        """So many as the next one says."""
+        count = self.count()
+        found = list(itertools.islice(self._left, count))
+        if len(found) < count:
+            raise BadFrame("a frame came that ends too early")
+        return found
+
+    def end(self) -> None:
+        """Nothing may be left."""
+        if next(self._left, None) is not None:
+            raise BadFrame("a frame came with numbers that belong to nothing")
+
+
+# ---- passes
+
+
+def of_work(work: Work, adapters: Sequence[str]) -> Frame:
+    """A pass as a frame; ``adapters`` go by their numbers."""
+    ints = [work.number, work.first, work.last, len(work.batch.parts)]
+    for part in work.batch.parts:
+        ints += [part.start, part.count, part.stretched, len(part.firsts), *part.firsts]
+        for runs in (*part.reads, *part.writes):
+            ints.append(len(runs))
+            for run in runs:
+                ints += run
+    for numbers in (work.tokens, work.slots, work.kept):
+        ints += [len(numbers), *numbers]
+    wants, floats = work.wants, list[float]()
+    ints.append(len(wants.tests))
+    for test in wants.tests:
+        ints += [adapters.index(test.adapter), len(test.rows), *test.rows, *test.logits]
+        floats += test.gates
+    ints.append(len(wants.finals))
+    for final in wants.finals:
+        ints += [final.row, final.logits]
+    ints.append(len(wants.followers))
+    for one in wants.followers:
+        ints += [one.row, one.token, one.most]
+    return Frame(Kind.PASS, ints, floats, [] if work.hidden_MD is None else [work.hidden_MD])
+
+
+def to_work(frame: Frame, adapters: Sequence[str], blocks: Sequence[int], block_size: int) -> Work:
+    """The pass in a frame. ``blocks`` of each group are what the pool has.
+
+    Raises:
+        BadFrame: it is none, or its rows lie outside of the pool.
+    """
+    read, floats = _Numbers(frame.ints), iter(frame.floats)
+    number, first, last = read.one(), read.one(), read.one()
+    slots = [count * block_size for count in blocks]
+    batch = Batch.of(tuple(_part(read, slots) for _ in range(read.count())))
+    tokens, waiting, kept = read.some(), read.some(), read.some()
+    tests = []
+    for _ in range(read.count()):
+        adapter, rows = read.one(), read.some()
+        if not 0 <= adapter < len(adapters):
+            raise BadFrame("a pass came with an adapter that is not here")
+        logits = tuple(bool(read.one()) for _ in rows)
+        gates = tuple(next(floats, math.nan) for _ in rows)
+        tests.append(Test(adapters[adapter], tuple(rows), gates, logits))
+    finals = tuple(Final(read.one(), bool(read.one())) for _ in range(read.count()))
+    followers = tuple(Follower(read.one(), read.one(), read.one()) for _ in range(read.count()))
+    read.end()
+    hidden = frame.tensors[0] if frame.tensors else None
+    given = [len(tokens), len(waiting), 0 if hidden is None else len(hidden)]
+    asked = [*(row for test in tests for row in test.rows), *(f.row for f in finals), *(f.row for f in followers)]
+    if sorted(given) != [0, 0, batch.count] or (kept and len(kept) != batch.count):
+        raise BadFrame("a pass came with rows that are not those of its batch")
+    if not all(0 <= row < batch.count for row in asked) or min([*waiting, *kept], default=0) < 0:
+        raise BadFrame("a pass came that asks for rows which it has not")
+    return Work(number, first, last, batch, Wants(tuple(tests), finals, followers), tokens, hidden, waiting, kept)
+
+
+def _part(read: _Numbers, slots: Sequence[int]) -> Part:
+    start, count, stretched = read.one(), read.one(), bool(read.one())
+    firsts = tuple(read.some())
+    if len(firsts) != len(slots) or count < 1 or not all(0 <= at <= start for at in firsts):
+        raise BadFrame("a pass came with rows that are none")
+    both: list[tuple[tuple[Run, ...], ...]] = []
+    for _ in range(2):
+        runs = tuple(tuple((read.one(), read.one()) for _ in range(read.count())) for _ in slots)
+        for group, most in zip(runs, slots, strict=True):
+            if not all(0 <= first < first + many <= most for first, many in group):
+                raise BadFrame("a pass came with slots that the pool has not")
+        both.append(runs)
+    reads, writes = both
+    for first, seen, written in zip(firsts, reads, writes, strict=True):
+        if sum(n for _, n in seen) != start + count - first or sum(n for _, n in written) != count:
+            raise BadFrame("a pass came with slots that are not those of its rows")
+    return Part(start, count, firsts, reads, writes, stretched)
+
+
+# ---- what they bring
+
+
+def of_brought(brought: Brought, adapters: Sequence[str]) -> Frame:
+    """What a pass brought as a frame."""
+    ints, floats, logits = [brought.number], [brought.seconds], list[Tensor]()
+    ints.append(len(brought.tests))
+    for adapter, rows in brought.tests.items():
+        ints.append(adapters.index(adapter))
+        _put(rows, ints, floats, logits)
+    _put(brought.finals, ints, floats, logits)
+    ints.append(len(brought.followers))
+    for row, (one, likely) in brought.followers.items():
+        ints += [row, len(likely), *likely]
+        floats += [one, *likely.values()]
+    joined = list[Tensor]()
+    for width in dict.fromkeys(len(each) for each in logits):  # heads differ in how many logits they have
+        joined.append(torch.stack([each for each in logits if len(each) == width]))
+    hidden = [] if brought.hidden_MD is None else [brought.hidden_MD]
+    return Frame(Kind.DONE, [*ints, len(hidden)], floats, [*joined, *hidden])
+
+
+def _put(rows: Mapping[int, Scored], ints: list[int], floats: list[float], logits: list[Tensor]) -> None:
+    ints.append(len(rows))
+    for row, scored in rows.items():
+        width = 0 if scored.logits_K is None else len(scored.logits_K)
+        ints += [row, scored.best, scored.finite, width]
+        floats += [scored.gate, scored.probability]
+        if scored.logits_K is not None:
+            logits.append(scored.logits_K)
+
+
+def to_brought(frame: Frame, adapters: Sequence[str]) -> Brought:
+    """What a frame says that a pass brought.
+
+    Raises:
+        BadFrame: it says nothing of the kind.
+    """
+    read, floats = _Numbers(frame.ints), iter(frame.floats)
+    has_hidden = bool(frame.ints and frame.ints[-1])
+    tensors = list(frame.tensors)
+    hidden = tensors.pop() if has_hidden and tensors else None
+    if any(each.dim() != 2 for each in frame.tensors):
+        raise BadFrame("an answer came with tensors that are no rows")
+    rows_of = {each.shape[1]: iter(each) for each in tensors}
+    number, seconds = read.one(), next(floats, 0.0)
+
+    def scored() -> dict[int, Scored]:
+        found: dict[int, Scored] = {}
+        for _ in range(read.count()):
+            row, best, finite, width = read.one(), read.one(), bool(read.one()), read.one()
+            gate, probability = next(floats, math.nan), next(floats, math.nan)
+            logits = next(rows_of.get(width, iter(())), None) if width else None
+            if width and logits is None:
+                raise BadFrame("an answer came without its logits")
+            found[row] = Scored(gate, best, finite, probability, logits)
+        return found
+
+    tests = {}
+    for _ in range(read.count()):
+        adapter = read.one()
+        if not 0 <= adapter < len(adapters):
+            raise BadFrame("an answer came from an adapter that is not here")
+        tests[adapters[adapter]] = scored()
+    finals, followers = scored(), dict[int, tuple[float, dict[int, float]]]()
+    for _ in range(read.count()):
+        row, likely = read.one(), read.some()
+        one = next(floats, math.nan)
+        followers[row] = one, {token: next(floats, math.nan) for token in likely}
+    read.one()
+    read.end()
+    return Brought(number, seconds, tests, finals, followers, hidden)
