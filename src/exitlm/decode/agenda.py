@@ -39,7 +39,7 @@ class Agenda:
         """What to run next. Where nothing is to be weighed, all that is ready starts together and goes to the end."""
         for sequence in list(self.roster.running):
             if sequence.filled[0] >= sequence.prefill_end and not sequence.prepared and not sequence.moving:
-                self._prepare(sequence)
+                self.prepare(sequence)
         alone = len(self.roster.running) == 1
         if not alone:
             for sequence in self.roster.running:
@@ -101,7 +101,7 @@ class Agenda:
         test = sequence.test
         return test is not None and end == sequence.length and test.tries(self.runner.bounds[boundary])
 
-    def _prepare(self, sequence: Sequence) -> bool:
+    def prepare(self, sequence: Sequence) -> bool:
         """Before the newest token enters: drafts that the text itself offers, or the exits that test it. False if the
         sequence has to be computed anew first."""
         original = self.runner.fused.original_context

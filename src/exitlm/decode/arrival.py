@@ -32,15 +32,41 @@ class Head(Protocol):
 class Packed(Protocol):
     """What is known of a model as it is run."""
 
-    config: ModelConfig
-    quant: str
-    dtype: torch.dtype
-    cache_dtype: torch.dtype
-    device: torch.device
-    kernels_name: str
-    note: str
-    exact: bool
-    adapters: list[str]
+    @property
+    def config(self) -> ModelConfig:
+        """Of the whole model."""
+
+    @property
+    def quant(self) -> str:
+        """How matrices are packed."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where hidden states wait."""
+
+    @property
+    def kernels_name(self) -> str:
+        """What computes."""
+
+    @property
+    def note(self) -> str:
+        """What the user should know of it; else empty."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether a row is computed alike whatever runs beside it."""
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of those that the exits come from."""
 
     @property
     def original_context(self) -> int | None:
@@ -56,7 +82,10 @@ class Runs(Protocol):
 
     bounds: tuple[int, ...]
     early: tuple[int, ...]
-    pool: KVPool
+
+    @property
+    def pool(self) -> KVPool:
+        """The blocks of keys and values."""
 
     @property
     def fused(self) -> Packed:

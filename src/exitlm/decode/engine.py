@@ -89,7 +89,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """Put the parts together around a runner."""
         self.config, self.tokenizer, self.options = model.config, tokenizer, options
-        self.fused, self.pricing, self.quant = runner.fused, pricing, runner.fused.quant
+        self.runs, self.fused, self.pricing, self.quant = runner, runner.fused, pricing, runner.fused.quant
         self.memory = Memory(runner, options)
         self.intake = Intake(runner, model.heads_by_key(), tokenizer, lambda: pricing.costs)
         self.roster = Roster(
@@ -157,14 +157,14 @@ class Engine:
     def _depart(self, chosen: Chosen) -> Departed:
         """Rows set out from one boundary to another."""
         first, last = chosen.first, chosen.last
-        layers = self.runner.bounds[last] - self.runner.bounds[first]
+        layers = self.runs.bounds[last] - self.runs.bounds[first]
         parts, tokens, slots, members, row = [], [], [], [], 0
         for sequence, count in chosen.members:
             start = sequence.sent[first]
             parts.append(sequence.part(start, count, self.memory.windows))
             if first == 0:
                 tokens += sequence.tokens(start, count)
-                if last < self.runner.segments:
+                if last < self.runs.segments:
                     sequence.slots += self.memory.hidden.take(count)
             else:
                 slots += sequence.slots_of(start, count)
@@ -186,7 +186,7 @@ class Engine:
         members = [member for member in departed.members if member.epoch == member.sequence.epoch]
         for member in members:
             member.sequence.filled[first:last] = [member.end] * (last - first)
-        if last == self.runner.segments:
+        if last == self.runs.segments:
             self._finish_rows(first, members, arrived)
             return
         self._wait(departed, members, arrived)
@@ -195,7 +195,7 @@ class Engine:
     def _wait(self, departed: Departed, members: list[Member], arrived: Arrival) -> None:
         """Keep hidden states at a boundary."""
         hidden_MD = arrived.hidden_MD
-        if hidden_MD is None:  # a stage keeps them
+        if hidden_MD is None or not members:  # a stage keeps them, or nobody wants them
             return
         if len(members) == len(departed.members):
             slots = [slot for m in members for slot in m.sequence.slots_of(m.start, m.count)]
@@ -208,7 +208,7 @@ class Engine:
 
     def _test(self, departed: Departed, members: list[Member], arrived: Arrival) -> None:
         """Score the newest rows that are tested at this boundary, those of each adapter by its own exit."""
-        layer = self.runner.bounds[departed.last]
+        layer = self.runs.bounds[departed.last]
         for adapter, tested in by_adapter(members, departed.tested, layer).items():
             rows, sequences = [member.newest for member in tested], [member.sequence for member in tested]
             self._test_exit(departed.last, adapter, arrived, rows, sequences)
@@ -217,7 +217,7 @@ class Engine:
         self, boundary: int, adapter: str, arrived: Arrival, rows: list[int], tested: list[Sequence]
     ) -> None:
         """Score some rows at one exit; where a rule fires, the token or draft is there."""
-        layer, head = self.runner.bounds[boundary], self.runner.head(boundary, adapter)
+        layer, head = self.runs.bounds[boundary], self.runs.head(boundary, adapter)
         gates = [1.0] * len(rows)
         gated = [i for i, sequence in enumerate(tested) if sequence.plan.rule_name == "gate"]
         if gated:  # a gate that does not fire needs no logits
@@ -333,7 +333,7 @@ class Engine:
             draft = drafts[i] if i < len(drafts) else None
             token = best[i] if sequence.plain else sequence.choose(sequence.restricted(raw_RV[i]))
             kept = draft is not None and token == draft.token
-            trace = TokenTrace(id=token, exit_layer=self.runner.bounds[-1], source="final", confidence=confidence)
+            trace = TokenTrace(id=token, exit_layer=self.runs.bounds[-1], source="final", confidence=confidence)
             if draft is not None:
                 trace.confidence = draft.confidence
                 self._count(sequence, draft, kept)

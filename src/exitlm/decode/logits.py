@@ -73,10 +73,14 @@ def scores(
 
 def _given(known: Scores, row: int, sequence: Sequence) -> float | None:
     """A row's score, where the numbers that came with its logits tell it."""
-    score = SCORES[sequence.plan.rule_name]
-    if known.probability is None or not known.finite[row] or sequence.restricts or score not in _KNOWN:
+    if known.probability is None or not known.finite[row] or not is_given(sequence):
         return None
-    return known.probability[row] if score is probability else 1.0
+    return known.probability[row] if SCORES[sequence.plan.rule_name] is probability else 1.0
+
+
+def is_given(sequence: Sequence) -> bool:
+    """Whether the head's own numbers tell a sequence's score, so that it needs no logits."""
+    return not sequence.restricts and SCORES[sequence.plan.rule_name] in _KNOWN
 
 
 def not_finite(token: int, dtype: torch.dtype, cache: torch.dtype) -> UserError:

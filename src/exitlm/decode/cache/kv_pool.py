@@ -139,6 +139,11 @@ class KVPool:
                 found = min(found, count * self.block_size)
         return found
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all blocks of all entries, wherever their tables are."""
+        return self._bytes(max(self.blocks))
+
     def nbytes(self) -> int:
         """Bytes of all entries, touched or not."""
         return sum(store.numel() * store.element_size() for store in self.stores)

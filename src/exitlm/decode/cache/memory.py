@@ -61,6 +61,7 @@ class Memory:
             table.release()
         self.hidden.give_back(sequence.slots)
         sequence.tables, sequence.slots = [], []
+        sequence.epoch += 1  # what is on its way is in vain
 
     def spoil(self, sequence: Sequence) -> None:
         """What a sequence left may not be numbers: it is neither shared nor left to padded reads."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from exitlm.decode.kernels.formats import NATIVE_FORMATS, check_quant, resolve_format
-from exitlm.decode.kernels.fused import FusedModel
+from exitlm.decode.kernels.fused import FusedModel, stream_dtype
 from exitlm.decode.kernels.graphs import resolve_compile
 from exitlm.decode.kernels.native_model import NativeModel, Packer, lacks
 from exitlm.decode.kernels.share import Share
@@ -63,6 +63,13 @@ def why_not_native(
 ) -> str | None:
     """Why the native kernels do not run a model, in words; None if they do."""
     return _unfit(config, device, dtype, quant, compile) or library.why_not()
+
+
+def cache_dtype(model: EarlyExitModel, quant: str, compile: str, options: EngineConfig) -> torch.dtype:
+    """What a packed model would hold keys and values in."""
+    if why_not_native(model.config, model.device, model.dtype, quant, compile) is not None:
+        return stream_dtype(model)
+    return torch.float16 if options.kv_dtype == "float16" else torch.float32
 
 
 def _unfit(config: ModelConfig, device: torch.device, dtype: torch.dtype, quant: str, compile: str) -> str | None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from exitlm.decode.arrival import Packed
 from exitlm.decode.batch import Batch
 from exitlm.decode.batch import Part as Rows
 from exitlm.decode.cache.block_table import BlockTable
@@ -46,7 +47,7 @@ _MAX_SWITCHES = 1  # how often the system may take the processor away while a pa
 _DEVIATION = 1.5  # how far times relative to a kept table may lie from each other, or all of them from 1, squared
 
 
-def ideal(fused: FusedModel | NativeModel) -> Costs:
+def ideal(fused: Packed) -> Costs:
     """Costs by bytes alone, in units of a layer at any number of rows: the bound of a machine where rows are free."""
     config = fused.config
     layer = 4 * config.hidden_size * config.num_attention_heads * config.head_dim

@@ -31,7 +31,7 @@ class Late(Closed):
 
 
 class Link:
-    """Frames to and from ``peer``, which is its name in words. At first it takes small frames only; see :meth:`trust`."""
+    """Frames to and from ``peer``, which is its name in words. At first it takes small ones; see :meth:`trust`."""
 
     def __init__(self, connection: socket.socket, peer: str) -> None:
         connection.setblocking(False)

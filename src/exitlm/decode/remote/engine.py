@@ -1,0 +1,106 @@
+"""The engine over a pipeline: the same loop, whose passes are under way in several processes at once.
+
+```
+turn:  for each stage that has nothing to do: choose a pass of the rows that wait at its boundaries, and submit it
+       wait for what passes bring, and do what the engine does wherever rows arrive
+```
+When an exit fires on the first stage, the next token starts there while later stages fill the keys of the last one
+(EE-LLM section 4, its second method); drafts start while those before them are verified. A stage that is lost is
+replaced, and its keys are computed anew: all texts give their memory and wait, as if it had run short.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from exitlm.decode.agenda import Chosen
+from exitlm.decode.departed import Departed
+from exitlm.decode.engine import Engine
+from exitlm.decode.options import EngineConfig
+from exitlm.decode.pricing.costs import Costs
+from exitlm.decode.pricing.measure_costs import ideal
+from exitlm.decode.pricing.pricing import Pricing
+from exitlm.decode.remote.asked import There, wants
+from exitlm.decode.remote.pipeline import Pipeline, StageLost
+from exitlm.decode.remote.stage_agenda import StageAgenda
+from exitlm.decode.text import Tokenizer
+from exitlm.decode.work import Work
+from exitlm.errors import UserError
+from exitlm.model.decoder import EarlyExitModel
+
+_TRIES = 3  # to replace a stage
+
+
+class PipelineDown(RuntimeError):
+    """A stage is gone and could not be replaced."""
+
+
+class PipelinedEngine(Engine):
+    """Decodes with a pipeline of stages."""
+
+    def __init__(
+        self, model: EarlyExitModel, pipeline: Pipeline, *, tokenizer: Tokenizer | None = None,
+        options: EngineConfig | None = None, costs: Costs | None = None,
+    ) -> None:  # fmt: skip
+        """``costs`` say which exits are worth a draft (None: by bytes alone)."""
+        options = options or EngineConfig()
+        self.pipeline, self.lost = pipeline, 0
+        self._flights: dict[int, tuple[int, Departed]] = {}
+        self._down: StageLost | None = None
+        pricing = Pricing(pipeline, options, costs or ideal(pipeline.fused))
+        self._assemble(model, pipeline, pricing, tokenizer, options)
+        self._stages = StageAgenda(self.agenda, pipeline, options)
+
+    def close(self) -> None:
+        """End the other processes."""
+        self.pipeline.close()
+
+    def _turn(self) -> None:
+        if self._down is not None:
+            self._replace(self._down)
+        try:
+            for number in self.pipeline.free:
+                while number in self.pipeline.free and (chosen := self._stages.next_pass(number)) is not None:
+                    self._submit(number, chosen)
+            for brought in self.pipeline.wait():
+                _, departed = self._flights.pop(brought.number)
+                self._arrive(departed, There(brought))
+        except StageLost as lost:
+            self._replace(lost)
+
+    def _submit(self, number: int, chosen: Chosen) -> None:
+        departed, share = self._depart(chosen), self.pipeline.shares[number]
+        enters, leaves = departed.first == share.first, departed.last == share.last
+        kept = [] if leaves else [s for m in departed.members for s in m.sequence.slots_of(m.start, m.count)]
+        hidden_MD = self.memory.hidden.get(departed.slots) if departed.first and enters else None
+        work = Work(
+            number=0, first=departed.first, last=departed.last, batch=departed.batch,
+            wants=wants(departed, self.pipeline.bounds), tokens=departed.tokens,
+            hidden_MD=hidden_MD, slots=[] if enters else departed.slots, kept=kept,
+        )  # fmt: skip
+        self._flights[self.pipeline.submit(number, work)] = number, departed
+
+    def _replace(self, lost: StageLost) -> None:
+        """Replace a stage. Its keys are computed anew, and no token is lost."""
+        self._down = lost
+        self.lost += 1
+        self._flights.clear()
+        for sequence in list(self.roster.running):
+            self.roster.preempt(sequence)
+        for allocator in self.memory.pool.allocators:
+            allocator.clear()
+        place = f"stage {lost.number + 1} of {self.pipeline.stages}"
+        warnings.warn(f"{place} was lost ({lost}); it is replaced", stacklevel=2)
+        error: Exception = lost
+        for _ in range(_TRIES):
+            try:
+                self.pipeline.restart(lost.number)
+                self._down = None
+                return
+            except StageLost as another:
+                error = lost = self._down = another
+            except UserError as failed:
+                error = failed
+        reason = PipelineDown(f"{place} ended and can't be replaced: {error}")
+        for sequence in list(self.roster.waiting):
+            self._fail(sequence, reason)

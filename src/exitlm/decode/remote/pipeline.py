@@ -1,0 +1,466 @@
+"""The head's side of a pipeline: its stages, what they are asked, and what they bring.
+
+```
+head process                                     other processes
+engine ──submit──> stage 1 (a thread here)
+       ──submit──> link ──────────────────────> stage 2
+       <─arrivals─ link <────────────────────── stage 2
+```
+A stage has one pass at a time, and answers in order. Each (stage, pass) stands by itself: hidden states come back to
+the head at a stage's end and go out again with the pass that takes them further, so that stages need nothing of each
+other, and a stage that is replaced needs nothing but its job. Not here: which rows a pass takes (``engine.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exitlm.decode.cache.kv_pool import KVPool
+from exitlm.decode.kernels.packed import cache_dtype, packed_model, rounds_exits
+from exitlm.decode.kernels.runner import Runner
+from exitlm.decode.kernels.share import Share, block_entries, bounds_of
+from exitlm.decode.options import EngineConfig
+from exitlm.decode.remote.frames import BadFrame, Frame, Kind
+from exitlm.decode.remote.hello import Refused, heard, refuse
+from exitlm.decode.remote.job import Job, Weights, pieces
+from exitlm.decode.remote.launch import Launcher
+from exitlm.decode.remote.link import Closed, Link, words_of
+from exitlm.decode.remote.messages import of_work, to_brought
+from exitlm.decode.remote.split import Speed, cuts_of, given_cuts
+from exitlm.decode.remote.stage import facts, seconds
+from exitlm.decode.remote.worker import Worker
+from exitlm.decode.work import Brought, Work
+from exitlm.errors import UserError
+from exitlm.model.config import ModelConfig
+from exitlm.model.decoder import EarlyExitModel
+from exitlm.model.exits import ExitHead, ExitKey
+
+_LOAD = 600.0  # seconds that a stage may take to load its layers
+_SLOWER = 10.0  # times as long as so many single rows, and a pass is taken for one that never ends
+
+
+class StageLost(Exception):
+    """A stage ended, did not answer in time, or said what makes no sense; ``number`` is its place, from 0."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(reason)
+        self.number = number
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """What the head process knows of an exit that runs elsewhere."""
+
+    config: Any
+    candidate_ids: Tensor | None
+    candidate_list: list[int] | None
+
+    @classmethod
+    def of(cls, head: ExitHead) -> HeadFacts:
+        """Of an exit head."""
+        ids = head.candidate_ids
+        return cls(head.config, ids, None if ids is None else ids.tolist())
+
+    def token(self, index: int) -> int:
+        """The token id of a row of its output matrix."""
+        return index if self.candidate_list is None else self.candidate_list[index]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is known of a model whose parts run in several processes; see :class:`~exitlm.decode.arrival.Packed`."""
+
+    config: ModelConfig
+    quant: str
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    kernels_name: str
+    note: str
+    exact: bool
+    adapters: list[str]
+    heads: Mapping[ExitKey, HeadFacts]
+    device: torch.device
+
+    @property
+    def original_context(self) -> int | None:
+        """The length beyond which a text has other rotations at all its positions (longrope); None: there is none."""
+        rope = self.config.rope
+        return rope.original_max_position_embeddings if rope.kind == "longrope" else None
+
+
+class _Pool(KVPool):
+    """Numbers of blocks whose contents are elsewhere."""
+
+    def bind(self, pipeline: Pipeline) -> None:
+        """Where they are."""
+        self._pipeline = pipeline
+
+    def clear(self, group: int, blocks: Sequence[int]) -> None:
+        """Let every stage overwrite them."""
+        if blocks:
+            self._pipeline.clear(group, blocks)
+
+
+class _Thread:
+    """The stage of this process: a thread that does passes, so that the head can answer others meanwhile."""
+
+    def __init__(self, worker: Worker, threads: int | None) -> None:
+        self._worker, self._threads = worker, threads
+        self._orders: queue.SimpleQueue[Work | tuple[int, Sequence[int]] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Brought | Exception] = queue.SimpleQueue()
+        self._bell, self._ringer = socket.socketpair()
+        threading.Thread(target=self._run, name="exitlm-stage-1", daemon=True).start()
+
+    def fileno(self) -> int:
+        """For ``select``: readable when something is done."""
+        return self._bell.fileno()
+
+    def order(self, order: Work | tuple[int, Sequence[int]] | None) -> None:
+        """A pass, blocks to clear, or the end."""
+        self._orders.put(order)
+
+    def poll(self) -> Brought | Exception | None:
+        """What was done, if something was."""
+        try:
+            found = self._done.get_nowait()
+        except queue.Empty:
+            return None
+        self._bell.recv(1)
+        return found
+
+    def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        while (order := self._orders.get()) is not None:
+            try:
+                if isinstance(order, tuple):
+                    self._worker.clear(*order)
+                    continue
+                self._done.put(self._worker.perform(order))
+            except Exception as error:
+                self._done.put(error)
+            self._ringer.send(b"!")
+        self._bell.close()
+        self._ringer.close()
+
+
+class Pipeline:
+    """The stages of one engine; see :class:`~exitlm.decode.arrival.Runs`.
+
+    ``free`` are the stages that have nothing to do; ``seconds[s]`` what a pass of stage s takes lately (0: unknown).
+    """
+
+    reads_runs = False
+
+    def __init__(
+        self, model: EarlyExitModel, weights: Weights, launcher: Launcher, *, stages: int,
+        layers_per_stage: Sequence[int] | None = None, timeout: float = 60.0,
+    ) -> None:  # fmt: skip
+        """Start the stages but the first, which is this process, and give each its layers of ``model``.
+
+        ``layers_per_stage``: how many each has (None: by what layers take on each machine). ``timeout``: seconds after
+        which a stage that does not answer is given up.
+
+        Raises:
+            UserError: a stage can't be had.
+        """
+        self._model, self._launcher, self._timeout = model, launcher, timeout
+        self._weights = replace(weights, rounds=rounds_exits(model, weights.quant))
+        L = model.config.num_hidden_layers
+        self._heads = model.heads_by_key()
+        if layers_per_stage is not None:
+            given_cuts(layers_per_stage, stages, L)
+        cuts_of([Speed(layer=1.0, head=1.0)] * stages, L, {})
+        self.seconds, self._memory = [0.0] * stages, dict[int, float]()
+        self.links: dict[int, Link] = {}
+        self._closer = weakref.finalize(self, _close, launcher, self.links)
+        try:
+            for number in range(1, stages):
+                self.links[number] = launcher.start(number)
+                self.links[number].trust()
+            cuts = self._cuts(stages) if layers_per_stage is None else given_cuts(layers_per_stage, stages, L)
+            self.bounds = bounds_of(model, cuts)
+            self.early = tuple(sorted({layer for _, layer in self._heads if layer < L}))
+            ends, blocks = (0, *cuts, L), block_entries(model)
+            self.shares = [
+                Share(layers=range(ends[i], ends[i + 1]), bounds=self.bounds, blocks=blocks) for i in range(stages)
+            ]
+            self.pool = self._make_pool()
+            for number in range(1, stages):
+                self._send_job(number)
+            worker = self._load_first()
+            self.fused = self._whole(facts(worker))
+            for number in range(1, stages):
+                self._await_ready(number)
+        except BaseException:
+            self.close()
+            raise
+        self._thread = _Thread(worker, self._weights.options.threads)
+        self._threads_closer = weakref.finalize(self, self._thread.order, None)
+        self.pool.bind(self)
+        self._head_facts = [
+            {name: self.fused.heads[name, at] for name, at in self._heads if at == layer} for layer in self.bounds
+        ]
+        self._since: dict[int, float] = {}
+        self._number, self._asked = 0, dict[int, int]()
+        self._until: dict[int, float] = {}
+
+    # ---- what the engine knows of it
+
+    @property
+    def stages(self) -> int:
+        """How many there are."""
+        return len(self.shares)
+
+    @property
+    def segments(self) -> int:
+        """How many segments the boundaries cut the layers into."""
+        return len(self.bounds) - 1
+
+    def head(self, boundary: int, adapter: str | None = None) -> HeadFacts:
+        """The head of an adapter's exit at a boundary; of the first adapter that has one there (None)."""
+        heads = self._head_facts[boundary]
+        return next(iter(heads.values())) if adapter is None else heads[adapter]
+
+    # ---- stages
+
+    def _cuts(self, stages: int) -> tuple[int, ...]:
+        """Split the layers by what they take on each machine, measured one after the other."""
+        L, options = self._model.config.num_hidden_layers, self._weights.options
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        layer, head = seconds(self._model, self._weights)
+        speeds = [Speed(layer=layer, head=head)]
+        for number in range(1, stages):
+            link = self.links[number]
+            link.say(probe=asdict(self._weights))
+            found = heard(link, _LOAD)
+            self._check_digest(number, found)
+            speeds.append(Speed(layer=_positive(found.get("layer")), head=_positive(found.get("head"))))
+            self._memory[number] = _positive(found.get("memory") or 1 << 62, 1 << 63)
+        vocab = self._model.config.vocab_size
+        exits = {layer: (head.config.candidates or vocab) / vocab for (_, layer), head in self._heads.items()}
+        cuts = cuts_of(speeds, L, exits)
+        for number, (start, stop) in enumerate(pairwise((0, *cuts, L))):
+            self.seconds[number] = (stop - start) * speeds[number].layer
+        return cuts
+
+    def _check_digest(self, number: int, said: Mapping[str, Any]) -> None:
+        if said.get("digest") != self._weights.digest:
+            link = self.links[number]
+            raise refuse(link, f"{link.peer} has other weights than this head; give it the same model")
+
+    def _job(self, number: int) -> Job:
+        share = self.shares[number]
+        exits = [(name, head.config) for (name, layer), head in self._heads.items() if share.has_exit(layer)]
+        return Job(
+            weights=self._weights, number=number, stages=self.stages, share=share, blocks=self.pool.blocks,
+            adapters=list(self._model.exit_sets()), exits=exits,
+        )  # fmt: skip
+
+    def _send_job(self, number: int) -> None:
+        link, share = self.links[number], self.shares[number]
+        link.say(job=self._job(number).to_json())
+        for piece in pieces({key: head for key, head in self._heads.items() if share.has_exit(key[1])}):
+            link.send(piece)
+
+    def _make_pool(self) -> _Pool:
+        """Blocks for all stages: as many as one process would have, or the smallest machine has room for."""
+        w, config, share = self._weights, self._model.config, self.shares[0]
+
+        def made(options: EngineConfig) -> _Pool:
+            return _Pool(
+                share.all_entries(config), heads=config.num_key_value_heads, head_dim=config.head_dim,
+                dtype=cache_dtype(self._model, w.quant, w.compile, options), device=torch.device(w.device),
+                context=config.max_position_embeddings, options=options, held=(),
+            )  # fmt: skip
+
+        found = made(w.options)
+        if w.options.kv_bytes is None and self._memory:
+            entries = len(share.all_entries(config))
+            rooms = [m / 4 * entries / len(self.shares[number].entries) for number, m in self._memory.items()]
+            if min(rooms) < found.bytes:
+                return made(replace(w.options, kv_bytes=int(min(rooms))))
+        return found
+
+    def _load_first(self) -> Worker:
+        w = self._weights
+        fused = packed_model(self._model, w.quant, w.compile, w.options, self.shares[0], w.rounds)
+        return Worker(Runner(fused, w.options, self.pool.blocks))
+
+    def _whole(self, first: Mapping[str, Any]) -> Whole:
+        return Whole(
+            config=self._model.config, quant=first["quant"], dtype=getattr(torch, first["dtype"]),
+            cache_dtype=getattr(torch, first["cache_dtype"]), kernels_name=f"{first['kernels']}, {self.stages} stages",
+            note=first["note"], exact=first["exact"], adapters=list(self._model.exit_sets()),
+            heads={key: HeadFacts.of(head) for key, head in self._heads.items()}, device=torch.device("cpu"),
+        )  # fmt: skip
+
+    def _await_ready(self, number: int) -> None:
+        """A stage has its layers, and computes as the first one does."""
+        link = self.links[number]
+        ready = heard(link, _LOAD).get("ready")
+        if not isinstance(ready, dict):
+            raise refuse(link, f"{link.peer} does not say that it is ready")
+        theirs, ours = str(ready.get("kernels", "")), self.fused.kernels_name
+        if (theirs[:5], ready.get("quant")) != (ours[:5], self.fused.quant):  # native or torch
+            raise refuse(
+                link,
+                f"{link.peer} runs by {theirs} with quant {ready.get('quant')}, but this head by "
+                f"{ours} with {self.fused.quant}, so that texts would differ; give both the same",
+            )
+
+    def restart(self, number: int) -> None:
+        """Replace a stage that is lost. Its keys are gone, and so are those of all passes under way.
+
+        Raises:
+            UserError: no other can be had.
+        """
+        self._hang_up(number)
+        self._launcher.stop(number)
+        try:
+            link = self.links[number] = self._launcher.start(number)
+            link.trust()
+            self._send_job(number)
+            self._await_ready(number)
+        except (Closed, BadFrame, Refused) as error:
+            self._hang_up(number)
+            raise UserError(str(error)) from error
+
+    def _hang_up(self, number: int) -> None:
+        link = self.links.pop(number, None)
+        if link is not None:
+            link.close()
+        self._asked.pop(number, None)
+
+    def close(self) -> None:
+        """End all stages."""
+        self._closer()
+
+    # ---- passes
+
+    @property
+    def free(self) -> list[int]:
+        """Stages without a pass."""
+        return [number for number in range(self.stages) if number not in self._asked]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a pass is under way."""
+        return bool(self._asked)
+
+    def left(self, number: int) -> float:
+        """Seconds until a busy stage is done, by its passes so far."""
+        return max(0.0, self._since[number] + self.seconds[number] - time.monotonic())
+
+    def submit(self, number: int, work: Work) -> int:
+        """Let a stage run a pass; its number.
+
+        Raises:
+            StageLost: it can't be reached.
+        """
+        self._number += 1
+        work = replace(work, number=self._number)
+        now, expected = time.monotonic(), self.seconds[number] * work.batch.count
+        self._asked[number], self._since[number] = work.number, now
+        self._until[number] = math.inf if number == 0 else now + max(self._timeout, _SLOWER * expected)
+        if number == 0:
+            self._thread.order(work)
+            return work.number
+        try:
+            self.links[number].send(of_work(work, self.fused.adapters), self._timeout)
+        except (Closed, KeyError) as error:
+            raise self._lost(number, str(error)) from error
+        return work.number
+
+    def clear(self, group: int, blocks: Sequence[int]) -> None:
+        """Let all stages overwrite blocks; one that is gone has nothing to overwrite."""
+        self._thread.order((group, blocks))
+        for number, link in self.links.items():
+            try:
+                link.send(Frame(Kind.CLEAR, [group, *blocks]), self._timeout)
+            except Closed:
+                self._until[number] = 0.0  # it is found to be gone when it is waited for
+
+    def wait(self) -> list[Brought]:
+        """What passes have brought, at least one if one is under way.
+
+        Raises:
+            StageLost: a stage is gone.
+            Exception: what broke a pass off.
+        """
+        found: list[Brought] = []
+        while self._asked and not found:
+            late = min(self._until[number] for number in self._asked)
+            ends = {self._thread.fileno(): 0} | {link.fileno(): number for number, link in self.links.items()}
+            left = None if late == math.inf else max(0.0, late - time.monotonic())
+            ready, _, _ = select.select(list(ends), [], [], left)
+            for number in sorted(ends[end] for end in ready):
+                found += self._take(number)
+            if not ready:
+                number = min(self._asked, key=lambda one: self._until[one])
+                raise self._lost(number, f"{self.links[number].peer} did not answer in time")
+        return found
+
+    def _take(self, number: int) -> list[Brought]:
+        found: list[Brought] = []
+        try:
+            while True:
+                if number == 0:
+                    done = self._thread.poll()
+                    if isinstance(done, Exception):
+                        self._asked.pop(0, None)
+                        raise done
+                    if done is None:
+                        return found
+                    brought = done
+                else:
+                    frame = self.links[number].poll()
+                    if frame is None:
+                        return found
+                    if frame.kind == Kind.FAILED:
+                        self._asked.pop(number, None)
+                        raise RuntimeError(f"{self.links[number].peer}: {words_of(frame).get('error')}")
+                    if frame.kind != Kind.DONE:
+                        raise BadFrame("something else came than what a pass brought")
+                    brought = to_brought(frame, self.fused.adapters)
+                if self._asked.get(number) != brought.number:
+                    raise BadFrame("an answer came to a pass that nobody asked for")
+                del self._asked[number]
+                before = self.seconds[number]
+                self.seconds[number] = 0.7 * before + 0.3 * brought.seconds if before else brought.seconds
+                found.append(brought)
+        except (Closed, BadFrame) as error:
+            if number == 0:
+                raise
+            raise self._lost(number, str(error)) from error
+
+    def _lost(self, number: int, reason: str) -> StageLost:
+        self._hang_up(number)
+        return StageLost(number, reason)
+
+
+def _positive(value: Any, most: float = 3600.0) -> float:
+    """A number that a stage says."""
+    if isinstance(value, int | float) and 0.0 < value <= most:
+        return float(value)
+    raise BadFrame("a stage says that a layer takes no time, or for ever")
+
+
+def _close(launcher: Launcher, links: Mapping[int, Link]) -> None:
+    for link in links.values():
+        link.close()
+    launcher.close()
