@@ -17,6 +17,7 @@ from exitlm.model.config import ModelConfig
 from exitlm.parallel.mesh import Layout
 from exitlm.parallel.pipeline.schedule import make, simulate
 from exitlm.parallel.pipeline.split import Split, make_split, stage_costs
+from exitlm.tables import aligned, scaled
 from exitlm.train.data import ByteTokenizer
 from exitlm.train.initial import has_shape, model_config
 from exitlm.train.memory import Memory, MemoryModel
@@ -204,24 +205,22 @@ def show(estimate: Estimate) -> None:
     exits = ", ".join(map(str, e.split.owners)) or "no layer"
     ranks = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
     length = e.tokens // (e.microbatches * e.microbatch * layout.data)
-    print(f"model  {_short(e.parameters)} parameters, {_short(e.trained)} of them trained; exits after {exits}")
+    print(f"model  {scaled(e.parameters)} parameters, {scaled(e.trained)} of them trained; exits after {exits}")
     batch = f"{e.microbatches} x {e.microbatch} x {length} tokens a step"
     print(f"ranks  {layout.world} = {ranks}; each data rank has {batch}")
-    print(f"step   {_short(e.tokens)} tokens, {_short(e.flops)}FLOP")
+    print(f"step   {scaled(e.tokens)} tokens, {scaled(e.flops)}FLOP")
     if e.extra:
-        more = f"{_short(e.extra_tokens)} tokens, {e.extra_tokens / e.tokens:.1%} of the batch"
+        more = f"{scaled(e.extra_tokens)} tokens, {e.extra_tokens / e.tokens:.1%} of the batch"
         print(f"       and {e.extra} partial microbatches on each data rank ({more}) in the bubbles")
-    print(f"run    {e.steps} steps, {_short(e.steps * e.tokens)} tokens, {_short(e.steps * e.flops)}FLOP")
+    print(f"run    {e.steps} steps, {scaled(e.steps * e.tokens)} tokens, {scaled(e.steps * e.flops)}FLOP")
     longer = f"; filling makes it {e.makespan / e.baseline - 1:.1%} longer" if e.extra else ""
-    print(f"time   {_short(e.makespan)}FLOP per process and step, {1 - e.utilisation:.1%} of it bubbles{longer}")
+    print(f"time   {scaled(e.makespan)}FLOP per process and step, {1 - e.utilisation:.1%} of it bubbles{longer}")
     if e.tflops is not None and e.seconds is not None:
-        speed = f"{e.seconds:.3g} s per step, {_short(e.tokens / e.seconds)} tokens/s"
+        speed = f"{e.seconds:.3g} s per step, {scaled(e.tokens / e.seconds)} tokens/s"
         print(f"       assuming {e.tflops:g} TFLOP/s per process: {speed}, {e.seconds * e.steps / 3600:.3g} hours")
     rows = [["rank", "layers", "exits", "V x D", "parameters", "FLOP", "waiting", *_KINDS, "GiB"]]
     rows += [[str(index), *_row(rank)] for index, rank in enumerate(e.ranks)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print("\n".join(aligned(rows)))
     print(
         "V x D: matrices of embedding (in) and heads (out); parameters: of one process, before sharding; waiting: the"
     )
@@ -238,16 +237,8 @@ def _row(rank: RankEstimate) -> list[str]:
         " ".join(f"{layers.start + 1}-{layers.stop}" for layers in rank.layers),
         " ".join(map(str, rank.exits)) or "-",
         " + ".join(["in"] * rank.has_embedding + [f"{rank.head_matrices} out"] * (rank.head_matrices > 0)),
-        _short(rank.parameters),
-        _short(rank.flops),
+        scaled(rank.parameters),
+        scaled(rank.flops),
         str(m.waiting),
         *(f"{size / 2**30:.2f}" for size in sizes),
     ]
-
-
-def _short(number: float) -> str:
-    """Three digits and the unit's prefix."""
-    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"]
-    while abs(number) >= 999.5 and len(prefixes) > 1:
-        number, prefixes = number / 1000, prefixes[1:]
-    return f"{number:.3g} {prefixes[0]}"

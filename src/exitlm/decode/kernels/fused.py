@@ -391,15 +391,25 @@ class FusedHead:
 
     def logits(self, hidden_MD: Tensor, residual_MD: Tensor | None, block_MD: Tensor | None) -> Tensor:
         """Logits ``[M, K]`` over the candidates or the vocabulary. ``block_MD`` is what :attr:`block` put out."""
-        input_MD = {"mlp": residual_MD, "block": block_MD}.get(self.kind, hidden_MD)
-        assert input_MD is not None
+        input_MD = self.input(hidden_MD, residual_MD, block_MD)
         if self.static is not None and len(input_MD) == 1 and not self.static.broken:
             return self.static.head(self, input_MD)
         return self.compute(input_MD)
 
+    def input(self, hidden_MD: Tensor, residual_MD: Tensor | None, block_MD: Tensor | None) -> Tensor:
+        """What this kind of head reads: the layer's output, the stream before its MLP (``mlp``) or what :attr:`block`
+        put out."""
+        input_MD = {"mlp": residual_MD, "block": block_MD}.get(self.kind, hidden_MD)
+        assert input_MD is not None
+        return input_MD
+
     def compute(self, input_MD: Tensor) -> Tensor:
-        """Logits ``[M, K]`` from what this kind of head reads: the layer's output, the stream before its MLP (``mlp``)
-        or what :attr:`block` put out."""
+        """Logits ``[M, K]`` from what :meth:`input` gave."""
+        logits = self.projections[-1](self.features(input_MD))
+        return logits if logits.dtype == self.dtype else logits.to(self.dtype)
+
+    def features(self, input_MD: Tensor) -> Tensor:
+        """What the last matrix of the head reads, from what :meth:`input` gave."""
         if self.kind == "lens":
             normed = unit(input_MD, self.eps)
             features = self.lens(normed)
@@ -416,9 +426,9 @@ class FusedHead:
                 input_MD = input_MD + branch
             assert self.norm is not None
             features = F.rms_norm(input_MD, (input_MD.shape[-1],), self.norm, self.eps)
-        for projection in self.projections:
+        for projection in self.projections[:-1]:
             features = projection(features)
-        return features if features.dtype == self.dtype else features.to(self.dtype)
+        return features
 
     def token(self, index: int) -> int:
         """The token id of a row of the output matrix."""
@@ -548,8 +558,11 @@ class FusedModel:
             return self.static.run(layers, hidden_MD, rows.batch, rows.pool, tables)
         return through_layers(layers, hidden_MD, rows)
 
+    def final_features(self, hidden_MD: Tensor) -> Tensor:
+        """What the final matrix reads, ``[M, D]``."""
+        return F.rms_norm(hidden_MD, (hidden_MD.shape[-1],), self.final_norm, self.config.rms_norm_eps)
+
     def final_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits ``[M, V]`` of the final head, in the stream's dtype."""
-        normed = F.rms_norm(hidden_MD, (hidden_MD.shape[-1],), self.final_norm, self.config.rms_norm_eps)
-        logits = self.final_head(normed)
+        logits = self.final_head(self.final_features(hidden_MD))
         return logits if logits.dtype == self.dtype else logits.to(self.dtype)

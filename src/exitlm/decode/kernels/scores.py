@@ -1,4 +1,7 @@
-"""Logits of some rows with what is read of each at once: the best token, and whether all are numbers."""
+"""Logits of some rows with what is read of each at once: the best token, and whether all are numbers.
+
+Where logits are cut over ranks and only that is read of them, :func:`digest` takes it from each part.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,37 @@ class Scores:
     def of(cls, logits_MK: Tensor) -> Scores:
         """Look at logits."""
         return cls(logits_MK, logits_MK.argmax(-1).tolist(), finite_rows(logits_MK))
+
+
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """What is read of some rows without their logits; see :class:`Scores`. The first of the largest is ``best``."""
+
+    best: list[int]
+    finite: list[bool]
+    probability: list[float]
+
+    @classmethod
+    def of(cls, digests_TM4: Tensor, columns: int) -> Brief:
+        """From the :func:`digest` of each of T parts, which have so many columns each."""
+        largest_TM, at_TM, mass_TM, sum_TM = digests_TM4.unbind(-1)
+        best_M, part_M = largest_TM.max(0)  # of equal ones, the first
+        share_TM = torch.where(mass_TM == 0.0, 0.0, (largest_TM - best_M).exp())
+        probability_M = 1.0 / (mass_TM * share_TM).sum(0)
+        index_M = at_TM.gather(0, part_M[None])[0] + part_M * columns
+        found = torch.stack([index_M, sum_TM.sum(0).isfinite().double(), probability_M]).tolist()
+        return cls([int(index) for index in found[0]], [bool(finite) for finite in found[1]], found[2])
+
+
+def digest(logits_Mc: Tensor) -> Tensor:
+    """Of one part of some rows, ``[M, 4]`` in float64: the largest logit, its index, the sum of the exponentials of all
+    minus the largest, and the sum of all, which is a number where they are. A part may be empty."""
+    M, columns = logits_Mc.shape
+    if not columns:
+        return torch.tensor([-torch.inf, 0.0, 0.0, 0.0], dtype=torch.float64, device=logits_Mc.device).expand(M, 4)
+    wide_Mc = logits_Mc.double()
+    largest_M, at_M = wide_Mc.max(-1)
+    return torch.stack([largest_M, at_M.double(), (wide_Mc - largest_M[:, None]).exp().sum(-1), wide_Mc.sum(-1)], -1)
 
 
 def log_probabilities(raw_V: Tensor, token: int, most: int) -> tuple[float, dict[int, float]]:
