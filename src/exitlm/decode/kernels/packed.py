@@ -67,7 +67,7 @@ def why_not_native(
 
 def cache_dtype(model: EarlyExitModel, quant: str, compile: str, options: EngineConfig) -> torch.dtype:
     """What a packed model would hold keys and values in."""
-    if why_not_native(model.config, model.device, model.dtype, quant, compile) is not None:
+    if options.tensor > 1 or why_not_native(model.config, model.device, model.dtype, quant, compile) is not None:
         return stream_dtype(model)
     return torch.float16 if options.kv_dtype == "float16" else torch.float32
 

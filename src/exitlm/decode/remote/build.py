@@ -49,7 +49,7 @@ def _threads(options: EngineConfig) -> int | None:
     """Threads of each process: those of this machine are shared by the stages that are started on it."""
     if options.threads is not None or options.stages_at is not None:
         return options.threads
-    return max(1, library.default_threads() // options.pipeline)
+    return max(1, library.default_threads() // (options.pipeline * options.tensor))
 
 
 def _source(model: EarlyExitModel) -> str:

@@ -23,7 +23,7 @@ from exitlm.decode.remote.keys import VARIABLE
 from exitlm.decode.remote.link import Closed, Link
 from exitlm.errors import UserError
 
-_START = 120.0  # seconds that a process of this machine has to come up
+_START, _END = 120.0, 1.0  # seconds that a process of this machine has to come up, and to end
 
 
 class Launcher(Protocol):
@@ -109,8 +109,9 @@ class Children:
         """See :class:`Launcher`."""
         process = self.processes.pop(number, None)
         if process is not None:
-            with contextlib.suppress(OSError):
-                process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END)  # its link is closed, which ends it; what it has to say is said first
+            process.kill()
             process.wait()
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ def stage(
     once: bool = False,
 ) -> int:  # fmt: skip
     """Run some layers of a model for a head that decodes with a pipeline; the head says which."""
+    from exitlm.decode.kernels.ranks import RankLost
     from exitlm.decode.remote.frames import BadFrame
     from exitlm.decode.remote.hello import greet
     from exitlm.decode.remote.keys import key_of
@@ -61,7 +62,7 @@ def stage(
             if not once:
                 print(f"joined the head at {join}", file=sys.stderr, flush=True)
             serve_link(link, OnDisk(model))
-        except Closed as closed:
+        except (Closed, RankLost) as closed:
             if once:
                 return 0
             print(f"{closed}; waiting for the next one", file=sys.stderr, flush=True)
