@@ -38,9 +38,9 @@ class Link:
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self.peer, self._limit = connection, peer, SAID
-        self._buffer, self._have, self._size = bytearray(HEADER.size), 0, None
-
-    _size: Size | None
+        self._inbox, self._got = bytearray(_JOINED), 0  # bytes that belong to no frame yet
+        self._size: Size | None = None  # of the frame that comes, and what has come of it
+        self._payload, self._have = bytearray(), 0
 
     def fileno(self) -> int:
         """For ``select``."""
@@ -98,24 +98,37 @@ class Link:
         """
         try:
             while True:
-                if self._have < len(self._buffer):
-                    got = self._socket.recv_into(memoryview(self._buffer)[self._have :])
-                    if not got:
-                        raise Closed(f"{self.peer} ended")
-                    self._have += got
-                    if self._have < len(self._buffer):
-                        continue
+                if self._size is None and self._got >= HEADER.size:
+                    self._begin()
+                if self._size is not None and self._have == self._size.payload:
+                    frame, self._size = decode(self._size, self._payload), None
+                    return frame
                 if self._size is None:
-                    self._size, self._have = read_header(self._buffer, self._limit), 0
-                    self._buffer = bytearray(self._size.payload)
-                    continue
-                frame = decode(self._size, self._buffer)
-                self._buffer, self._have, self._size = bytearray(HEADER.size), 0, None
-                return frame
+                    self._got += self._some(memoryview(self._inbox)[self._got :])
+                else:
+                    self._have += self._some(memoryview(self._payload)[self._have :])
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         except (OSError, ValueError) as error:
             raise Closed(f"the link to {self.peer} broke ({_reason(error)})") from error
+
+    def _begin(self) -> None:
+        """A header is there: what follows it in the inbox belongs to the frame, as far as that goes."""
+        self._size = read_header(memoryview(self._inbox)[: HEADER.size], self._limit)
+        self._payload = bytearray(self._size.payload)
+        self._have = min(self._got - HEADER.size, self._size.payload)
+        end = HEADER.size + self._have
+        self._payload[: self._have] = self._inbox[HEADER.size : end]
+        left = self._got - end
+        if left:
+            self._inbox[:left] = self._inbox[end : self._got]
+        self._got = left
+
+    def _some(self, place: memoryview) -> int:
+        count = self._socket.recv_into(place)
+        if not count:
+            raise Closed(f"{self.peer} ended")
+        return count
 
     def receive(self, timeout: float | None = None) -> Frame:
         """Wait for the next frame.

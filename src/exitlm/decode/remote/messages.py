@@ -6,9 +6,8 @@ checks that they lie in its pool, so that a frame can make no kernel write elsew
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,35 +23,43 @@ class _Numbers:
     """Reads whole numbers one after the other."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
-        self._left: Iterator[int] = iter(numbers)
-        self._most = len(numbers)
+        self._numbers, self._at, self._end = numbers, 0, len(numbers)
 
     def one(self) -> int:
         """The next one."""
-        found = next(self._left, None)
-        if found is None:
-            raise BadFrame("a frame came that ends too early")
-        return found
+        at = self._at
+        if at >= self._end:
+            raise _ends()
+        self._at = at + 1
+        return self._numbers[at]
+
+    def next(self, count: int) -> Sequence[int]:
+        """The next ``count``."""
+        at = self._at
+        if not 0 <= count <= self._end - at:
+            raise _ends()
+        self._at = at + count
+        return self._numbers[at : at + count]
 
     def count(self) -> int:
         """The next one, which says how many things follow."""
         found = self.one()
-        if not 0 <= found <= self._most:
-            raise BadFrame("a frame came that ends too early")
+        if not 0 <= found <= self._end - self._at:
+            raise _ends()
         return found
 
-    def some(self) -> list[int]:
+    def some(self) -> Sequence[int]:
         """So many as the next one says."""
-        count = self.count()
-        found = list(itertools.islice(self._left, count))
-        if len(found) < count:
-            raise BadFrame("a frame came that ends too early")
-        return found
+        return self.next(self.one())
 
     def end(self) -> None:
         """Nothing may be left."""
-        if next(self._left, None) is not None:
+        if self._at < self._end:
             raise BadFrame("a frame came with numbers that belong to nothing")
+
+
+def _ends() -> BadFrame:
+    return BadFrame("a frame came that ends too early")
 
 
 # ---- passes
@@ -90,48 +97,58 @@ def to_work(frame: Frame, adapters: Sequence[str], blocks: Sequence[int], block_
         BadFrame: it is none, or its rows lie outside of the pool.
     """
     read, floats = _Numbers(frame.ints), iter(frame.floats)
-    number, first, last = read.one(), read.one(), read.one()
+    number, first, last, parts = read.next(4)
     slots = [count * block_size for count in blocks]
-    batch = Batch.of(tuple(_part(read, slots) for _ in range(read.count())))
+    batch = Batch.of(tuple([_part(read, slots) for _ in range(parts)]))
     tokens, waiting, kept = read.some(), read.some(), read.some()
     tests = []
     for _ in range(read.count()):
         adapter, rows = read.one(), read.some()
         if not 0 <= adapter < len(adapters):
             raise BadFrame("a pass came with an adapter that is not here")
-        logits = tuple(bool(read.one()) for _ in rows)
-        gates = tuple(next(floats, math.nan) for _ in rows)
-        tests.append(Tested(adapters[adapter], tuple(rows), gates, logits))
-    finals = tuple(Final(read.one(), bool(read.one())) for _ in range(read.count()))
-    followers = tuple(Follower(read.one(), read.one(), read.one()) for _ in range(read.count()))
+        gates = tuple([next(floats, math.nan) for _ in rows])
+        tests.append(Tested(adapters[adapter], tuple(rows), gates, tuple(map(bool, read.next(len(rows))))))
+    numbers = read.next(2 * read.one())
+    finals = tuple([Final(row, bool(logits)) for row, logits in zip(numbers[::2], numbers[1::2], strict=True)])
+    numbers = read.next(3 * read.one())
+    triples = zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+    followers = tuple([Follower(*three) for three in triples])
     read.end()
     hidden = frame.tensors[0] if frame.tensors else None
     given = [len(tokens), len(waiting), 0 if hidden is None else len(hidden)]
-    asked = [*(row for test in tests for row in test.rows), *(f.row for f in finals), *(f.row for f in followers)]
+    asked = [row for test in tests for row in test.rows]
+    asked += [each.row for each in finals]
+    asked += [each.row for each in followers]
     if sorted(given) != [0, 0, batch.count] or (kept and len(kept) != batch.count):
         raise BadFrame("a pass came with rows that are not those of its batch")
-    if not all(0 <= row < batch.count for row in asked) or min([*waiting, *kept], default=0) < 0:
+    below = min([*asked, *waiting, *kept], default=0)
+    if below < 0 or max(asked, default=0) >= batch.count:
         raise BadFrame("a pass came that asks for rows which it has not")
     return Work(number, first, last, batch, Wants(tuple(tests), finals, followers), tokens, hidden, waiting, kept)
 
 
 def _part(read: _Numbers, slots: Sequence[int]) -> Part:
-    start, count, stretched = read.one(), read.one(), bool(read.one())
-    firsts = tuple(read.some())
-    if len(firsts) != len(slots) or count < 1 or not all(0 <= at <= start for at in firsts):
+    start, count, stretched, groups = read.next(4)
+    firsts = tuple(read.next(groups))
+    if groups != len(slots) or count < 1 or min(firsts) < 0 or max(firsts) > start:
         raise BadFrame("a pass came with rows that are none")
-    both: list[tuple[tuple[Run, ...], ...]] = []
-    for _ in range(2):
-        runs = tuple(tuple((read.one(), read.one()) for _ in range(read.count())) for _ in slots)
-        for group, most in zip(runs, slots, strict=True):
-            if not all(0 <= first < first + many <= most for first, many in group):
-                raise BadFrame("a pass came with slots that the pool has not")
-        both.append(runs)
-    reads, writes = both
-    for first, seen, written in zip(firsts, reads, writes, strict=True):
-        if sum(n for _, n in seen) != start + count - first or sum(n for _, n in written) != count:
-            raise BadFrame("a pass came with slots that are not those of its rows")
-    return Part(start, count, firsts, reads, writes, stretched)
+    reads = tuple(_runs(read, start + count - first, most) for first, most in zip(firsts, slots, strict=True))
+    writes = tuple(_runs(read, count, most) for most in slots)
+    return Part(start, count, firsts, reads, writes, bool(stretched))
+
+
+def _runs(read: _Numbers, positions: int, most: int) -> tuple[Run, ...]:
+    """Runs of slots for so many positions, all below ``most``."""
+    numbers = read.next(2 * read.one())
+    runs = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+    total = 0
+    for first, count in runs:
+        if not 0 <= first < first + count <= most:
+            raise BadFrame("a pass came with slots that the pool has not")
+        total += count
+    if total != positions:
+        raise BadFrame("a pass came with slots that are not those of its rows")
+    return runs
 
 
 # ---- what they bring

@@ -290,6 +290,7 @@ class Pipeline:
     def _send_job(self, number: int) -> None:
         link, share = self.links[number], self.shares[number]
         link.say(job=self._job(number).to_json())
+        heard(link, _LOAD)  # it has these weights
         for piece in pieces({key: head for key, head in self._heads.items() if share.has_exit(key[1])}):
             link.send(piece)
 

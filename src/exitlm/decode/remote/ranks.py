@@ -53,6 +53,7 @@ class Followers:
         """Give all of them the job."""
         for link in self.links:
             link.say(**words)
+            heard(link, LOAD)
 
     def tell(self, frame: Frame) -> None:
         """Let all of them know a part of an exit."""

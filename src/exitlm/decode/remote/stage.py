@@ -116,6 +116,7 @@ class Stage:
         self._followers: Followers | None = None
         w, share = self._job.weights, self._job.share
         check_digest(w, opens)
+        link.say(accepted=True)
         if w.options.threads is not None:
             torch.set_num_threads(w.options.threads)
         if w.options.tensor > 1 and group is None:
