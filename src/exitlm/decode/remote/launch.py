@@ -63,15 +63,17 @@ def admitted(listener: socket.socket, key: bytes, until: float, context: ssl.SSL
         except TimeoutError:
             return None
         link: Link | None = None
+        place = f"{address[0]}:{address[1]}"
         try:
             if context is not None:
                 connection.settimeout(10.0)
                 connection = context.wrap_socket(connection, server_side=True)
-            link = Link(connection, f"{address[0]}:{address[1]}")
+            link = Link(connection, place)
             link.peer = receive(link, key).place
             return link
         except (Refused, Closed, BadFrame, OSError) as error:
-            warnings.warn(f"a stage was refused: {error}", stacklevel=2)
+            where = "" if isinstance(error, Refused | Closed) else f" at {place}"  # these name it already
+            warnings.warn(f"a stage{where} was refused: {error}", stacklevel=2)
             (link or connection).close()
     return None
 
