@@ -21,7 +21,8 @@ from exitlm.decode.pricing.costs import Costs
 from exitlm.decode.pricing.measure_costs import ideal
 from exitlm.decode.pricing.pricing import Pricing
 from exitlm.decode.remote.asked import There, wants
-from exitlm.decode.remote.pipeline import Pipeline, StageLost
+from exitlm.decode.remote.lost import PipelineDown, StageLost
+from exitlm.decode.remote.pipeline import Pipeline
 from exitlm.decode.remote.stage_agenda import StageAgenda
 from exitlm.decode.text import Tokenizer
 from exitlm.decode.work import Work
@@ -29,10 +30,6 @@ from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 
 _TRIES = 3  # to replace a stage
-
-
-class PipelineDown(RuntimeError):
-    """A stage is gone and could not be replaced."""
 
 
 class PipelinedEngine(Engine):
@@ -44,12 +41,17 @@ class PipelinedEngine(Engine):
     ) -> None:  # fmt: skip
         """``costs`` say which exits are worth a draft (None: by bytes alone)."""
         options = options or EngineConfig()
-        self.pipeline, self.lost = pipeline, 0
+        self.pipeline = pipeline
         self._flights: dict[int, Departed] = {}
         self._down: StageLost | None = None
         pricing = Pricing(pipeline, options, costs or ideal(pipeline.fused))
         self._assemble(model, pipeline, pricing, tokenizer, options)
         self._stages = StageAgenda(self.agenda, pipeline, options)
+
+    @property
+    def stage_seconds(self) -> list[float]:
+        """See :class:`~exitlm.decode.engine.Engine`."""
+        return self.pipeline.computed
 
     def close(self) -> None:
         """End the other processes."""
@@ -96,12 +98,13 @@ class PipelinedEngine(Engine):
         for _ in range(_TRIES):
             try:
                 self.pipeline.restart(lost.number)
-                self._down = None
+                self._down, self.is_down = None, False
                 return
             except StageLost as another:
                 error = lost = self._down = another
             except UserError as failed:
                 error = failed
+        self.is_down = True
         reason = PipelineDown(f"{place} ended and can't be replaced: {error}")
         for sequence in list(self.roster.waiting):
             self._fail(sequence, reason)
