@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from exitlm.decode.kernels.formats import NATIVE_FORMATS, check_quant, resolve_format
 from exitlm.decode.kernels.fused import FusedModel, stream_dtype
@@ -36,22 +37,31 @@ _CAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def packed_model(
     model: EarlyExitModel, quant: str, compile: str, options: EngineConfig, share: Share | None = None,
-    rounds: bool | None = None,
+    rounds: bool | None = None, group: ProcessGroup | None = None,
 ) -> FusedModel | NativeModel:  # fmt: skip
     """Pack a model for decoding, or the ``share`` of it that is run here. ``rounds``: whether the matrices of its exits
-    are rounded to 8 bits (None: where those of the model lie on grids, too).
+    are rounded to 8 bits (None: where those of the model lie on grids, too). ``group``: the tensor ranks that share
+    it, this process among them.
 
     Raises:
         UserError: ``quant`` is unknown, or this model or machine can't have it.
     """
     check_quant(quant)
+    matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
+    if group is not None:
+        if quant in NATIVE_FORMATS:
+            raise UserError(f"quant '{quant}' is a format of the native kernels, which tensor ranks lack; use 'auto'")
+        from exitlm.decode.kernels.tensor_model import TensorModel  # which takes a second
+
+        return TensorModel(
+            model, resolve_format(quant, matrices), resolve_compile(compile, model.device), share, group=group
+        )
     unfit = _unfit(model.config, model.device, model.dtype, quant, compile)
     reason = unfit or library.why_not()
     if reason is None:
         return _native(model, quant, options, share, rounds)
     if quant in NATIVE_FORMATS:
         raise UserError(f"quant '{quant}' is a format of the native kernels, which can't run here ({reason})")
-    matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
     fused = FusedModel(model, resolve_format(quant, matrices), resolve_compile(compile, model.device), share)
     if unfit is None and os.environ.get("EXITLM_NATIVE") != "0":
         fused.note = f"decoding goes by torch, which is slower and not exact in any company: {reason}"

@@ -7,13 +7,12 @@ greet -> (probe: how fast is this machine?) -> job, exits -> ready -> pass after
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from typing import Any, Protocol
 
-import numpy as np
 import torch
+from torch.distributed import ProcessGroup
 
 from exitlm.decode.batch import Batch, Part
 from exitlm.decode.cache.block_table import BlockTable
@@ -21,9 +20,9 @@ from exitlm.decode.kernels.packed import packed_model
 from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.kernels.share import Share
 from exitlm.decode.options import EngineConfig
-from exitlm.decode.remote.frames import BadFrame, Frame, Kind
+from exitlm.decode.remote.frames import BadFrame, Kind
 from exitlm.decode.remote.job import Exits, Job, Weights, weights_of
-from exitlm.decode.remote.link import Link, words_of
+from exitlm.decode.remote.link import Speaks, frame_of, words_of
 from exitlm.decode.remote.messages import of_brought, to_work
 from exitlm.decode.remote.worker import Worker
 from exitlm.errors import UserError
@@ -60,13 +59,15 @@ class OnDisk:
         return load_model(self._source or weights.source, dtype=weights.dtype, device=weights.device, layers=chosen)
 
 
-def serve_link(link: Link, opens: Opens) -> None:
-    """Be a stage of the head at the other end of a link that was greeted, until it ends.
+def serve_link(link: Speaks, opens: Opens, group: ProcessGroup | None = None) -> None:
+    """Be a stage of the head at the other end of a link that was greeted, until it ends; with a ``group``, one of the
+    tensor ranks of a stage (see ``tensor_stage.py``).
 
     Raises:
         Closed: the head is gone.
         BadFrame: what came is nothing that a head says.
         UserError: what it asks for can't be done here; it was told.
+        Exception: what broke a pass off on one of several ranks, after which they are not in step.
     """
     worker: Worker | None = None
     job: Job | None = None
@@ -77,11 +78,11 @@ def serve_link(link: Link, opens: Opens) -> None:
             words = words_of(frame)
             try:
                 if "probe" in words:
-                    link.say(**probe(_weights(words["probe"]), opens))
+                    link.say(**probe(_weights(words["probe"]), opens, group))
                 elif "job" in words:
                     job = Job.of(words["job"])
                     begun = time.monotonic()
-                    worker = _prepared(link, job, opens)
+                    worker = _prepared(link, job, opens, group)
                     link.say(ready={**facts(worker), "seconds": time.monotonic() - begun})
             except (UserError, OSError) as error:
                 link.say(refused=str(error))
@@ -95,8 +96,9 @@ def serve_link(link: Link, opens: Opens) -> None:
             except BadFrame:
                 raise
             except Exception as error:
-                text = np.frombuffer(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode(), np.uint8)
-                answer = Frame(Kind.FAILED, tensors=[torch.from_numpy(text.copy())])
+                if group is not None:
+                    raise
+                answer = frame_of({"error": f"{type(error).__name__}: {error}"}, Kind.FAILED)
             link.send(answer)
         elif frame.kind == Kind.CLEAR:
             worker.clear(frame.ints[0] if frame.ints else -1, frame.ints[1:])
@@ -111,7 +113,7 @@ def _weights(found: Any) -> Weights:
         raise BadFrame(f"a question came that is none ({error})") from error
 
 
-def _prepared(link: Link, job: Job, opens: Opens) -> Worker:
+def _prepared(link: Speaks, job: Job, opens: Opens, group: ProcessGroup | None) -> Worker:
     """Load what a job asks for."""
     w, threads = job.weights, job.weights.options.threads
     found = opens.digest(w.source)
@@ -127,9 +129,8 @@ def _prepared(link: Link, job: Job, opens: Opens) -> Worker:
     while exits.missing > 0:
         exits.take(link.receive(60.0))
     exits.attach()
-    return Worker(
-        Runner(packed_model(model, w.quant, w.compile, w.options, job.share, w.rounds), w.options, job.blocks)
-    )
+    fused = packed_model(model, w.quant, w.compile, w.options, job.share, w.rounds, group)
+    return Worker(Runner(fused, w.options, job.blocks))
 
 
 def facts(worker: Worker) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def facts(worker: Worker) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def probe(weights: Weights, opens: Opens) -> dict[str, Any]:
+def probe(weights: Weights, opens: Opens, group: ProcessGroup | None = None) -> dict[str, Any]:
     """Seconds of a layer and of the final head for one row here, by the best of a few passes of the last layer, and
     bytes of memory."""
     found = opens.digest(weights.source)
@@ -159,15 +160,15 @@ def probe(weights: Weights, opens: Opens) -> dict[str, Any]:
         torch.set_num_threads(weights.options.threads)
     depth = opens.load(weights, range(1)).config.num_hidden_layers
     model = opens.load(weights, range(depth - 1, depth))
-    layer, head = seconds(model, weights)
+    layer, head = seconds(model, weights, group)
     return {"digest": found, "layer": layer, "head": head, "memory": memory()}
 
 
-def seconds(model: EarlyExitModel, weights: Weights) -> tuple[float, float]:
-    """Seconds of the last layer of a model and of its final head, for one row."""
+def seconds(model: EarlyExitModel, weights: Weights, group: ProcessGroup | None = None) -> tuple[float, float]:
+    """Seconds of the last layer of a model and of its final head, for one row; by all ranks of a ``group``."""
     depth = model.config.num_hidden_layers
     share = Share(layers=range(depth - 1, depth), bounds=(0, depth - 1, depth) if depth > 1 else (0, depth))
-    fused = packed_model(model, weights.quant, weights.compile, weights.options, share, weights.rounds)
+    fused = packed_model(model, weights.quant, weights.compile, weights.options, share, weights.rounds, group)
     runner = Runner(fused, EngineConfig(kv_bytes=None, block_size=32), blocks=None)
     tables = [BlockTable(allocator, runner.pool.block_size) for allocator in runner.pool.allocators]
     assert all(table.ensure(1) for table in tables)
