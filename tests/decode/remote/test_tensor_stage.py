@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,7 +36,7 @@ from tests.decode.remote.threads import KEY, InMemory, InThreads, weights_of_mod
 from tests.model.families import tiny_model
 from tests.parallel.launch import launch
 
-OPTIONS = EngineConfig(block_size=4, kv_bytes=150_000)
+OPTIONS = EngineConfig(block_size=4, kv_bytes=190_000)
 REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
     (random_ids(9, 1), dict(mode="full")),
     (random_ids(21, 2), dict(mode="threshold", threshold=0.4)),
@@ -127,17 +128,12 @@ def decode(
     return None
 
 
-MODELS = {
-    "llama": lambda: drafting_model("llama"),
-    "gemma3_text": lambda: attach(
-        tiny_model("gemma3_text"),
-        [
-            ExitConfig(layer=1, kind="block"),
-            ExitConfig(layer=2, kind="mlp", candidates=40),
-            ExitConfig(layer=3, kind="norm", output="low_rank", rank=9),
-        ],
-    ),
-}
+EXITS = (
+    ExitConfig(layer=1, kind="block"),
+    ExitConfig(layer=2, kind="mlp", candidates=40),
+    ExitConfig(layer=3, kind="norm", output="low_rank", rank=9),
+)
+MODELS = {"llama": lambda: drafting_model("llama"), "gemma3_text": lambda: attach(tiny_model("gemma3_text"), EXITS)}
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -150,6 +146,14 @@ def test_stages_of_two_ranks_have_the_tokens_of_one_process(family: str, counts:
         first, *others = launch(2 * len(counts), decode, model, 2, len(counts), counts, listener)
     assert first == expected
     assert others == [None] * len(others)
+
+
+def test_four_ranks_have_the_tokens_of_one_process() -> None:
+    """One KV head each, parts of the vocabulary that are not of one length, candidates."""
+    model = attach(tiny_model("gemma3_text", num_key_value_heads=4), EXITS)
+    expected = texts(make_engine(model, options=OPTIONS))
+    with listen("127.0.0.1", 0) as listener:
+        assert launch(4, decode, model, 4, 1, (4,), listener)[0] == expected
 
 
 def test_the_ranks_of_a_stage_measure_together() -> None:
@@ -193,26 +197,33 @@ class Replacing(Connecting):
 
 def lose(model: EarlyExitModel, listener: socket.socket, directory: Path) -> None:
     """A head whose other stage has two ranks, one of which ends; what became of the others is written down."""
-    rank, place = dist.get_rank(), directory / str(dist.get_rank())
+    rank = dist.get_rank()
     group, steps = (dist.new_group([1, 2]) for _ in range(2))
-    if rank == 0:
-        launcher = Replacing(listener, model)
-        pipeline = Pipeline(
-            model, weights_of_model(model, "none", OPTIONS), launcher, stages=2, layers_per_stage=(2, 2)
-        )
-        with pytest.warns(UserWarning, match="stage 2 of 2 was lost"):
-            found = texts(PipelinedEngine(model, pipeline, options=OPTIONS, costs=some_costs(model)))
-        place.write_text(f"{launcher.starts} {found}")
-    else:
-        lockstep = Lockstep(steps)
-        if rank == 2:
-            serve_link(Falling(lockstep), InMemory(model), group)
-        link = Link(socket.create_connection(listener.getsockname()), "the head")
-        greet(link, KEY)
-        with pytest.raises(RankLost):
-            serve_link(Leading(link, lockstep), InMemory(model), group)
-        place.write_text("lost another")
+    try:
+        found = _led(model, listener) if rank == 0 else _served(model, listener, group, Lockstep(steps))
+    except BaseException:
+        found = traceback.format_exc()
+    (directory / str(rank)).write_text(found)
     os._exit(1)
+
+
+def _led(model: EarlyExitModel, listener: socket.socket) -> str:
+    launcher = Replacing(listener, model)
+    weights = weights_of_model(model, "none", OPTIONS)
+    pipeline = Pipeline(model, weights, launcher, stages=2, layers_per_stage=(2, 2))
+    with pytest.warns(UserWarning, match="stage 2 of 2 was lost"):
+        found = texts(PipelinedEngine(model, pipeline, options=OPTIONS, costs=some_costs(model)))
+    return f"{launcher.starts} {found}"
+
+
+def _served(model: EarlyExitModel, listener: socket.socket, group: dist.ProcessGroup, lockstep: Lockstep) -> str:
+    if lockstep.rank:
+        serve_link(Falling(lockstep), InMemory(model), group)
+    link = Link(socket.create_connection(listener.getsockname()), "the head")
+    greet(link, KEY)
+    with pytest.raises(RankLost):
+        serve_link(Leading(link, lockstep), InMemory(model), group)
+    return "lost another"
 
 
 def test_a_stage_that_loses_a_rank_ends_and_is_replaced(tmp_path: Path) -> None:
