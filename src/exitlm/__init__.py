@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from exitlm.errors import UserError
+from exitlm.version import __version__
 
 if TYPE_CHECKING:
     from exitlm.decode.generation import Generation, GenerationConfig
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from exitlm.train import train, tune
 
 __all__ = ["LLM", "AsyncEngine", "Generation", "GenerationConfig", "UserError", "__version__", "load", "train", "tune"]
-__version__ = "0.1.0"
 
 _PLACES = {
     "AsyncEngine": "exitlm.serve.async_engine",

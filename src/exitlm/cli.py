@@ -23,7 +23,9 @@ from exitlm import __version__
 from exitlm.assignments import given_settings
 from exitlm.bench_serve import add_bench_serve, bench_serve
 from exitlm.chat.verb import add_chat, chat
+from exitlm.decode.remote.verb import add_stage, stage
 from exitlm.errors import AlreadyTold, UserError, nearest
+from exitlm.serve_verb import add_processes, add_serve, serve
 
 if TYPE_CHECKING:
     from exitlm.decode.generation import GenerationConfig
@@ -89,7 +91,9 @@ def generate(
         raise UserError("the answers to --prompts are JSON lines already; leave --json out")
     from exitlm.decode.options import EngineConfig
 
+    stages = {name: flags.pop(name) for name in ("pipeline", "tensor") if name in flags}
     settings, engine = given_settings(flags, set)
+    engine |= {name: count for name, count in stages.items() if count is not None}
     source = {
         "source": model, "adapter": adapter, "dtype": dtype, "device": device, "quant": quant,
         "allow_other_base": allow_other_base, "engine": EngineConfig.of(engine),
@@ -195,50 +199,6 @@ def _print_depth(llm: "LLM", prompt: str, chat: bool, config: "GenerationConfig"
             f"{mean_depth(trace):.1f} of {llm.num_layers} layers on average",
             style="dim",
         )
-
-
-def serve(
-    model: str | None = None,
-    *,
-    config: str | None = None,
-    adapter: Sequence[str] | None = None,
-    set: Sequence[str] = (),
-    **flags: Any,
-) -> int:
-    """Answer many clients over HTTP, as OpenAI's API does; ``flags`` are settings of the server, or None."""
-    from exitlm.assignments import assignments
-    from exitlm.serve.config import KEY_VARIABLE, SECTIONS, ServeConfig, merged, read_tree
-
-    given: dict[str, dict[str, Any]] = {"model": {}, "http": {}}
-    for name, value in {"source": model, "adapters": adapter, **flags}.items():
-        if value is not None and value is not False:  # a port of 0 equals False
-            section = "model" if name in ("source", "adapters", "name", "dtype", "device", "quant") else "http"
-            given[section][name] = value
-    if flags.get("allow_other_base"):
-        given["model"]["allow_other_base"] = given["http"].pop("allow_other_base")
-    if "api_key" in given["http"]:
-        given["http"]["api_keys"] = [given["http"].pop("api_key")]
-    elif os.environ.get(KEY_VARIABLE) and "api_key_file" not in given["http"]:
-        given["http"]["api_keys"] = [os.environ[KEY_VARIABLE]]
-    plain, sections = assignments(set, SECTIONS)
-    if plain:
-        word = next(iter(plain))
-        raise UserError(f"'{word}' names no section; write --set SECTION.KEY=VALUE, with one of {', '.join(SECTIONS)}")
-    settings = ServeConfig.of(merged({} if config is None else read_tree(config), given, sections))
-    try:
-        from exitlm.serve.server import serve
-    except ModuleNotFoundError as error:
-        raise UserError(f"serve needs {error.name}; install it with: pip install 'exitlm[serve]'") from None
-    import exitlm
-
-    def load(found: ServeConfig) -> "LLM":
-        m = found.model
-        return exitlm.load(
-            m.source, adapter=m.adapters or None, dtype=m.dtype, device=m.device, quant=m.quant,
-            allow_other_base=m.allow_other_base, engine=found.engine,
-        )  # fmt: skip
-
-    return serve(settings, load)
 
 
 def inspect(path: str) -> int:
@@ -360,6 +320,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "stage": stage,
     "bench-serve": bench_serve,
     "inspect": inspect,
     "export": export,
@@ -455,6 +416,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             metavar="Q",
             help="how weights are packed on a CPU: auto (as they are stored), q8_0, bf16, fp16, none, int8, int4",
         )
+        if name == "generate":
+            add_processes(parsers[name])
         add(
             "--set",
             nargs="+",
@@ -464,27 +427,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             help="any setting of a generation, such as top_k=40 min_p=.05 stop='[\"END\"]' threshold='{\"8\": 0.9}'",
         )
 
-    add = parsers["serve"].add_argument
-    add("model", nargs="?", metavar="MODEL", help=f"{_MODEL} (default: what --config names)")
-    add("--config", metavar="FILE", help="settings in TOML: sections model, http, limits, engine, defaults")
-    add("--name", metavar="NAME", help="what clients call the model (default: the last part of MODEL)")
-    add("--host", metavar="H", help="the address to listen on (default: 127.0.0.1)")
-    add("--port", type=int, metavar="P", help="(default: 8000)")
-    add("--api-key", metavar="K", help="ask clients for this key (default: EXITLM_API_KEY, else none)")
-    add("--api-key-file", metavar="FILE", help="a file with one key a line; any of them opens the server")
-    add("--without-key", action="store_true", help="listen beyond this machine although no key is asked for")
-    add("--dtype", metavar="D", help="of the weights, such as float32 (default: the checkpoint's)")
-    add("--device", metavar="D", help="cpu (default) or cuda")
-    add("--quant", metavar="Q", help="how weights are packed on a CPU (see exitlm generate --help)")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="any setting of the file, such as limits.queue=64 defaults.mode=threshold engine.max_sequences=16",
-    )
-
+    add_serve(parsers["serve"], _MODEL)
+    add_stage(parsers["stage"], _MODEL)
     for name in ("generate", "chat", "serve", "export"):
         parsers[name].add_argument(
             "--adapter",

@@ -146,8 +146,18 @@ class LLM:
         return self._engine
 
     def _new_engine(self) -> Engine:
-        tokenizer = cast(Tokenizer | None, self.tokenizer)
-        return Engine(self.model, quant=self.quant, tokenizer=tokenizer, options=self.engine_config)
+        tokenizer, options = cast(Tokenizer | None, self.tokenizer), self.engine_config
+        if options.pipeline * options.tensor > 1:
+            from exitlm.decode.remote.build import pipelined_engine
+
+            return pipelined_engine(self.model, quant=self.quant, tokenizer=tokenizer, options=options)
+        return Engine(self.model, quant=self.quant, tokenizer=tokenizer, options=options)
+
+    def close(self) -> None:
+        """End the engine, and the processes of its stages where it has some; a new one is built when it is needed."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     def logits(self, ids: Ids) -> Tensor:
         """Logits of the final head, ``[B, T, V]``, for token ids ``[T]`` or ``[B, T]``."""
@@ -240,7 +250,7 @@ class LLM:
             UserError: a device that can't be used.
         """
         self.model.to(device_of(device))
-        self._engine = None
+        self.close()
         return self
 
     def add_exits(
@@ -272,13 +282,13 @@ class LLM:
             for layer in layers
         ]
         self.model.add_exits(configs, seed=seed, candidate_ids=candidates)
-        self._engine = None
+        self.close()
 
     def remove_exits(self, layers: Sequence[int]) -> None:
         """Drop the exits after these layers, those of all adapters."""
         self._check_idle()
         self.model.remove_exits(wholes(layers, "layers"))
-        self._engine = None
+        self.close()
 
     def _check_idle(self) -> None:
         """Refuse to change exits while texts are decoded."""

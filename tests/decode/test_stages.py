@@ -110,11 +110,32 @@ def test_drafts_ride_along_where_they_are_worth_their_row() -> None:
     assert keys(choose(*rows, seconds=1.0, row=1.0)) == [1]
 
 
+def test_a_draft_that_is_not_worth_its_row_does_not_start() -> None:
+    assert choose(wait(1, 4, "start", worth=0.2), seconds=1.0, row=0.9) is None
+    assert keys(choose(wait(1, 4, "start", worth=0.3), seconds=1.0, row=0.9)) == [1]
+    assert keys(choose(wait(1, 4, "start", worth=0.2), seconds=1.0, row=0.1)) == [1]
+
+
 def test_starts_are_spread_over_the_stages() -> None:
     rows = [wait(key, 4, "start") for key in range(8)]
     assert keys(choose(*rows, stages=4, sequences=8)) == [0, 1]
     assert keys(choose(*rows, stages=4, sequences=9)) == [0, 1, 2]
     assert keys(choose(*rows)) == list(range(8))
+
+
+def test_more_start_together_where_exits_send_them_back() -> None:
+    rows = [wait(key, 4, "start") for key in range(8)]
+    spread: dict[str, Any] = dict(stages=4, sequences=8, depth=1.6, seconds=1.0)
+    assert keys(choose(*rows, **spread, row=0.1)) == [0, 1, 2, 3, 4]
+    assert keys(choose(*rows, **spread, row=0.4)) == [0, 1]  # rows are dearer than passes
+
+
+@pytest.mark.parametrize(("coming", "idle", "runs"), [(0.3, 0.0, False), (0.3, 0.3, True), (0.6, 0.0, True)])
+def test_rows_wait_for_others_only_where_it_is_allowed(coming: float, idle: float, runs: bool) -> None:
+    gather: dict[str, Any] = dict(coming=coming, idle=idle, seconds=1.0)
+    assert choose(wait(1, 4, "must"), **gather, sequences=2) is not None
+    assert (choose(wait(1, 4, "must"), **gather, sequences=2, gather=0.5) is not None) is runs
+    assert choose(wait(1, 4, "must"), **gather, sequences=1, gather=0.5) is not None  # alone
 
 
 # -- properties
@@ -137,7 +158,7 @@ def views(draw: st.DrawFn) -> StageView:
     return StageView(
         first=0, last=4, waiting=tuple(waiting), seconds=draw(st.sampled_from((0.0, 1.0))),
         row=draw(st.sampled_from((0.0, 0.1, 1.0))), coming=draw(st.sampled_from((0.0, 0.5, math.inf))),
-        stages=draw(st.integers(1, 4)), sequences=draw(st.integers(0, 8)),
+        stages=draw(st.integers(1, 4)), sequences=draw(st.integers(0, 8)), depth=draw(st.sampled_from((0.0, 1.5))),
     )  # fmt: skip
 
 
@@ -149,7 +170,8 @@ def test_every_pass_keeps_the_rules(stage: StageView, max_rows: int, chunk: int)
     assert found == next_stage_pass(stage, limits)
     if found is None:
         assert not any(one.goes for one in stage.waiting)
-        assert not stage.waiting or stage.coming < math.inf
+        drafts = all(one.kind == "start" for one in stage.waiting)
+        assert drafts or stage.coming < math.inf
         return
     assert stage.first <= found.first < found.last <= stage.last
     here = {one.key: one for one in stage.waiting if one.layer == found.first}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from exitlm.errors import UserError
-from exitlm.values import flag, number, settings_of, whole
+from exitlm.values import flag, number, settings_of, whole, wholes
 
 MAX_ROWS = 512
 
@@ -26,6 +26,13 @@ class EngineConfig:
     pass. ``threads``: processor threads of a pass (None: one for each core); a process has one number.
     ``activation_bits`` (15 or 8): what activations are rounded to where they meet weights on a grid, by the native
     kernels. ``kv_dtype`` (float16 or float32): keys and values of the native kernels.
+
+    Many processes (docs/serving.md): ``pipeline``: stages, each with a run of layers in a process of its own, and
+    ``tensor``: processes that share each stage's matrices; ``kv_bytes`` is for all of them. ``layers_per_stage`` (None:
+    by what layers take on each machine). ``stages_at``: an address HOST:PORT where the other stages join (None: they
+    are started on this machine); beyond this machine that needs ``stage_key_file``, a file with what all must know, and
+    ``stage_certificate``, a PEM file with a certificate and its private key. ``stage_timeout``: seconds after which a
+    stage that does not answer, or does not come back, is given up.
     """
 
     kv_bytes: int | None = None
@@ -38,11 +45,18 @@ class EngineConfig:
     threads: int | None = None
     activation_bits: int = 15
     kv_dtype: str = "float16"
+    pipeline: int = 1
+    tensor: int = 1
+    layers_per_stage: Sequence[int] | None = None
+    stages_at: str | None = None
+    stage_key_file: str | None = None
+    stage_certificate: str | None = None
+    stage_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         found: dict[str, Any] = {"prefix_sharing": flag(self.prefix_sharing, "engine.prefix_sharing")}
-        for name, least in (("block_size", 1), ("max_rows", 1), ("max_sequences", 1), ("prefill_chunk", 1)):
-            found[name] = whole(getattr(self, name), f"engine.{name}", least=least)
+        for name in ("block_size", "max_rows", "max_sequences", "prefill_chunk", "pipeline", "tensor"):
+            found[name] = whole(getattr(self, name), f"engine.{name}", least=1)
         for name in ("kv_bytes", "threads"):
             if getattr(self, name) is not None:
                 found[name] = whole(getattr(self, name), f"engine.{name}", least=1)
@@ -53,6 +67,21 @@ class EngineConfig:
         for name, known in (("activation_bits", (15, 8)), ("kv_dtype", ("float32", "float16"))):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"engine.{name} is {value!r}, but must be {known[0]} or {known[1]}")
+        seconds = "a number of seconds above 0"
+        found["stage_timeout"] = number(self.stage_timeout, "engine.stage_timeout", seconds)
+        if not 0.0 < found["stage_timeout"] < math.inf:
+            raise UserError(f"engine.stage_timeout is {found['stage_timeout']}, but must be {seconds}")
+        if self.layers_per_stage is not None:
+            counts = tuple(wholes(self.layers_per_stage, "engine.layers_per_stage", "numbers of layers"))
+            if len(counts) != found["pipeline"] or min(counts) < 1:
+                raise UserError(
+                    f"engine.layers_per_stage is {list(counts)}, but must have a number of layers for each of the "
+                    f"{found['pipeline']} stages (engine.pipeline)"
+                )
+            found["layers_per_stage"] = counts
+        for name in ("stages_at", "stage_key_file", "stage_certificate"):
+            if (value := getattr(self, name)) is not None and found["pipeline"] == found["tensor"] == 1:
+                raise UserError(f"engine.{name} is {value!r}, but there is one stage; set engine.pipeline to 2 or more")
         for name, value in found.items():
             object.__setattr__(self, name, value)
 

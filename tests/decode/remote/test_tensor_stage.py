@@ -1,38 +1,40 @@
 """Stages of several tensor ranks: an engine over them has the tokens of one process."""
 
+import itertools
 import os
 import socket
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from exitlm.decode.generation import Generation, GenerationConfig
-from exitlm.decode.kernels.packed import packed_model
-from exitlm.decode.kernels.ranks import RankLost
-from exitlm.decode.kernels.runner import Runner
+from exitlm.decode.kernels.share import Share
 from exitlm.decode.options import EngineConfig
+from exitlm.decode.remote import ranks
 from exitlm.decode.remote.engine import PipelinedEngine
-from exitlm.decode.remote.frames import BadFrame, Frame, Kind
 from exitlm.decode.remote.hello import greet
-from exitlm.decode.remote.job import pieces
 from exitlm.decode.remote.launch import admitted, listen
-from exitlm.decode.remote.link import Closed, Late, Link, words_of
+from exitlm.decode.remote.link import Closed, Link, words_of
 from exitlm.decode.remote.lockstep import Lockstep
 from exitlm.decode.remote.pipeline import Pipeline
-from exitlm.decode.remote.stage import serve_link
-from exitlm.decode.remote.tensor_stage import Following, Leading, LeadingWorker, end, hand_on, hand_on_job
+from exitlm.decode.remote.ranks import Followers, follow
+from exitlm.decode.remote.stage import Stage, _packed, serve_link
 from exitlm.decode.remote.worker import Worker
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
 from exitlm.model.exits import ExitConfig
 from tests.decode.models import attach, drafting_model, make_engine, random_ids, some_costs
-from tests.decode.remote.threads import KEY, InMemory, InThreads, weights_of_model
+from tests.decode.remote.threads import KEY, InMemory, weights_of_model
 from tests.model.families import tiny_model
 from tests.parallel.launch import launch
 
@@ -63,31 +65,44 @@ def texts(engine: Any) -> list[Any]:
     return out
 
 
-class TensorPipeline(Pipeline):
-    """A pipeline whose first stage is this process and others of a group."""
+Work = Callable[[PipelinedEngine], str]
+Serve = Callable[["Stages", EarlyExitModel, int, int], str]
 
-    lockstep: Lockstep
-    group: dist.ProcessGroup
 
-    def _load_first(self) -> Worker:
-        w, share = self._weights, self.shares[0]
-        own = {key: head for key, head in self._heads.items() if share.has_exit(key[1])}
-        hand_on_job(self.lockstep, self._job(0), pieces(own))
-        fused = packed_model(self._model, w.quant, w.compile, w.options, share, w.rounds, self.group)
-        return LeadingWorker(Runner(fused, w.options, self.pool.blocks), self.lockstep, list(self._model.exit_sets()))
+class Forked(Followers):
+    """The other ranks of a stage, which are processes of the launch and connect to ``listener``."""
+
+    listener: socket.socket
+    of_stage: dist.ProcessGroup
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.links = [connected(self.listener) for _ in range(1, size)]
+        self.group = self.of_stage
+        self.lockstep = Lockstep(self.group)
+
+    def close(self) -> None:
+        """Their links are shut, by which they end."""
+        for link in self.links:
+            link.close()
+
+
+def connected(listener: socket.socket) -> Link:
+    """The next process that connects and greets."""
+    link = admitted(listener, KEY, time.monotonic() + 20.0)
+    assert link is not None
+    link.trust()
+    return link
 
 
 class Connecting:
-    """A launcher of stages that connect by themselves."""
+    """A launcher of stages that connect by themselves, each to the next listener."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
+    def __init__(self, listeners: Sequence[socket.socket]) -> None:
+        self._listeners = list(listeners)
 
     def start(self, number: int) -> Link:
         """See Launcher."""
-        link = admitted(self._listener, KEY, time.monotonic() + 20.0)
-        assert link is not None
-        return link
+        return connected(self._listeners.pop(0))
 
     def stop(self, number: int) -> None:
         """See Launcher."""
@@ -96,36 +111,65 @@ class Connecting:
         """See Launcher."""
 
 
-def decode(
-    model: EarlyExitModel, tensor: int, stages: int, counts: Sequence[int] | None, listener: socket.socket
-) -> list[Any] | None:
-    """What an engine over stages of so many ranks writes, on the first rank of all; ``counts`` None measures."""
-    rank = dist.get_rank()
-    groups, steps = ([dist.new_group([*range(s * tensor, (s + 1) * tensor)]) for s in range(stages)] for _ in range(2))
-    stage, place = divmod(rank, tensor)
-    group, lockstep = groups[stage], Lockstep(steps[stage])
-    opens = InMemory(model)
-    if rank == 0:
-        TensorPipeline.lockstep, TensorPipeline.group = lockstep, group
-        pipeline = TensorPipeline(
-            model,
-            weights_of_model(model, "none", OPTIONS),
-            Connecting(listener),
-            stages=stages,
-            layers_per_stage=counts,
-        )
-        engine = PipelinedEngine(model, pipeline, options=OPTIONS, costs=some_costs(model))
-        found = texts(engine)
-        engine.close()
-        end(lockstep)
-        return found
-    with suppress(Closed):
-        if place:
-            serve_link(Following(lockstep), opens, group)
-        link = Link(socket.create_connection(listener.getsockname()), "the head")
-        greet(link, KEY)
-        serve_link(Leading(link, lockstep), opens, group)
-    return None
+class Stages:
+    """A launch: the head, and after it ``tensor`` ranks for each stage that is started. What became of each process is
+    written into ``directory`` under its rank, and it ends, since a lost one can't be waited for."""
+
+    def __init__(self, directory: Path, tensor: int, started: int) -> None:
+        self.directory, self.tensor = directory, tensor
+        self.heads, self.firsts = ([listen("127.0.0.1", 0) for _ in range(started)] for _ in range(2))
+
+    def launch(self, model: EarlyExitModel, counts: Sequence[int] | None, work: Work, stage: Serve) -> dict[int, str]:
+        """Let the head do ``work`` with an engine whose stages have so many layers (None: as measured), and every rank
+        of a stage ``stage``; what each process has written."""
+        try:
+            with pytest.raises(AssertionError, match="died"):
+                launch(1 + self.tensor * len(self.heads), self._run, model, counts, work, stage)
+        finally:
+            for listener in (*self.heads, *self.firsts):
+                listener.close()
+        return {int(path.name): path.read_text() for path in self.directory.iterdir()}
+
+    def _run(self, model: EarlyExitModel, counts: Sequence[int] | None, work: Work, stage: Serve) -> None:
+        rank, size = dist.get_rank(), self.tensor
+        ranks = [list(range(1 + size * s, 1 + size * (s + 1))) for s in range(len(self.heads))]
+        groups = [dist.new_group(each, timeout=timedelta(seconds=20)) for each in ranks]
+        try:
+            if rank == 0:
+                found = self._lead(model, counts, work)
+            else:
+                number, place = divmod(rank - 1, size)
+                Forked.listener, Forked.of_stage = self.firsts[number], groups[number]
+                found = stage(self, model, number, place)
+        except BaseException:
+            found = traceback.format_exc()
+        (self.directory / str(rank)).write_text(found)
+        os._exit(1)
+
+    def _lead(self, model: EarlyExitModel, counts: Sequence[int] | None, work: Work) -> str:
+        options = replace(OPTIONS, tensor=self.tensor)
+        weights, stages = weights_of_model(model, "none", options), 1 if counts is None else len(counts)
+        pipeline = Pipeline(model, weights, Connecting(self.heads), stages=stages, layers_per_stage=counts)
+        return work(PipelinedEngine(model, pipeline, options=options, costs=some_costs(model)))
+
+
+def serve(stages: Stages, model: EarlyExitModel, number: int, place: int) -> str:
+    """Be a rank of a stage."""
+    address = (stages.firsts if place else stages.heads)[number].getsockname()
+    link, opens = Link(socket.create_connection(address), "another"), InMemory(model)
+    greet(link, KEY)
+    if place:
+        stage = Stage(link, words_of(link.receive()), opens, Forked.of_stage)
+        link.say(ready=True)
+        follow(Forked.of_stage, link, stage.perform)
+    with patch.object(ranks, "Followers", Forked), suppress(Closed):
+        serve_link(link, opens)
+    return "the head ended"
+
+
+def all_texts(engine: PipelinedEngine) -> str:
+    """What the engine writes."""
+    return str(texts(engine))
 
 
 EXITS = (
@@ -138,161 +182,92 @@ MODELS = {"llama": lambda: drafting_model("llama"), "gemma3_text": lambda: attac
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("counts", [(4,), (2, 2), (1, 3)], ids=str)
-def test_stages_of_two_ranks_have_the_tokens_of_one_process(family: str, counts: Sequence[int]) -> None:
+def test_stages_of_two_ranks_have_the_tokens_of_one_process(family: str, counts: Sequence[int], tmp_path: Path) -> None:
     """All modes at once; an exit at a cut, and with blocks for some of the texts only."""
     model = MODELS[family]()
-    expected = texts(make_engine(model, options=OPTIONS))
-    with listen("127.0.0.1", 0) as listener:
-        first, *others = launch(2 * len(counts), decode, model, 2, len(counts), counts, listener)
-    assert first == expected
-    assert others == [None] * len(others)
+    expected = str(texts(make_engine(model, options=OPTIONS)))
+    found = Stages(tmp_path, 2, len(counts)).launch(model, counts, all_texts, serve)
+    assert found[0] == expected
 
 
-def test_four_ranks_have_the_tokens_of_one_process() -> None:
+def test_four_ranks_have_the_tokens_of_one_process(tmp_path: Path) -> None:
     """One KV head each, parts of the vocabulary that are not of one length, candidates."""
     model = attach(tiny_model("gemma3_text", num_key_value_heads=4), EXITS)
-    expected = texts(make_engine(model, options=OPTIONS))
-    with listen("127.0.0.1", 0) as listener:
-        assert launch(4, decode, model, 4, 1, (4,), listener)[0] == expected
-
-
-def test_the_ranks_of_a_stage_measure_together() -> None:
-    """Where the head asks how fast a stage is; how it splits the layers changes no token."""
-
-    model = MODELS["llama"]()
-    expected = texts(make_engine(model, options=OPTIONS))
-    with listen("127.0.0.1", 0) as listener:
-        assert launch(4, decode, model, 2, 2, None, listener)[0] == expected
+    expected = str(texts(make_engine(model, options=OPTIONS)))
+    assert Stages(tmp_path, 4, 1).launch(model, (4,), all_texts, serve)[0] == expected
 
 
 # ---- ranks that are lost
 
 
-class Falling(Following):
-    """A rank that ends when its fifth pass comes, which the first one has begun already."""
+def fifth(do: Callable[[], object]) -> Any:
+    """Let a worker of this process do something else than its fifth pass."""
+    perform, count = Worker.perform, itertools.count(1)
 
-    passes = 0
+    def performed(worker: Worker, work: Any) -> Any:
+        if next(count) == 5:
+            do()
+        return perform(worker, work)
 
-    def receive(self, timeout: float | None = None) -> Frame:
-        """See Following."""
-        frame = super().receive(timeout)
-        self.passes += frame.kind == Kind.PASS
-        if self.passes == 5:
-            os._exit(1)
-        return frame
+    return patch.object(Worker, "perform", performed)
 
 
-class Replacing(Connecting):
-    """A launcher whose first stage connects, and that puts a thread in its place."""
-
-    def __init__(self, listener: socket.socket, model: EarlyExitModel) -> None:
-        super().__init__(listener)
-        self._threads, self.starts = InThreads(model), 0
-
-    def start(self, number: int) -> Link:
-        """See Launcher."""
-        self.starts += 1
-        return super().start(number) if self.starts == 1 else self._threads.start(number)
+def fail() -> None:
+    """What a pass may break off by."""
+    raise ValueError("no memory is left")
 
 
-def lose(model: EarlyExitModel, listener: socket.socket, directory: Path) -> None:
-    """A head whose other stage has two ranks, one of which ends; what became of the others is written down."""
-    rank = dist.get_rank()
-    group, steps = (dist.new_group([1, 2]) for _ in range(2))
-    try:
-        found = _led(model, listener) if rank == 0 else _served(model, listener, group, Lockstep(steps))
-    except BaseException:
-        found = traceback.format_exc()
-    (directory / str(rank)).write_text(found)
-    os._exit(1)
+def last_falls(stages: Stages, model: EarlyExitModel, number: int, place: int) -> str:
+    """The second rank of the first stage ends in its fifth pass, which the first one has begun already."""
+    with fifth(lambda: os._exit(1)) if (number, place) == (0, 1) else nullcontext():
+        return serve(stages, model, number, place)
 
 
-def _led(model: EarlyExitModel, listener: socket.socket) -> str:
-    launcher = Replacing(listener, model)
-    weights = weights_of_model(model, "none", OPTIONS)
-    pipeline = Pipeline(model, weights, launcher, stages=2, layers_per_stage=(2, 2))
-    with pytest.warns(UserWarning, match="stage 2 of 2 was lost"):
-        found = texts(PipelinedEngine(model, pipeline, options=OPTIONS, costs=some_costs(model)))
-    return f"{launcher.starts} {found}"
+def last_fails(stages: Stages, model: EarlyExitModel, number: int, place: int) -> str:
+    """Its fifth pass breaks off there, and not on the first rank."""
+    with fifth(fail) if (number, place) == (0, 1) else nullcontext():
+        return serve(stages, model, number, place)
 
 
-def _served(model: EarlyExitModel, listener: socket.socket, group: dist.ProcessGroup, lockstep: Lockstep) -> str:
-    if lockstep.rank:
-        serve_link(Falling(lockstep), InMemory(model), group)
-    link = Link(socket.create_connection(listener.getsockname()), "the head")
-    greet(link, KEY)
-    with pytest.raises(RankLost):
-        serve_link(Leading(link, lockstep), InMemory(model), group)
-    return "lost another"
+def first_fails(stages: Stages, model: EarlyExitModel, number: int, place: int) -> str:
+    """The fifth pass breaks off on the first rank, and not on the second one."""
+    with fifth(fail) if (number, place) == (0, 0) else nullcontext():
+        return serve(stages, model, number, place)
 
 
-def test_a_stage_that_loses_a_rank_ends_and_is_replaced(tmp_path: Path) -> None:
-    """Its first rank notices within a pass and ends, which the head notices; every text has its tokens."""
+@pytest.mark.parametrize("how", [last_falls, last_fails])
+def test_a_stage_that_loses_a_rank_ends_and_is_replaced(how: Serve, tmp_path: Path) -> None:
+    """The first rank notices within the pass, and the head notices that; every text has its tokens."""
     model = MODELS["llama"]()
-    expected = texts(make_engine(model, options=OPTIONS))
-    with listen("127.0.0.1", 0) as listener, pytest.raises(AssertionError, match="died"):
-        launch(3, lose, model, listener, tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": f"2 {expected}", "1": "lost another"}
+    found = Stages(tmp_path, 2, 2).launch(model, (4,), replaced, how)
+    assert found[0] == f"1 {texts(make_engine(model, options=OPTIONS))}"
+    assert "RankLost" in found[1]
 
 
-# ---- what goes from the first rank to the others
+def replaced(engine: PipelinedEngine) -> str:
+    """How many stages were lost, and what the engine writes."""
+    with pytest.warns(UserWarning, match="stage 1 of 1 was lost"):
+        found = texts(engine)
+    return f"{engine.lost} {found}"
 
 
-class Recorder:
-    """What stands for a lockstep: it keeps what is sent, and gives what it is given."""
-
-    def __init__(self, given: bytes = b"", ring: Any = None) -> None:
-        self.sent: list[bytes] = []
-        self.beats, self._given, self._ring = 0, given, ring
-
-    def send(self, frame: bytes) -> None:
-        """Keep it."""
-        self.sent.append(frame)
-
-    def beat(self) -> None:
-        """Count, and ring at the third."""
-        self.beats += 1
-        if self.beats == 3:
-            self._ring()
-
-    def receive(self) -> bytes:
-        """What it was given."""
-        return self._given
+def test_a_first_rank_that_fails_says_so_and_ends(tmp_path: Path) -> None:
+    """Its requests have that error; the next ones are for a new stage, since the others are not in step with it."""
+    model = MODELS["llama"]()
+    found = Stages(tmp_path, 2, 2).launch(model, (4,), again, first_fails)
+    assert found[0] == f"1 {texts(make_engine(model, options=OPTIONS))}"
+    assert "RankLost: a pass broke off on the first rank" in found[1]
 
 
-def test_the_first_rank_hands_on_every_frame_and_beats_while_none_comes() -> None:
-    near, far = (Link(end, "another") for end in socket.socketpair())
-    lockstep: Any = Recorder(ring=lambda: far.say(hello="you"))
-    leading = Leading(near, lockstep, beat=0.01)
-    frame = leading.receive()
-    assert words_of(frame) == {"hello": "you"}
-    assert lockstep.beats >= 3
-    follower: Any = Recorder(given=lockstep.sent[0])
-    assert words_of(Following(follower).receive()) == {"hello": "you"}
-    leading.say(hello="me")
-    assert far.hear(5.0) == {"hello": "me"}
-    with pytest.raises(Late):
-        leading.receive(0.0)
-    assert len(lockstep.sent) == 2
-    far.close()
-    with pytest.raises(Closed):
-        leading.receive()
-    for ended in lockstep.sent[1:]:
-        last: Any = Recorder(given=ended)
-        with pytest.raises(Closed, match="no head any more"):
-            Following(last).receive()
-
-
-@pytest.mark.parametrize("cut", [slice(0, 5), slice(0, -1), slice(1, None)])
-def test_what_is_no_frame_is_refused_by_a_follower(cut: slice) -> None:
-    lockstep: Any = Recorder()
-    hand_on(lockstep, Frame(Kind.CLEAR, [1, 2, 3]))
-    follower: Any = Recorder(given=lockstep.sent[0][cut])
-    with pytest.raises(BadFrame):
-        Following(follower).receive()
+def again(engine: PipelinedEngine) -> str:
+    """What the engine writes after its requests have failed."""
+    with pytest.raises(RuntimeError, match="ValueError: no memory is left"):
+        texts(engine)
+    return replaced(engine)
 
 
 def test_formats_of_the_native_kernels_are_refused() -> None:
-    group: Any = object()
+    model, group = tiny_model("llama"), Any
+    weights = replace(weights_of_model(model, "none", OPTIONS), quant="q8_0")
     with pytest.raises(UserError, match="quant 'q8_0' is a format of the native kernels, which tensor ranks lack"):
-        packed_model(tiny_model("llama"), "q8_0", "none", OPTIONS, group=group)
+        _packed(model, weights, Share.of(model), group)  # type: ignore[arg-type]

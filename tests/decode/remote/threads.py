@@ -14,11 +14,12 @@ from exitlm.decode.kernels.packed import rounds_exits
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.remote.engine import PipelinedEngine
 from exitlm.decode.remote.frames import BadFrame
-from exitlm.decode.remote.hello import Refused, greet, receive
+from exitlm.decode.remote.hello import greet, receive
 from exitlm.decode.remote.job import Weights
 from exitlm.decode.remote.link import Closed, Link
 from exitlm.decode.remote.pipeline import Pipeline
 from exitlm.decode.remote.stage import serve_link
+from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.weights.adapter import backbone_tensors
 from tests.decode.models import some_costs
@@ -67,7 +68,7 @@ class InThreads:
         return link
 
     def _run(self, link: Link) -> None:
-        with contextlib.suppress(Closed, Refused, BadFrame):
+        with contextlib.suppress(Closed, UserError, BadFrame):
             greet(link, KEY)
             self._serve(link, InMemory(self._model))
         link.close()

@@ -13,7 +13,6 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from exitlm.decode.kernels.formats import NATIVE_FORMATS, check_quant, resolve_format
 from exitlm.decode.kernels.fused import FusedModel, stream_dtype
@@ -37,31 +36,22 @@ _CAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def packed_model(
     model: EarlyExitModel, quant: str, compile: str, options: EngineConfig, share: Share | None = None,
-    rounds: bool | None = None, group: ProcessGroup | None = None,
+    rounds: bool | None = None,
 ) -> FusedModel | NativeModel:  # fmt: skip
     """Pack a model for decoding, or the ``share`` of it that is run here. ``rounds``: whether the matrices of its exits
-    are rounded to 8 bits (None: where those of the model lie on grids, too). ``group``: the tensor ranks that share
-    it, this process among them.
+    are rounded to 8 bits (None: where those of the model lie on grids, too).
 
     Raises:
         UserError: ``quant`` is unknown, or this model or machine can't have it.
     """
     check_quant(quant)
-    matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
-    if group is not None:
-        if quant in NATIVE_FORMATS:
-            raise UserError(f"quant '{quant}' is a format of the native kernels, which tensor ranks lack; use 'auto'")
-        from exitlm.decode.kernels.tensor_model import TensorModel  # which takes a second
-
-        return TensorModel(
-            model, resolve_format(quant, matrices), resolve_compile(compile, model.device), share, group=group
-        )
     unfit = _unfit(model.config, model.device, model.dtype, quant, compile)
     reason = unfit or library.why_not()
     if reason is None:
         return _native(model, quant, options, share, rounds)
     if quant in NATIVE_FORMATS:
         raise UserError(f"quant '{quant}' is a format of the native kernels, which can't run here ({reason})")
+    matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
     fused = FusedModel(model, resolve_format(quant, matrices), resolve_compile(compile, model.device), share)
     if unfit is None and os.environ.get("EXITLM_NATIVE") != "0":
         fused.note = f"decoding goes by torch, which is slower and not exact in any company: {reason}"
@@ -77,7 +67,7 @@ def why_not_native(
 
 def cache_dtype(model: EarlyExitModel, quant: str, compile: str, options: EngineConfig) -> torch.dtype:
     """What a packed model would hold keys and values in."""
-    if why_not_native(model.config, model.device, model.dtype, quant, compile) is not None:
+    if options.tensor > 1 or why_not_native(model.config, model.device, model.dtype, quant, compile) is not None:
         return stream_dtype(model)
     return torch.float16 if options.kv_dtype == "float16" else torch.float32
 

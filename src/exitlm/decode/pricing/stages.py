@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from exitlm.decode.pricing.scheduler import Limits, Member, Pass
 
+_SHARED = 0.25
 _FILL_WORTH = 0.1  # of a token: fills run by themselves where at most a tenth of their pass delays rows on their way
 
 
@@ -57,7 +58,7 @@ class Waiting:
 
 @dataclass(frozen=True, kw_only=True)
 class StageView:
-    """What the policy sees of a stage.
+    """What the policy sees of a stage. Each field but the first three may be left out where it isn't known.
 
     first, last: the boundaries between which its layers lie.
     waiting: in order of the sequences' arrival; all boundaries from ``first`` on, below ``last``.
@@ -66,6 +67,10 @@ class StageView:
     coming: seconds until rows may arrive from the stage before (for the first stage: tokens from others); ``inf``:
         none are on their way.
     stages, sequences: how many stages the pipeline has, and how many sequences decode now, wherever their rows are.
+    depth: stages that a row passes, on average, until the next one of its sequence starts; 0: all.
+    gather: rows that have to go wait for those that are coming up to this share of what a pass costs for any number
+        of rows; 0: never. Where rows are nearly free, .5 gains up to a fourth with many sequences.
+    idle: seconds that they have waited so.
     """
 
     first: int
@@ -76,24 +81,46 @@ class StageView:
     coming: float = math.inf
     stages: int = 1
     sequences: int = 0
+    depth: float = 0.0
+    gather: float = 0.0
+    idle: float = 0.0
+
+    @property
+    def fixed(self) -> float:
+        """Seconds that a pass through the whole stage costs for any number of rows."""
+        return max(0.0, self.seconds - self.row)
+
+    @property
+    def group(self) -> int:
+        """Sequences that may start in one pass, so that the others keep the other stages busy.
+
+        An equal share for each stage where rows cost more than the pass itself. Where they cost less, as many as are at
+        the first stage at a time: exits that fire send them back to it. 0: any number.
+        """
+        share = -(-self.sequences // self.stages)
+        if self.depth and share * self.row < self.fixed:
+            return max(share, math.ceil(self.sequences / self.depth))
+        return share
 
 
 def next_stage_pass(stage: StageView, limits: Limits) -> Pass | None:
-    """The next pass of an idle stage; None if nothing waits, or only rows that had better wait for those that come.
+    """The next pass of an idle stage; None if nothing waits, or what does had better wait for the rows that come.
+
+    Unless ``stage.gather`` allows it, rows that have to go never wait.
 
     All rows of a sequence at the pass's first boundary go together, except those of prompts, which go in chunks, and
     more than ``limits.max_rows``: of these the oldest go. The pass ends at the next boundary where a member is tested
     or has older rows, at the latest at the stage's end. Rows that have to go never wait at a deeper boundary.
     """
-    if not stage.waiting:
+    waiting = [one for one in stage.waiting if one.goes or one.kind != "start" or _worth_a_start(stage, one)]
+    if not waiting:
         return None
-    best = max(stage.waiting, key=lambda one: (_worth(one), one.layer))
-    here = [one for one in stage.waiting if one.layer == best.layer]
+    best = max(waiting, key=lambda one: (_worth(one), one.layer))
+    here = [one for one in waiting if one.layer == best.layer]
     members = _members(stage, best, here, limits)
     stops = [stop for one, rows in members for stop in _stops(stage, one, rows)]
     last = min(stops, default=stage.last)
-    seconds = stage.seconds * (last - best.layer) / (stage.last - stage.first)
-    if stage.coming < (1.0 - _worth(best)) * seconds:
+    if _may_wait(stage, best, (last - best.layer) / (stage.last - stage.first)):
         return None
     members += _riders(stage, here, members, last, limits)
     return Pass(
@@ -101,6 +128,21 @@ def next_stage_pass(stage: StageView, limits: Limits) -> Pass | None:
         last=last,
         members=tuple(Member(key=one.key, rows=rows, tested=last in _tests(one, rows)) for one, rows in members),
     )
+
+
+def _worth_a_start(stage: StageView, draft: Waiting) -> bool:
+    """Whether a draft is worth its row in a part of the stages, as many of which it has to share with others."""
+    return draft.worth * stage.seconds >= _SHARED * stage.row
+
+
+def _may_wait(stage: StageView, best: Waiting, share: float) -> bool:
+    """Whether a pass of such rows through that share of the stage had better wait for the rows that are coming: these
+    would have to wait for its end, and that is worth nothing if the pass turns out not to have been needed."""
+    if best.goes:
+        return stage.sequences > 1 and stage.idle + stage.coming < stage.gather * stage.fixed * share
+    if best.kind == "fill":  # what fills cost by row, they cost later, too
+        return stage.coming < (1.0 - _FILL_WORTH) * stage.fixed * share
+    return stage.coming < (1.0 - best.worth) * stage.seconds * share
 
 
 def _worth(one: Waiting) -> float:
@@ -117,7 +159,7 @@ def _members(stage: StageView, best: Waiting, here: Sequence[Waiting], limits: L
     alike.sort(key=lambda one: (one.since, one.kind == "prompt"))  # else in order of arrival
     drafts = [one for one in here if _worth(one) < _worth(best) and one.kind != "fill"]
     drafts.sort(key=lambda one: -_worth(one))
-    starts = -(-stage.sequences // stage.stages) or len(here)
+    starts = stage.group or len(here)
     room, prompts = limits.max_rows, min(limits.prefill_chunk, limits.max_rows)
     members: list[tuple[Waiting, int]] = []
     tokens, count = 0.0, 0

@@ -45,7 +45,7 @@ class PipelinedEngine(Engine):
         """``costs`` say which exits are worth a draft (None: by bytes alone)."""
         options = options or EngineConfig()
         self.pipeline, self.lost = pipeline, 0
-        self._flights: dict[int, tuple[int, Departed]] = {}
+        self._flights: dict[int, Departed] = {}
         self._down: StageLost | None = None
         pricing = Pricing(pipeline, options, costs or ideal(pipeline.fused))
         self._assemble(model, pipeline, pricing, tokenizer, options)
@@ -63,8 +63,9 @@ class PipelinedEngine(Engine):
                 while number in self.pipeline.free and (chosen := self._stages.next_pass(number)) is not None:
                     self._submit(number, chosen)
             for brought in self.pipeline.wait():
-                _, departed = self._flights.pop(brought.number)
-                self._arrive(departed, There(brought))
+                departed = self._flights.pop(brought.number, None)
+                if departed is not None:  # else it is of a time before a stage was lost
+                    self._arrive(departed, There(brought))
         except StageLost as lost:
             self._replace(lost)
 
@@ -78,7 +79,7 @@ class PipelinedEngine(Engine):
             wants=wants(departed, self.pipeline.bounds), tokens=departed.tokens,
             hidden_MD=hidden_MD, slots=[] if enters else departed.slots, kept=kept,
         )  # fmt: skip
-        self._flights[self.pipeline.submit(number, work)] = number, departed
+        self._flights[self.pipeline.submit(number, work)] = departed
 
     def _replace(self, lost: StageLost) -> None:
         """Replace a stage. Its keys are computed anew, and no token is lost."""

@@ -21,12 +21,12 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from exitlm import __version__
 from exitlm.decode.remote.link import Closed, Link
 from exitlm.decode.remote.messages import PROTOCOL
 from exitlm.errors import UserError, short
 from exitlm.native.library import ABI
 from exitlm.native.packfile import LAYOUT
+from exitlm.version import __version__
 
 PATIENCE = 10.0  # seconds in which the other end has to answer
 VERSIONS = {

@@ -19,11 +19,11 @@ from typing import Protocol
 
 from exitlm.decode.remote.frames import BadFrame
 from exitlm.decode.remote.hello import Refused, receive
+from exitlm.decode.remote.keys import VARIABLE
 from exitlm.decode.remote.link import Closed, Link
 from exitlm.errors import UserError
 
-KEY = "EXITLM_STAGE_KEY"
-_START = 120.0  # seconds that a process of this machine has to come up
+_START, _END = 120.0, 1.0  # seconds that a process of this machine has to come up, and to end
 
 
 class Launcher(Protocol):
@@ -89,7 +89,9 @@ class Children:
         self.stop(number)
         host, port = self._listener.getsockname()[:2]
         command = [sys.executable, "-m", "exitlm", "stage", "--join", f"{host}:{port}", "--once"]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, KEY: self._key})
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, env={**os.environ, VARIABLE: self._key}, start_new_session=True
+        )
         self.processes[number] = process
         until = time.monotonic() + _START
         while process.poll() is None and time.monotonic() < until:
@@ -107,8 +109,9 @@ class Children:
         """See :class:`Launcher`."""
         process = self.processes.pop(number, None)
         if process is not None:
-            with contextlib.suppress(OSError):
-                process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END)  # its link is closed, which ends it; what it has to say is said first
+            process.kill()
             process.wait()
 
     def close(self) -> None:

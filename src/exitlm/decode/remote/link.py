@@ -11,8 +11,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,22 +28,6 @@ class Closed(Exception):
 
 class Late(Closed):
     """The other end did not read or write in time."""
-
-
-class Speaks(Protocol):
-    """What a stage needs of its link to the head; see :class:`Link`."""
-
-    def trust(self) -> None:
-        """Take large frames from now on."""
-
-    def receive(self, timeout: float | None = None) -> Frame:
-        """Wait for the next frame."""
-
-    def send(self, frame: Frame) -> None:
-        """Send a frame."""
-
-    def say(self, **words: Any) -> None:
-        """Send a JSON object."""
 
 
 class Link:
@@ -101,7 +84,8 @@ class Link:
 
     def say(self, **words: Any) -> None:
         """Send a JSON object."""
-        self.send(frame_of(words))
+        data = np.frombuffer(json.dumps(words).encode(), np.uint8).copy()
+        self.send(Frame(Kind.TEXT, tensors=[torch.from_numpy(data)]))
 
     # ---- in
 
@@ -155,12 +139,6 @@ class Link:
             raise Late(f"{self.peer} did not answer in time")
         if left is None:
             select.select(reads, writes, [])
-
-
-def frame_of(words: Mapping[str, Any], kind: Kind = Kind.TEXT) -> Frame:
-    """A JSON object as a frame."""
-    data = np.frombuffer(json.dumps(words).encode(), np.uint8).copy()
-    return Frame(kind, tensors=[torch.from_numpy(data)])
 
 
 def words_of(frame: Frame) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exitlm.decode.batch import Batch, Part, Run
 from exitlm.decode.remote.frames import BadFrame, Frame, Kind
-from exitlm.decode.work import Brought, Final, Follower, Scored, Test, Wants, Work
+from exitlm.decode.work import Brought, Final, Follower, Scored, Tested, Wants, Work
 
 PROTOCOL = 1
 
@@ -101,7 +101,7 @@ def to_work(frame: Frame, adapters: Sequence[str], blocks: Sequence[int], block_
             raise BadFrame("a pass came with an adapter that is not here")
         logits = tuple(bool(read.one()) for _ in rows)
         gates = tuple(next(floats, math.nan) for _ in rows)
-        tests.append(Test(adapters[adapter], tuple(rows), gates, logits))
+        tests.append(Tested(adapters[adapter], tuple(rows), gates, logits))
     finals = tuple(Final(read.one(), bool(read.one())) for _ in range(read.count()))
     followers = tuple(Follower(read.one(), read.one(), read.one()) for _ in range(read.count()))
     read.end()

@@ -47,6 +47,7 @@ from exitlm.errors import UserError
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead, ExitKey
+from exitlm.parallel.tensor import check_tensor
 
 _LOAD = 600.0  # seconds that a stage may take to load its layers
 _SLOWER = 10.0  # times as long as so many single rows, and a pass is taken for one that never ends
@@ -179,8 +180,10 @@ class Pipeline:
         """
         self._model, self._launcher, self._timeout = model, launcher, timeout
         self._weights = replace(weights, rounds=rounds_exits(model, weights.quant))
-        L = model.config.num_hidden_layers
+        L, tensor = model.config.num_hidden_layers, weights.options.tensor
         self._heads = model.heads_by_key()
+        check_tensor(model.config, [head.config for head in self._heads.values()], tensor, False, 0)
+        self._remote = range(int(tensor == 1), stages)  # the first stage is this process, if one is enough for it
         if layers_per_stage is not None:
             given_cuts(layers_per_stage, stages, L)
         cuts_of([Speed(layer=1.0, head=1.0)] * stages, L, {})
@@ -188,7 +191,7 @@ class Pipeline:
         self.links: dict[int, Link] = {}
         self._closer = weakref.finalize(self, _close, launcher, self.links)
         try:
-            for number in range(1, stages):
+            for number in self._remote:
                 self.links[number] = launcher.start(number)
                 self.links[number].trust()
             cuts = self._cuts(stages) if layers_per_stage is None else given_cuts(layers_per_stage, stages, L)
@@ -199,17 +202,21 @@ class Pipeline:
                 Share(layers=range(ends[i], ends[i + 1]), bounds=self.bounds, blocks=blocks) for i in range(stages)
             ]
             self.pool = self._make_pool()
-            for number in range(1, stages):
+            for number in self._remote:
                 self._send_job(number)
-            worker = self._load_first()
-            self.fused = self._whole(facts(worker))
+            worker = self._load_first() if tensor == 1 else None
+            self.fused = self._whole(self._ready(0) if worker is None else facts(worker))
             for number in range(1, stages):
                 self._await_ready(number)
+        except (Closed, BadFrame) as error:
+            self.close()
+            raise UserError(f"a stage could not be made ready: {error}; what it printed says why") from error
         except BaseException:
             self.close()
             raise
-        self._thread = _Thread(worker, self._weights.options.threads)
-        self._threads_closer = weakref.finalize(self, self._thread.order, None)
+        self._thread = None if worker is None else _Thread(worker, self._weights.options.threads)
+        if self._thread is not None:
+            weakref.finalize(self, self._thread.order, None)
         self.pool.bind(self)
         self._head_facts = [
             {name: self.fused.heads[name, at] for name, at in self._heads if at == layer} for layer in self.bounds
@@ -242,6 +249,11 @@ class Pipeline:
         L, options = self._model.config.num_hidden_layers, self._weights.options
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        if options.tensor > 1:  # the parts of a layer are measured by nobody: by bytes
+            config = self._model.config
+            wide = 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+            layer = float(config.hidden_size * (wide + 3 * config.intermediate_size))
+            return self._balanced([Speed(layer=layer, head=float(config.hidden_size * config.vocab_size))] * stages)
         layer, head = seconds(self._model, self._weights)
         speeds = [Speed(layer=layer, head=head)]
         for number in range(1, stages):
@@ -251,12 +263,16 @@ class Pipeline:
             self._check_digest(number, found)
             speeds.append(Speed(layer=_positive(found.get("layer")), head=_positive(found.get("head"))))
             self._memory[number] = _positive(found.get("memory") or 1 << 62, 1 << 63)
-        vocab = self._model.config.vocab_size
-        exits = {layer: (head.config.candidates or vocab) / vocab for (_, layer), head in self._heads.items()}
-        cuts = cuts_of(speeds, L, exits)
+        cuts = self._balanced(speeds)
         for number, (start, stop) in enumerate(pairwise((0, *cuts, L))):
             self.seconds[number] = (stop - start) * speeds[number].layer
         return cuts
+
+    def _balanced(self, speeds: Sequence[Speed]) -> tuple[int, ...]:
+        """The cuts of the best split."""
+        vocab = self._model.config.vocab_size
+        exits = {layer: (head.config.candidates or vocab) / vocab for (_, layer), head in self._heads.items()}
+        return cuts_of(speeds, self._model.config.num_hidden_layers, exits)
 
     def _check_digest(self, number: int, said: Mapping[str, Any]) -> None:
         if said.get("digest") != self._weights.digest:
@@ -304,17 +320,18 @@ class Pipeline:
     def _whole(self, first: Mapping[str, Any]) -> Whole:
         return Whole(
             config=self._model.config, quant=first["quant"], dtype=getattr(torch, first["dtype"]),
-            cache_dtype=getattr(torch, first["cache_dtype"]), kernels_name=f"{first['kernels']}, {self.stages} stages",
+            cache_dtype=getattr(torch, first["cache_dtype"]), kernels_name=self._kernels(first["kernels"]),
             note=first["note"], exact=first["exact"], adapters=list(self._model.exit_sets()),
             heads={key: HeadFacts.of(head) for key, head in self._heads.items()}, device=torch.device("cpu"),
         )  # fmt: skip
 
+    def _kernels(self, name: str) -> str:
+        tensor = self._weights.options.tensor
+        return f"{name}, {self.stages} stage{'s' * (self.stages > 1)}" + f" of {tensor} ranks" * (tensor > 1)
+
     def _await_ready(self, number: int) -> None:
         """A stage has its layers, and computes as the first one does."""
-        link = self.links[number]
-        ready = heard(link, _LOAD).get("ready")
-        if not isinstance(ready, dict):
-            raise refuse(link, f"{link.peer} does not say that it is ready")
+        link, ready = self.links[number], self._ready(number)
         theirs, ours = str(ready.get("kernels", "")), self.fused.kernels_name
         if (theirs[:5], ready.get("quant")) != (ours[:5], self.fused.quant):  # native or torch
             raise refuse(
@@ -322,6 +339,14 @@ class Pipeline:
                 f"{link.peer} runs by {theirs} with quant {ready.get('quant')}, but this head by "
                 f"{ours} with {self.fused.quant}, so that texts would differ; give both the same",
             )
+
+    def _ready(self, number: int) -> dict[str, Any]:
+        """What a stage says when it has its layers."""
+        link = self.links[number]
+        ready = heard(link, _LOAD).get("ready")
+        if not isinstance(ready, dict):
+            raise refuse(link, f"{link.peer} does not say that it is ready")
+        return ready
 
     def restart(self, number: int) -> None:
         """Replace a stage that is lost. Its keys are gone, and so are those of all passes under way.
@@ -376,8 +401,9 @@ class Pipeline:
         work = replace(work, number=self._number)
         now, expected = time.monotonic(), self.seconds[number] * work.batch.count
         self._asked[number], self._since[number] = work.number, now
-        self._until[number] = math.inf if number == 0 else now + max(self._timeout, _SLOWER * expected)
-        if number == 0:
+        here = number == 0 and self._thread is not None
+        self._until[number] = math.inf if here else now + max(self._timeout, _SLOWER * expected)
+        if number == 0 and self._thread is not None:
             self._thread.order(work)
             return work.number
         try:
@@ -388,7 +414,8 @@ class Pipeline:
 
     def clear(self, group: int, blocks: Sequence[int]) -> None:
         """Let all stages overwrite blocks; one that is gone has nothing to overwrite."""
-        self._thread.order((group, blocks))
+        if self._thread is not None:
+            self._thread.order((group, blocks))
         for number, link in self.links.items():
             try:
                 link.send(Frame(Kind.CLEAR, [group, *blocks]), self._timeout)
@@ -405,7 +432,9 @@ class Pipeline:
         found: list[Brought] = []
         while self._asked and not found:
             late = min(self._until[number] for number in self._asked)
-            ends = {self._thread.fileno(): 0} | {link.fileno(): number for number, link in self.links.items()}
+            ends = {link.fileno(): number for number, link in self.links.items()}
+            if self._thread is not None:
+                ends[self._thread.fileno()] = 0
             left = None if late == math.inf else max(0.0, late - time.monotonic())
             ready, _, _ = select.select(list(ends), [], [], left)
             for number in sorted(ends[end] for end in ready):
@@ -419,7 +448,7 @@ class Pipeline:
         found: list[Brought] = []
         try:
             while True:
-                if number == 0:
+                if number == 0 and self._thread is not None:
                     done = self._thread.poll()
                     if isinstance(done, Exception):
                         self._asked.pop(0, None)
@@ -444,7 +473,7 @@ class Pipeline:
                 self.seconds[number] = 0.7 * before + 0.3 * brought.seconds if before else brought.seconds
                 found.append(brought)
         except (Closed, BadFrame) as error:
-            if number == 0:
+            if number not in self.links:  # of this process: a defect
                 raise
             raise self._lost(number, str(error)) from error
 

@@ -7,28 +7,39 @@ greet -> (probe: how fast is this machine?) -> job, exits -> ready -> pass after
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
-from torch.distributed import ProcessGroup
 
 from exitlm.decode.batch import Batch, Part
 from exitlm.decode.cache.block_table import BlockTable
+from exitlm.decode.kernels.formats import NATIVE_FORMATS, resolve_format
+from exitlm.decode.kernels.fused import FusedModel
+from exitlm.decode.kernels.graphs import resolve_compile
+from exitlm.decode.kernels.native_model import NativeModel
 from exitlm.decode.kernels.packed import packed_model
+from exitlm.decode.kernels.ranks import RankLost
 from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.kernels.share import Share
 from exitlm.decode.options import EngineConfig
-from exitlm.decode.remote.frames import BadFrame, Kind
+from exitlm.decode.remote.frames import BadFrame, Frame, Kind
 from exitlm.decode.remote.job import Exits, Job, Weights, weights_of
-from exitlm.decode.remote.link import Speaks, frame_of, words_of
+from exitlm.decode.remote.link import Link, words_of
 from exitlm.decode.remote.messages import of_brought, to_work
 from exitlm.decode.remote.worker import Worker
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.weights.adapter import digest_of_base
 from exitlm.weights.load import load_model
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from exitlm.decode.remote.ranks import Followers
 
 _PROBES = 12
 
@@ -59,51 +70,124 @@ class OnDisk:
         return load_model(self._source or weights.source, dtype=weights.dtype, device=weights.device, layers=chosen)
 
 
-def serve_link(link: Speaks, opens: Opens, group: ProcessGroup | None = None) -> None:
-    """Be a stage of the head at the other end of a link that was greeted, until it ends; with a ``group``, one of the
-    tensor ranks of a stage (see ``tensor_stage.py``).
+def serve_link(link: Link, opens: Opens) -> None:
+    """Be a stage of the head at the other end of a link that was greeted, until it ends.
 
     Raises:
         Closed: the head is gone.
         BadFrame: what came is nothing that a head says.
+        RankLost: a tensor rank of this stage is gone, or not in step.
         UserError: what it asks for can't be done here; it was told.
-        Exception: what broke a pass off on one of several ranks, after which they are not in step.
     """
-    worker: Worker | None = None
-    job: Job | None = None
     link.trust()
-    while True:
-        frame = link.receive()
-        if frame.kind == Kind.TEXT:
-            words = words_of(frame)
-            try:
-                if "probe" in words:
-                    link.say(**probe(_weights(words["probe"]), opens, group))
-                elif "job" in words:
-                    job = Job.of(words["job"])
-                    begun = time.monotonic()
-                    worker = _prepared(link, job, opens, group)
-                    link.say(ready={**facts(worker), "seconds": time.monotonic() - begun})
-            except (UserError, OSError) as error:
-                link.say(refused=str(error))
-                raise
-        elif worker is None or job is None:
-            raise BadFrame("a pass came before a job")
-        elif frame.kind == Kind.PASS:
-            work = to_work(frame, job.adapters, job.blocks, worker.runner.pool.block_size)
-            try:
-                answer = of_brought(worker.perform(work), job.adapters)
-            except BadFrame:
-                raise
-            except Exception as error:
-                if group is not None:
-                    raise
-                answer = frame_of({"error": f"{type(error).__name__}: {error}"}, Kind.FAILED)
-            link.send(answer)
-        elif frame.kind == Kind.CLEAR:
+    words = words_of(link.receive())
+    if "follow" in words:
+        from exitlm.decode.remote.ranks import follow, forming  # half a second that others need not spend
+
+        with forming(words["follow"]) as group:
+            stage = Stage(link, words_of(link.receive()), opens, group)
+            link.say(ready=True)
+            follow(group, link, stage.perform)
+    try:
+        if "probe" in words:
+            link.say(**probe(_weights(words["probe"]), opens))
+            words = words_of(link.receive())
+        begun = time.monotonic()
+        stage = Stage(link, words, opens, None)
+    except (UserError, OSError) as error:
+        link.say(refused=str(error))
+        raise
+    try:
+        link.say(ready={**facts(stage.worker), "seconds": time.monotonic() - begun})
+        while True:
+            answer = stage.perform(stage.next())
+            if answer is not None:
+                link.send(answer)
+            if stage.out_of_step:
+                raise RankLost("a pass broke off on the first rank, and no other one knows how far it came")
+    finally:
+        stage.close()
+
+
+class Stage:
+    """Layers that are ready, with the other tensor ranks where there are some."""
+
+    def __init__(self, link: Link, words: dict[str, Any], opens: Opens, group: ProcessGroup | None) -> None:
+        """``words``: the job. ``group``: where this is one of the other ranks, that of all."""
+        self._link, self._job = link, Job.of(words.get("job", {}))
+        self._followers: Followers | None = None
+        self._follows, self.out_of_step = group is not None, False
+        w, share = self._job.weights, self._job.share
+        check_digest(w, opens)
+        if w.options.threads is not None:
+            torch.set_num_threads(w.options.threads)
+        if w.options.tensor > 1 and group is None:
+            from exitlm.decode.remote.ranks import Followers
+
+            self._followers = Followers(w.options.tensor, torch.device(w.device))
+            group = self._followers.group
+            self._followers.say(words)
+        try:
+            model = opens.load(w, share.layers)
+            exits = Exits(model, self._job.exits)
+            while exits.missing > 0:
+                piece = link.receive(60.0)
+                exits.take(piece)
+                if self._followers is not None:
+                    self._followers.tell(piece)
+            exits.attach()
+            self.worker = Worker(Runner(_packed(model, w, share, group), w.options, self._job.blocks))
+            if self._followers is not None:
+                self._followers.await_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def next(self) -> Frame:
+        """What the head asks for next. Raises :class:`Closed` when it is gone."""
+        if self._followers is None:
+            return self._link.receive()
+        frame = self._followers.receive(self._link)
+        self._followers.hand_on(frame)
+        return frame
+
+    def perform(self, frame: Frame) -> Frame | None:
+        """Do what a frame asks for; the answer, if there is one."""
+        job, worker = self._job, self.worker
+        if frame.kind == Kind.CLEAR:
             worker.clear(frame.ints[0] if frame.ints else -1, frame.ints[1:])
-        else:
+            return None
+        if frame.kind != Kind.PASS:
             raise BadFrame("something came that no head says")
+        work = to_work(frame, job.adapters, job.blocks, worker.runner.pool.block_size)
+        try:
+            return of_brought(worker.perform(work), job.adapters)
+        except (BadFrame, RankLost):
+            raise
+        except Exception as error:
+            if self._follows:
+                raise
+            self.out_of_step = self._followers is not None  # their next sum would be one of another pass
+            text = np.frombuffer(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode(), np.uint8)
+            return Frame(Kind.FAILED, tensors=[torch.from_numpy(text.copy())])
+
+    def close(self) -> None:
+        """End the other ranks."""
+        if self._followers is not None:
+            self._followers.close()
+
+
+def _packed(model: EarlyExitModel, w: Weights, share: Share, group: ProcessGroup | None) -> FusedModel | NativeModel:
+    """The layers of a stage as they are run, or this rank's part of them."""
+    if group is None:
+        return packed_model(model, w.quant, w.compile, w.options, share, w.rounds)
+    if w.quant in NATIVE_FORMATS:
+        raise UserError(f"quant '{w.quant}' is a format of the native kernels, which tensor ranks lack; use 'auto'")
+    from exitlm.decode.kernels.tensor_model import TensorModel
+
+    matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
+    format, way = resolve_format(w.quant, matrices), resolve_compile(w.compile, model.device)
+    return TensorModel(model, format, way, share, group=group)
 
 
 def _weights(found: Any) -> Weights:
@@ -113,24 +197,15 @@ def _weights(found: Any) -> Weights:
         raise BadFrame(f"a question came that is none ({error})") from error
 
 
-def _prepared(link: Speaks, job: Job, opens: Opens, group: ProcessGroup | None) -> Worker:
-    """Load what a job asks for."""
-    w, threads = job.weights, job.weights.options.threads
-    found = opens.digest(w.source)
-    if found != w.digest:
+def check_digest(weights: Weights, opens: Opens) -> str:
+    """The digest of the weights here. Raises :class:`UserError` if it is not that of the head's."""
+    found = opens.digest(weights.source)
+    if found != weights.digest:
         raise UserError(
-            f"the weights of this stage have digest {found}, those of the head {w.digest}; give the stage the head's "
-            "model: exitlm stage MODEL --join ..."
+            f"the weights of this stage have digest {found}, those of the head {weights.digest}; give the stage the "
+            "head's model: exitlm stage MODEL --join ..."
         )
-    if threads is not None:
-        torch.set_num_threads(threads)
-    model = opens.load(w, job.share.layers)
-    exits = Exits(model, job.exits)
-    while exits.missing > 0:
-        exits.take(link.receive(60.0))
-    exits.attach()
-    fused = packed_model(model, w.quant, w.compile, w.options, job.share, w.rounds, group)
-    return Worker(Runner(fused, w.options, job.blocks))
+    return found
 
 
 def facts(worker: Worker) -> dict[str, Any]:
@@ -147,28 +222,23 @@ def facts(worker: Worker) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def probe(weights: Weights, opens: Opens, group: ProcessGroup | None = None) -> dict[str, Any]:
+def probe(weights: Weights, opens: Opens) -> dict[str, Any]:
     """Seconds of a layer and of the final head for one row here, by the best of a few passes of the last layer, and
     bytes of memory."""
-    found = opens.digest(weights.source)
-    if found != weights.digest:
-        raise UserError(
-            f"the weights of this stage have digest {found}, those of the head {weights.digest}; give the stage the "
-            "head's model: exitlm stage MODEL --join ..."
-        )
+    found = check_digest(weights, opens)
     if weights.options.threads is not None:
         torch.set_num_threads(weights.options.threads)
     depth = opens.load(weights, range(1)).config.num_hidden_layers
     model = opens.load(weights, range(depth - 1, depth))
-    layer, head = seconds(model, weights, group)
+    layer, head = seconds(model, weights)
     return {"digest": found, "layer": layer, "head": head, "memory": memory()}
 
 
-def seconds(model: EarlyExitModel, weights: Weights, group: ProcessGroup | None = None) -> tuple[float, float]:
-    """Seconds of the last layer of a model and of its final head, for one row; by all ranks of a ``group``."""
+def seconds(model: EarlyExitModel, weights: Weights) -> tuple[float, float]:
+    """Seconds of the last layer of a model and of its final head, for one row."""
     depth = model.config.num_hidden_layers
     share = Share(layers=range(depth - 1, depth), bounds=(0, depth - 1, depth) if depth > 1 else (0, depth))
-    fused = packed_model(model, weights.quant, weights.compile, weights.options, share, weights.rounds, group)
+    fused = packed_model(model, weights.quant, weights.compile, weights.options, share, weights.rounds)
     runner = Runner(fused, EngineConfig(kv_bytes=None, block_size=32), blocks=None)
     tables = [BlockTable(allocator, runner.pool.block_size) for allocator in runner.pool.allocators]
     assert all(table.ensure(1) for table in tables)
