@@ -17,7 +17,7 @@ import torch
 
 from exitlm.decode.batch import Batch, Part
 from exitlm.decode.cache.block_table import BlockTable
-from exitlm.decode.kernels.formats import resolve_format
+from exitlm.decode.kernels.formats import NATIVE_FORMATS, resolve_format
 from exitlm.decode.kernels.fused import FusedModel
 from exitlm.decode.kernels.graphs import resolve_compile
 from exitlm.decode.kernels.native_model import NativeModel
@@ -76,7 +76,7 @@ def serve_link(link: Link, opens: Opens) -> None:
     Raises:
         Closed: the head is gone.
         BadFrame: what came is nothing that a head says.
-        RankLost: a tensor rank of this stage is gone.
+        RankLost: a tensor rank of this stage is gone, or not in step.
         UserError: what it asks for can't be done here; it was told.
     """
     link.trust()
@@ -103,6 +103,8 @@ def serve_link(link: Link, opens: Opens) -> None:
             answer = stage.perform(stage.next())
             if answer is not None:
                 link.send(answer)
+            if stage.out_of_step:
+                raise RankLost("a pass broke off on the first rank, and no other one knows how far it came")
     finally:
         stage.close()
 
@@ -114,6 +116,7 @@ class Stage:
         """``words``: the job. ``group``: where this is one of the other ranks, that of all."""
         self._link, self._job = link, Job.of(words.get("job", {}))
         self._followers: Followers | None = None
+        self._follows, self.out_of_step = group is not None, False
         w, share = self._job.weights, self._job.share
         check_digest(w, opens)
         link.say(accepted=True)
@@ -163,6 +166,9 @@ class Stage:
         except (BadFrame, RankLost):
             raise
         except Exception as error:
+            if self._follows:
+                raise
+            self.out_of_step = self._followers is not None  # their next sum would be one of another pass
             text = np.frombuffer(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode(), np.uint8)
             return Frame(Kind.FAILED, tensors=[torch.from_numpy(text.copy())])
 
@@ -176,6 +182,8 @@ def _packed(model: EarlyExitModel, w: Weights, share: Share, group: ProcessGroup
     """The layers of a stage as they are run, or this rank's part of them."""
     if group is None:
         return packed_model(model, w.quant, w.compile, w.options, share, w.rounds)
+    if w.quant in NATIVE_FORMATS:
+        raise UserError(f"quant '{w.quant}' is a format of the native kernels, which tensor ranks lack; use 'auto'")
     from exitlm.decode.kernels.tensor_model import TensorModel
 
     matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]
