@@ -14,6 +14,7 @@ import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from exitlm.decode.pricing.costs import Costs
 from exitlm.decode.pricing.scheduler import Limits, Member, Pass
@@ -257,6 +258,7 @@ class Pipeline:
         self._flights: list[list[_Flight]] = [[] for _ in range(self.stages)]
         self._here: list[dict[int, list[Waiting]]] = [{} for _ in range(self.stages)]
         self._back: list[tuple[float, int, _Flight]] = []
+        self._decoding: set[int] = set()
         self._number = itertools.count()
 
     def run(self, sequences: Sequence[Simulated], tokens: float = math.inf) -> None:
@@ -266,12 +268,13 @@ class Pipeline:
         for one in sequences:
             if one.arrival <= self.clock:
                 self._look(one)
+        by_key = {one.key: one for one in sequences}
         while self.tokens < goal:
-            self._submit(sequences)
+            self._submit(by_key)
             while coming and (not self._back or coming[0].arrival <= self._back[0][0]):
                 self.clock = max(self.clock, coming[0].arrival)
                 self._look(coming.pop(0))
-                self._submit(sequences)
+                self._submit(by_key)
             if not self._back:
                 assert not any(self._here), "rows wait, but no stage runs"
                 return
@@ -279,6 +282,10 @@ class Pipeline:
 
     def _look(self, one: Simulated) -> None:
         """Note where the rows of a sequence wait."""
+        if one.prefill or len(one.emitted) >= one.length:
+            self._decoding.discard(one.key)
+        else:
+            self._decoding.add(one.key)
         places: dict[int, list[Waiting]] = {}
         for waiting in one.waiting():
             stage = next(s for s in range(self.stages) if self.cuts[s] <= waiting.layer < self.cuts[s + 1])
@@ -289,19 +296,15 @@ class Pipeline:
             else:
                 self._here[stage].pop(one.key, None)
 
-    def _submit(self, sequences: Sequence[Simulated]) -> None:
+    def _submit(self, by_key: Mapping[int, Simulated]) -> None:
         """Give work to each stage that takes some."""
-        by_key = {one.key: one for one in sequences}
-        decoding = sum(
-            not one.prefill and one.arrival <= self.clock and len(one.emitted) < one.length for one in sequences
-        )
         moved = True
         while moved:
             moved = False
             for stage in range(self.stages):
                 if len(self._flights[stage]) >= (self.queue if stage else 1) or not self._here[stage]:
                     continue
-                found = self.policy(self._view(stage, decoding), self.limits)
+                found = self.policy(self._view(stage, len(self._decoding)), self.limits)
                 if found is not None:
                     self._send(stage, found, by_key)
                     self._idle[stage] = None
@@ -314,7 +317,10 @@ class Pipeline:
 
     def _view(self, stage: int, decoding: int) -> StageView:
         first, last = self.cuts[stage], self.cuts[stage + 1]
-        here = self._here[stage]
+        short = {  # their younger rows would overtake the older ones, which stop on the way
+            one.key for flight in self._flights[stage] if flight.found.last < last for one, *_ in flight.rows
+        }
+        here = {key: rows for key, rows in self._here[stage].items() if key not in short}
         one = self._seconds(first, last, 1)
         typical = max(1, decoding // self.stages)
         row = self._seconds(first, last, typical + 1) - self._seconds(first, last, typical)
@@ -389,3 +395,66 @@ class Pipeline:
                     parts=tuple(parts),
                 )
             )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steady:
+    """What a pipeline did while sequences without end ran: tokens per second in all (``rate``), the share of the time
+    that each stage computed (``busy``), rows of a pass on average, and seconds between two tokens of one sequence:
+    on average, and which 99 of 100 don't exceed."""
+
+    sequences: int
+    rate: float
+    busy: tuple[float, ...]
+    rows: float
+    latency: float
+    tail: float
+
+    def speed(self, costs: Costs) -> float:
+        """Tokens per second relative to one process that decodes as many sequences plainly."""
+        return self.rate * costs.full(self.sequences) / self.sequences
+
+
+def pipeline(stages: int, costs: Costs, *, layers: int | None = None, **options: Any) -> Pipeline:
+    """A pipeline whose stages have equally many of the layers (by default all that ``costs`` knows)."""
+    layers = layers or costs.num_hidden_layers
+    return Pipeline(cuts=[layers * stage // stages for stage in range(stages + 1)], costs=costs, **options)
+
+
+def expected_depth(firing: Mapping[int, float], layers: int) -> float:
+    """The share of the layers that a token passes until it is known, on average. One over it is the speed of a single
+    sequence in ``threshold``, where messages and rows cost nothing: 1 / (f + (1 - f)(1 - q)) for one exit."""
+    depth, left, before = 0.0, 1.0, 0
+    for layer in sorted(firing):
+        depth += left * (layer - before)
+        left, before = left * (1.0 - firing[layer]), layer
+    return (depth + left * (layers - before)) / layers
+
+
+def steady(
+    found: Pipeline,
+    sequences: int,
+    mode: str,
+    firing: Mapping[int, float],
+    right: Mapping[int, float] | None = None,
+    *,
+    tokens: int,
+) -> Steady:
+    """Run sequences without end through an idle pipeline: half of ``tokens`` unseen, then as many measured."""
+    ones = [Simulated(key=key, mode=mode, firing=firing, right=right or {}) for key in range(sequences)]
+    found.run(ones, tokens // 2)
+    clock, done, rows, passes, busy = found.clock, found.tokens, found.rows, found.passes, list(found.busy)
+    before = [len(one.emitted) for one in ones]
+    found.run(ones, tokens - tokens // 2)
+    seconds = found.clock - clock
+    gaps = sorted(
+        late - soon
+        for one, count in zip(ones, before, strict=True)
+        for soon, late in itertools.pairwise(one.emitted[max(0, count - 1) :])
+    )
+    return Steady(
+        sequences=sequences, rate=(found.tokens - done) / seconds,
+        busy=tuple((now - then) / seconds for now, then in zip(found.busy, busy, strict=True)),
+        rows=(found.rows - rows) / (found.passes - passes), latency=sequences * seconds / (found.tokens - done),
+        tail=gaps[int(0.99 * len(gaps))] if gaps else math.nan,
+    )  # fmt: skip
