@@ -4,8 +4,8 @@
 
 No model and no clock: a pass takes the time of a table (those of ``scheduling.py``), exits fire and drafts are right by
 chance, and what runs is chosen by the policy that the engine uses. A stage takes 5 ms for one row, give or take 5%, and
-messages what ``MESSAGES`` say. The exits are at the end of the first stage, and with eight stages at a quarter of the layers, too.
-Speeds are relative to one process that decodes as many sequences plainly; "one process" is S at the best k.
+messages what ``MESSAGES`` say. The exits are at the end of the first stage, and with eight stages also at a quarter of
+the layers. Speeds are relative to one process that decodes as many sequences plainly; "one process" is S at the best k.
 """
 
 from __future__ import annotations
