@@ -7,6 +7,7 @@ and a reply, and each of them takes the latency of a message, except to the firs
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import math
@@ -104,7 +105,10 @@ class Simulated:
         """All rows that wait, as the policy takes them."""
         if len(self.emitted) >= self.length:
             return []
-        worth = list(itertools.accumulate((chance for chance, _ in self.drafts), operator.mul, initial=1.0))
+        verifies = self.mode == "lossless" and not self.prefill
+        worth = [1.0]
+        if verifies:
+            worth = list(itertools.accumulate((chance for chance, _ in self.drafts), operator.mul, initial=1.0))
         exits = tuple(sorted(self.firing)) if self.mode != "full" and not self.prefill else ()
         found, row = [], 0
         for run in self.runs:
@@ -114,17 +118,16 @@ class Simulated:
                 found.append(
                     Waiting(
                         key=self.key, layer=run.layer, rows=run.rows, kind="prompt" if self.prefill else kind,
-                        exits=self.ahead if newest else (), worth=worth[row] if self.mode == "lossless" else 1.0,
+                        exits=self.ahead if newest else (), worth=worth[row],
                         pressed=self.pressed and not self.prefill, since=run.since,
                     )
                 )  # fmt: skip
-            row += 0 if self.prefill else run.rows
+            row += run.rows if verifies else 0
         if self.left:
             found.append(Waiting(key=self.key, layer=0, rows=self.left, kind="prompt", since=self.since))
         elif self.ready and not self.pressed and len(self.drafts) < self.max_draft + (row == 0):
-            worth_here = worth[row] if self.mode == "lossless" else 1.0
             found.append(
-                Waiting(key=self.key, layer=0, rows=1, kind="start", exits=exits, worth=worth_here, since=self.since)
+                Waiting(key=self.key, layer=0, rows=1, kind="start", exits=exits, worth=worth[row], since=self.since)
             )
         return found
 
@@ -258,6 +261,8 @@ class Pipeline:
         self._flights: list[list[_Flight]] = [[] for _ in range(self.stages)]
         self._here: list[dict[int, list[Waiting]]] = [{} for _ in range(self.stages)]
         self._back: list[tuple[float, int, _Flight]] = []
+        self._places: dict[int, set[int]] = {}  # the stages at which each sequence's rows wait
+        self._stage_of = [bisect.bisect_right(self.cuts, layer) - 1 for layer in range(self.cuts[-1])]
         self._decoding: set[int] = set()
         self._number = itertools.count()
 
@@ -286,15 +291,12 @@ class Pipeline:
             self._decoding.discard(one.key)
         else:
             self._decoding.add(one.key)
-        places: dict[int, list[Waiting]] = {}
+        for stage in self._places.pop(one.key, ()):
+            del self._here[stage][one.key]
         for waiting in one.waiting():
-            stage = next(s for s in range(self.stages) if self.cuts[s] <= waiting.layer < self.cuts[s + 1])
-            places.setdefault(stage, []).append(waiting)
-        for stage in range(self.stages):
-            if stage in places:
-                self._here[stage][one.key] = places[stage]
-            else:
-                self._here[stage].pop(one.key, None)
+            stage = self._stage_of[waiting.layer]
+            self._here[stage].setdefault(one.key, []).append(waiting)
+            self._places.setdefault(one.key, set()).add(stage)
 
     def _submit(self, by_key: Mapping[int, Simulated]) -> None:
         """Give work to each stage that takes some."""
