@@ -131,6 +131,22 @@ def one_sequence(found: dict[Case, list[Steady]]) -> list[dict[str, Any]]:
     return rows
 
 
+def within_a_stage(seeds: int, tokens: int) -> list[dict[str, Any]]:
+    """The same on two stages of four layers each with an exit behind the first layer, whose pending rows share the
+    other three."""
+    rows = []
+    for name, q in itertools.product(("cpu", "gpu"), (0.7, 0.9, 0.95)):
+        costs = cost_table({rows: 2 * time for rows, time in TABLES[name].items()}, 8)
+        found = [
+            steady(pipeline(2, costs, message=MESSAGES[USUAL], seed=seed, jitter=0.05), 1, "threshold", {1: q},
+                   tokens=3 * tokens).speed(costs)
+            for seed in range(seeds)
+        ]  # fmt: skip
+        bound = 1.0 / expected_depth({1: q}, 8)
+        rows.append({"table": name, "P": 2, "q": q, "speed": spread(found), "formula": round(bound, 3)})
+    return rows
+
+
 def claims(found: dict[Case, list[Steady]], alone: list[dict[str, Any]]) -> list[Claim]:
     """What the issue and the design promise, by the worst case."""
     usual = {case[:6]: runs for case, runs in found.items() if case[6:] == (USUAL, 1, 0.0)}
@@ -182,7 +198,9 @@ def main() -> None:
         "speed: relative to one process that decodes as many sequences plainly, which is S = 1",
         "latency: between two tokens of a sequence, in passes of one row through a stage: mean, and 99 of 100",
     ]
-    print(save("scheduling-stages", {"notes": notes, "one sequence": alone, **tables(found), "claims": promised}))
+    within = within_a_stage(given.seeds, given.tokens)
+    made = {"one sequence": alone, "an exit within the first stage": within, **tables(found), "claims": promised}
+    print(save("scheduling-stages", {"notes": notes, **made}))
 
 
 if __name__ == "__main__":
