@@ -40,6 +40,8 @@ def add_serve(parser: argparse.ArgumentParser, model_help: str) -> None:
     add("--device", metavar="D", help="cpu (default) or cuda")
     add("--quant", metavar="Q", help="how weights are packed on a CPU (see exitlm generate --help)")
     add_processes(parser)
+    add("--dry-run", action="store_true", help="say what each process would hold and take, and load nothing")
+    add("--bandwidth", type=float, metavar="GB/S", help="what a process reads, in a dry run (default: measured here)")
     add("--stages-at", metavar="HOST:PORT", help="wait there for the other stages (exitlm stage --join HOST:PORT)")
     add("--stage-key-file", metavar="FILE", help="what stages have to know (default: EXITLM_STAGE_KEY)")
     add("--stage-certificate", metavar="FILE", help="a certificate and its key (PEM): links to stages are encrypted")
@@ -59,6 +61,8 @@ def serve(
     config: str | None = None,
     adapter: Sequence[str] | None = None,
     set: Sequence[str] = (),
+    dry_run: bool = False,
+    bandwidth: float | None = None,
     **flags: Any,
 ) -> int:
     """Answer many clients over HTTP, as OpenAI's API does; ``flags`` are settings of the server, or None."""
@@ -81,6 +85,14 @@ def serve(
         word = next(iter(plain))
         raise UserError(f"'{word}' names no section; write --set SECTION.KEY=VALUE, with one of {', '.join(SECTIONS)}")
     settings = ServeConfig.of(merged({} if config is None else read_tree(config), given, sections))
+    if dry_run:
+        from exitlm.decode.layout import described
+
+        m, engine = settings.model, settings.engine
+        print(described(m.source, m.adapters, engine, quant=m.quant, dtype=m.dtype, gigabytes=bandwidth))
+        return 0
+    if bandwidth is not None:
+        raise UserError("--bandwidth is what a dry run assumes; give --dry-run, too, or leave it out")
     try:
         from exitlm.serve.server import serve
     except ModuleNotFoundError as error:
