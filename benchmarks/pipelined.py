@@ -49,6 +49,7 @@ from exitlm.decode.remote.stage import serve_link
 from exitlm.decode.remote.worker import Worker
 from exitlm.decode.work import Brought, Final, Scored, Wants, Work
 from exitlm.model.decoder import EarlyExitModel
+from exitlm.native import abi, library
 
 PROMPTS = (
     "Once upon a time, in a small village near the sea, there lived",
@@ -174,7 +175,7 @@ def several(source: str, adapter: str | None, rounds: int, tokens: int) -> dict[
     texts: dict[str, list[Generation]] = {}
 
     def rate(name: str, llm: exitlm.LLM, threads: int) -> float:
-        set_threads(llm, threads)
+        set_threads(threads)
         begin = time.perf_counter()
         texts[name] = llm.generate(list(PROMPTS), mode="full", max_new_tokens=tokens, ignore_eos=True)
         return 4 * tokens / (time.perf_counter() - begin)
@@ -197,11 +198,9 @@ def several(source: str, adapter: str | None, rounds: int, tokens: int) -> dict[
     return {"rows": rows, "claims": [at_least("two stages of what two threads gain", gain, 0.85)]}
 
 
-def set_threads(llm: exitlm.LLM, threads: int) -> None:
+def set_threads(threads: int) -> None:
     """The kernels have one number of threads for a process."""
-    kernels = getattr(llm.engine.fused, "kernels", None)
-    if kernels is not None:
-        kernels.threads(threads)
+    abi.Kernels(library.load().lib).threads(threads)
     torch.set_num_threads(threads)
 
 

@@ -122,6 +122,8 @@ class _Thread:
         self._worker, self._threads = worker, threads
         self._orders: queue.SimpleQueue[Work | tuple[int, Sequence[int]] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Brought | Exception] = queue.SimpleQueue()
+        self._given = self._finished = 0
+        self._next: Work | None = None
         self._bell, self._ringer = socket.socketpair()
         threading.Thread(target=self._run, name="exitlm-stage-1", daemon=True).start()
 
@@ -129,9 +131,28 @@ class _Thread:
         """For ``select``: readable when something is done."""
         return self._bell.fileno()
 
+    @property
+    def idle(self) -> bool:
+        """Whether the thread has nothing to do."""
+        return self._given == self._finished
+
     def order(self, order: Work | tuple[int, Sequence[int]] | None) -> None:
-        """A pass, blocks to clear, or the end."""
+        """Blocks to clear, or the end."""
+        self._given += 1
         self._orders.put(order)
+
+    def submit(self, work: Work) -> None:
+        """A pass, which :meth:`start` lets run."""
+        self._next = work
+
+    def start(self, *, here: bool) -> Brought | None:
+        """Run the pass that was submitted: in the thread, or, where nothing else is to be waited for, ``here``."""
+        work, self._next = self._next, None
+        if work is not None and here and self.idle:
+            return self._worker.perform(work)
+        if work is not None:
+            self.order(work)
+        return None
 
     def poll(self) -> Brought | Exception | None:
         """What was done, if something was."""
@@ -149,10 +170,12 @@ class _Thread:
             try:
                 if isinstance(order, tuple):
                     self._worker.clear(*order)
+                    self._finished += 1
                     continue
                 self._done.put(self._worker.perform(order))
             except Exception as error:
                 self._done.put(error)
+            self._finished += 1
             self._ringer.send(b"!")
         self._bell.close()
         self._ringer.close()
@@ -405,7 +428,7 @@ class Pipeline:
         here = number == 0 and self._thread is not None
         self._until[number] = math.inf if here else now + max(self._timeout, _SLOWER * expected)
         if number == 0 and self._thread is not None:
-            self._thread.order(work)
+            self._thread.submit(work)
             return work.number
         try:
             self.links[number].send(of_work(work, self.fused.adapters), self._timeout)
@@ -431,12 +454,20 @@ class Pipeline:
             Exception: what broke a pass off.
         """
         found: list[Brought] = []
+        if self._thread is not None:
+            try:
+                alone = self._thread.start(here=len(self._asked) == 1)
+            except Exception:
+                self._asked.pop(0, None)
+                raise
+            if alone is not None:
+                return [self._told(0, alone)]
         while self._asked and not found:
-            late = min(self._until[number] for number in self._asked)
+            now, late = time.monotonic(), min(self._until[number] for number in self._asked)
             ends = {link.fileno(): number for number, link in self.links.items()}
             if self._thread is not None:
                 ends[self._thread.fileno()] = 0
-            left = None if late == math.inf else max(0.0, late - time.monotonic())
+            left = None if late == math.inf else max(0.0, late - now)
             ready, _, _ = select.select(list(ends), [], [], left)
             for number in sorted(ends[end] for end in ready):
                 found += self._take(number)
@@ -444,6 +475,15 @@ class Pipeline:
                 number = min(self._asked, key=lambda one: self._until[one])
                 raise self._lost(number, f"{self.links[number].peer} did not answer in time")
         return found
+
+    def _told(self, number: int, brought: Brought) -> Brought:
+        """A stage has done its pass."""
+        if self._asked.get(number) != brought.number:
+            raise BadFrame("an answer came to a pass that nobody asked for")
+        del self._asked[number]
+        before = self.seconds[number]
+        self.seconds[number] = 0.7 * before + 0.3 * brought.seconds if before else brought.seconds
+        return brought
 
     def _take(self, number: int) -> list[Brought]:
         found: list[Brought] = []
@@ -467,12 +507,7 @@ class Pipeline:
                     if frame.kind != Kind.DONE:
                         raise BadFrame("something else came than what a pass brought")
                     brought = to_brought(frame, self.fused.adapters)
-                if self._asked.get(number) != brought.number:
-                    raise BadFrame("an answer came to a pass that nobody asked for")
-                del self._asked[number]
-                before = self.seconds[number]
-                self.seconds[number] = 0.7 * before + 0.3 * brought.seconds if before else brought.seconds
-                found.append(brought)
+                found.append(self._told(number, brought))
         except (Closed, BadFrame) as error:
             if number not in self.links:  # of this process: a defect
                 raise
