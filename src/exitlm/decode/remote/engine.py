@@ -109,7 +109,8 @@ class PipelinedEngine(Engine):
             reason = PipelineDown(f"{place} was lost {_IN_VAIN} times without one pass to the end; last: {lost}")
             for sequence in list(self.roster.waiting):
                 self._fail(sequence, reason)
-        warnings.warn(f"{place} was lost ({lost}); it is replaced", stacklevel=2)
+        times = f", the {self.lost}th time that one is" if self.lost > 1 else ""  # and no warning is like another
+        warnings.warn(f"{place} was lost{times} ({lost}); it is replaced", stacklevel=2)
         error: Exception = lost
         for _ in range(_TRIES):
             try:

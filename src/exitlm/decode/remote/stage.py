@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -117,7 +118,9 @@ class Stage:
         self._link, self._job = link, Job.of(words.get("job", {}))
         self._followers: Followers | None = None
         self._follows, self.out_of_step = group is not None, False
-        w, share = self._job.weights, self._job.share
+        share, place = self._job.share, self._job.number * self._job.weights.options.tensor
+        rank = 0 if group is None else group.rank()
+        w = replace(self._job.weights, device=device_for(self._job.weights.device, place + rank))
         check_digest(w, opens)
         link.say(accepted=True)
         if w.options.threads is not None:
@@ -176,6 +179,13 @@ class Stage:
         """End the other ranks."""
         if self._followers is not None:
             self._followers.close()
+
+
+def device_for(device: str, place: int) -> str:
+    """The device of a process: of several GPUs each takes its own, in turn."""
+    if torch.device(device).type != "cuda" or torch.cuda.device_count() < 2:
+        return device
+    return f"cuda:{place % torch.cuda.device_count()}"
 
 
 def _packed(model: EarlyExitModel, w: Weights, share: Share, group: ProcessGroup | None) -> FusedModel | NativeModel:

@@ -35,12 +35,14 @@ class StageAgenda:
                 if not sequence.prefilling and sequence.sent[0] >= sequence.prefill_end and not sequence.prepared:
                     self._agenda.prepare(sequence)
         self._turn += 1
-        waiting = [
-            found
-            for sequence in self._roster.running
-            for boundary in range(share.first, share.last)
-            if (found := self._waiting(sequence, boundary)) is not None
-        ]
+        waiting = []
+        for sequence in self._roster.running:
+            sent, filled = sequence.sent, sequence.filled
+            for boundary in range(share.first, share.last):
+                if boundary == 0 or filled[boundary - 1] > sent[boundary]:
+                    found = self._waiting(sequence, boundary)
+                    if found is not None:
+                        waiting.append(found)
         if not waiting:
             return None
         view = StageView(
