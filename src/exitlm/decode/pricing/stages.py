@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from exitlm.decode.pricing.scheduler import Limits, Member, Pass
 
 _SHARED = 0.25  # of the seconds that a row adds to a pass: a draft starts if it is worth so much of them
-_DEAR = 2.0
+_DEAR, _DEAR_WITH_DRAFTS = 2.0, 0.5  # what rows cost over what their pass does; drafts add rows that bring less
 _FILL_WORTH = 0.1  # of a token: fills run by themselves where at most a tenth of their pass delays rows on their way
 
 
@@ -95,11 +95,12 @@ class StageView:
     def group(self) -> int:
         """Sequences that may start in one pass, so that the others keep the other stages busy.
 
-        An equal share for each stage where its rows cost over twice the pass itself. Where they cost less, as many as
-        are at the first stage at a time: exits that fire send them back to it. 0: any number.
+        An equal share for each stage where its rows cost much more than the pass itself. Where they cost less, as many
+        as are at the first stage at a time: exits that fire send them back to it. 0: any number.
         """
+        drafts = any(one.kind in ("start", "draft") and not one.goes for one in self.waiting)
         share = -(-self.sequences // self.stages)
-        if self.depth and share * self.row < _DEAR * self.fixed:
+        if self.depth and share * self.row < (_DEAR_WITH_DRAFTS if drafts else _DEAR) * self.fixed:
             return max(share, math.ceil(self.sequences / self.depth))
         return share
 
