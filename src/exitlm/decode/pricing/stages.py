@@ -70,7 +70,7 @@ class StageView:
     stages, sequences: how many stages the pipeline has, and how many sequences decode now, wherever their rows are.
     depth: stages that a row passes, on average, until the next one of its sequence starts; 0: all.
     gather: rows that have to go wait for those that are coming up to this share of what a pass costs for any number
-        of rows; 0: never. Where rows are nearly free, .5 gains up to a fourth with many sequences.
+        of rows; 0: never. Where rows are nearly free, .5 gains a tenth or more with many sequences.
     idle: seconds that they have waited so.
     """
 
