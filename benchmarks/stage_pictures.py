@@ -35,7 +35,7 @@ def reached() -> None:
         dots = [row for row in found["one sequence"] if row["P"] == stages]
         left.plot([row["q"] for row in dots], [row["speed"]["median"] for row in dots], "o", color=colour, markersize=6)
     left.set(
-        xlabel="q, how often an exit fires", ylabel="speed against full, one sequence", xlim=(0, 1), ylim=(0.9, 8.4)
+        xlabel="q, how often an exit fires", ylabel="speed against full, one sequence", xlim=(0, 1), ylim=(0.9, 9.9)
     )
     left.set_title("threshold: line 1 / (expected depth), dotted P", fontsize=10)
     left.legend(frameon=False, fontsize=9, loc="upper left")
@@ -53,10 +53,10 @@ def reached() -> None:
             right.plot(sizes, speeds, line, marker="o", markersize=4, color=colour, linewidth=2, label=label)
     right.set_xscale("log", base=2)
     right.set_xticks(sizes, [str(size) for size in sizes])
-    right.set(xlabel="B, sequences decoded together", ylabel="tokens per second, one process = 1", ylim=(0.7, 4.3))
+    right.set(xlabel="B, sequences decoded together", ylabel="tokens per second, one process = 1", ylim=(0.7, 5.4))
     right.axhline(4.0, color=GREY, linewidth=1, linestyle=":")
     right.set_title("P = 4; line: CPU, 4 bits; dashed: flat to 200 rows", fontsize=10)
-    right.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.0, 0.9))
+    right.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
     for axes in (left, right):
         axes.grid(color=BAND)
         axes.set_axisbelow(True)

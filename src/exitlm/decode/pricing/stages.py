@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from exitlm.decode.pricing.scheduler import Limits, Member, Pass
 
 _SHARED = 0.25  # of the seconds that a row adds to a pass: a draft starts if it is worth so much of them
+_DEAR, _DEAR_WITH_DRAFTS = 2.0, 0.5  # what rows cost over what their pass does; drafts add rows that bring less
 _FILL_WORTH = 0.1  # of a token: fills run by themselves where at most a tenth of their pass delays rows on their way
 
 
@@ -69,7 +70,7 @@ class StageView:
     stages, sequences: how many stages the pipeline has, and how many sequences decode now, wherever their rows are.
     depth: stages that a row passes, on average, until the next one of its sequence starts; 0: all.
     gather: rows that have to go wait for those that are coming up to this share of what a pass costs for any number
-        of rows; 0: never. Where rows are nearly free, .5 gains up to a fourth with many sequences.
+        of rows; 0: never. Where rows are nearly free, .5 gains a tenth or more with many sequences.
     idle: seconds that they have waited so.
     """
 
@@ -94,11 +95,12 @@ class StageView:
     def group(self) -> int:
         """Sequences that may start in one pass, so that the others keep the other stages busy.
 
-        An equal share for each stage where rows cost more than the pass itself. Where they cost less, as many as are at
-        the first stage at a time: exits that fire send them back to it. 0: any number.
+        An equal share for each stage where its rows cost much more than the pass itself. Where they cost less, as many
+        as are at the first stage at a time: exits that fire send them back to it. 0: any number.
         """
+        drafts = any(one.kind in ("start", "draft") and not one.goes for one in self.waiting)
         share = -(-self.sequences // self.stages)
-        if self.depth and share * self.row < self.fixed:
+        if self.depth and share * self.row < (_DEAR_WITH_DRAFTS if drafts else _DEAR) * self.fixed:
             return max(share, math.ceil(self.sequences / self.depth))
         return share
 
