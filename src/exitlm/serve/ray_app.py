@@ -47,6 +47,8 @@ LOADER = "exitlm.llm:served"  # by its path, since the facade lies above this pa
 LOST = (RayActorError, WorkerCrashedError, ReplicaUnavailableError, DeploymentUnavailableError)
 BUILD_TRIES = 3  # times that Ray tries to start a replica before it gives up
 HEALTH_PERIOD = 5.0  # seconds between checks of a replica's /health
+FULL = "exitlm.full"  # the type of the only message of a replica that has no room for a request
+FULL_PAUSE = 0.05  # seconds until it is offered again
 DRAIN_PERIOD = 0.5  # seconds between looks whether a replica that ends has written its last answer
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Ray Serve; the server has a log of its own
 SPARE = 16  # places of a process beyond its requests: for figures, checks and refusals, also when it is full
@@ -61,19 +63,26 @@ class Replica:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._app: Application | None = None
         self._held = contextlib.AsyncExitStack()
-        self._starts = asyncio.Lock()
+        self._starts, self._busy = asyncio.Lock(), 0
         log_to_stderr()
         module, _, name = loader.partition(":")
         self._model = getattr(importlib.import_module(module), name)(config)
 
     async def answer(self, asked: Asked) -> AsyncGenerator[list[Message], None]:
         """Answer a request: the messages of ASGI, as they come. The answer names the replica in a header."""
-        async with contextlib.aclosing(answer(await self._started(), asked)) as batches:
-            async for batch in batches:
-                for message in batch:
-                    if message["type"] == "http.response.start":
-                        message["headers"] = [*message["headers"], (b"exitlm-replica", self._name.encode())]
-                yield batch
+        if self._busy >= ongoing_of(self._config):  # routers know late what was sent; places for figures stay free
+            yield [{"type": FULL}]
+            return
+        self._busy += 1
+        try:
+            async with contextlib.aclosing(answer(await self._started(), asked)) as batches:
+                async for batch in batches:
+                    for message in batch:
+                        if message["type"] == "http.response.start":
+                            message["headers"] = [*message["headers"], (b"exitlm-replica", self._name.encode())]
+                    yield batch
+        finally:
+            self._busy -= 1
 
     async def figures(self) -> tuple[str, str]:
         """The replica's name and its ``/metrics``."""
@@ -125,18 +134,24 @@ class Front:
         return mounted(guarded(forward, self._config, all_requests=False, closed=lambda: None))
 
     async def _ask(self, asked: Asked) -> AsyncGenerator[list[Message], None]:
-        response = self._replicas.answer.remote(asked)
-        ended = False
-        try:
-            async for batch in response:
-                yield batch
-            ended = True
-        except Exception:
-            ended = True
-            raise
-        finally:
-            if not ended:  # the client has left
-                response.cancel()
+        full = True
+        while full:
+            full = ended = False
+            response = self._replicas.answer.remote(asked)
+            try:
+                async for batch in response:
+                    full = batch[0]["type"] == FULL
+                    if not full:
+                        yield batch
+                ended = True
+            except Exception:
+                ended = True
+                raise
+            finally:
+                if not ended:  # the client has left
+                    response.cancel()
+            if full:
+                await asyncio.sleep(FULL_PAUSE)
 
     async def _figures(self) -> Mapping[str, str]:
         found = self._replicas.options(stream=False).broadcast("figures")
@@ -221,7 +236,7 @@ def config_of(args: Mapping[str, Any]) -> ServeConfig:
 def application_of(config: ServeConfig, loader: str = LOADER) -> Any:
     """The deployments: one of fronts, one of replicas."""
     r, limits = config.replicas, config.limits
-    ongoing = r.ongoing or config.engine.max_sequences
+    ongoing = ongoing_of(config)
     most = r.most or r.number
     scale: dict[str, Any] = {"num_replicas": r.number}
     if most > r.number:
@@ -245,7 +260,7 @@ def application_of(config: ServeConfig, loader: str = LOADER) -> Any:
     )  # fmt: skip
     front = serve.deployment(
         serve.ingress()(Front), name="Front", num_replicas=r.fronts, ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=most * ongoing + limits.queue + SPARE, **drain,
+        max_ongoing_requests=most * (ongoing + SPARE) + limits.queue + SPARE, **drain,
     )  # fmt: skip
     return front.bind(config, replica.bind(_of_replica(config), loader))
 
@@ -295,6 +310,11 @@ def serve_replicas(config: ServeConfig, loader: str = LOADER) -> int:
             serve.shutdown()
             ray.shutdown()
     return 0
+
+
+def ongoing_of(config: ServeConfig) -> int:
+    """Requests that a replica has at a time."""
+    return config.replicas.ongoing or config.engine.max_sequences
 
 
 def _failure() -> UserError | None:
