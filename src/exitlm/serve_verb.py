@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from exitlm.errors import UserError
 
 if TYPE_CHECKING:
-    from exitlm.llm import LLM
+    pass
 
 _SECTION_OF = {
     "model": ("source", "adapters", "name", "dtype", "device", "quant"),
@@ -36,6 +36,7 @@ def add_serve(parser: argparse.ArgumentParser, model_help: str) -> None:
     add("--api-key", metavar="K", help="ask clients for this key (default: EXITLM_API_KEY, else none)")
     add("--api-key-file", metavar="FILE", help="a file with one key a line; any of them opens the server")
     add("--without-key", action="store_true", help="listen beyond this machine although no key is asked for")
+    add("--replicas", type=int, metavar="N", help="copies of the server, on Ray Serve (default: 0, this process alone)")
     add("--dtype", metavar="D", help="of the weights, such as float32 (default: the checkpoint's)")
     add("--device", metavar="D", help="cpu (default) or cuda")
     add("--quant", metavar="Q", help="how weights are packed on a CPU (see exitlm generate --help)")
@@ -69,7 +70,9 @@ def serve(
     from exitlm.assignments import assignments
     from exitlm.serve.config import KEY_VARIABLE, SECTIONS, ServeConfig, merged, read_tree
 
-    given: dict[str, dict[str, Any]] = {"model": {}, "http": {}, "engine": {}}
+    given: dict[str, dict[str, Any]] = {"model": {}, "http": {}, "engine": {}, "replicas": {}}
+    if (number := flags.pop("replicas", None)) is not None:
+        given["replicas"]["number"] = number
     for name, value in {"source": model, "adapters": adapter, **flags}.items():
         if value is not None and value is not False:  # a port of 0 equals False
             section = next((section for section, names in _SECTION_OF.items() if name in names), "http")
@@ -94,16 +97,15 @@ def serve(
     if bandwidth is not None:
         raise UserError("--bandwidth is what a dry run assumes; give --dry-run, too, or leave it out")
     try:
-        from exitlm.serve.server import serve
+        if settings.replicas.number:
+            from exitlm.serve.ray_app import serve_replicas
+        else:
+            from exitlm.serve.server import serve
     except ModuleNotFoundError as error:
-        raise UserError(f"serve needs {error.name}; install it with: pip install 'exitlm[serve]'") from None
-    import exitlm
+        extra = "ray" if error.name == "ray" else "serve"
+        raise UserError(f"serve needs {error.name}; install it with: pip install 'exitlm[{extra}]'") from None
+    if settings.replicas.number:
+        return serve_replicas(settings)
+    from exitlm.llm import served
 
-    def load(found: ServeConfig) -> LLM:
-        m = found.model
-        return exitlm.load(
-            m.source, adapter=m.adapters or None, dtype=m.dtype, device=m.device, quant=m.quant,
-            allow_other_base=m.allow_other_base, engine=found.engine,
-        )  # fmt: skip
-
-    return serve(settings, load)
+    return serve(settings, served)
