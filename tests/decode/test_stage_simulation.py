@@ -69,9 +69,9 @@ def test_no_trace_hangs(start: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("start", range(1000, 3000, 500))
+@pytest.mark.parametrize("start", range(1000, 3000, 50))  # one second each, so that the limit finds what hangs
 def test_no_trace_hangs_in_many(start: int) -> None:
-    for seed in range(start, start + 500):
+    for seed in range(start, start + 50):
         check_trace(seed)
 
 
