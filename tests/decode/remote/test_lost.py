@@ -3,6 +3,7 @@
 import random
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -39,18 +40,18 @@ def requests(count: int, seed: int) -> list[tuple[list[int], GenerationConfig]]:
 
 
 def decode(
-    engine: PipelinedEngine, some: list[tuple[list[int], GenerationConfig]], at: dict[int, int]
-) -> list[list[int]]:
-    """All texts, each of which has to end once; stage ``at[step]`` dies before the step of this number."""
-    launcher = engine.pipeline._launcher
-    assert isinstance(launcher, InThreads)
+    engine: PipelinedEngine, some: list[tuple[list[int], GenerationConfig]], at: dict[int, int],
+    kill: Callable[[int], None] = lambda number: None,
+) -> list[list[int]]:  # fmt: skip
+    """All texts, each of which has to end once; ``kill`` is called for stage ``at[step]`` before the step of this
+    number."""
     keys = [engine.add(prompt, config) for prompt, config in some]
     found: dict[int, list[int]] = {}
     told: dict[int, list[int]] = {key: [] for key in keys}
     step = 0
     while len(found) < len(keys):
         if step in at:
-            launcher.kill(at[step])
+            kill(at[step])
         for event in engine.step():
             assert event.error is None, event.error
             assert event.key not in found  # nothing follows the end
@@ -76,7 +77,7 @@ def kills(seed: int, times: int) -> None:
     try:
         at = {step: rng.choice([1, 2]) for step in rng.sample(range(2, 40), times)}
         with pytest.warns(UserWarning, match="was lost"):
-            assert decode(engine, some, at) == expected
+            assert decode(engine, some, at, launcher.kill) == expected
         assert 1 <= engine.lost <= times
         assert len(launcher.started) == 2 + engine.lost
     finally:

@@ -52,6 +52,8 @@ class InMemory:
 class InThreads:
     """A launcher whose stages are threads. ``serve`` is what each does once it is greeted."""
 
+    others = False
+
     def __init__(self, model: EarlyExitModel, serve: Serve = serve_link) -> None:
         self._model, self._serve = model, serve
         self.started: list[int] = []

@@ -9,11 +9,15 @@ Shapes: M rows, T ranks, c columns of each rank, K columns that count (the last 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+
+# torch 2.13 has another name for it, and warns of the one that older releases have.
+_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class RankLost(ConnectionError):
@@ -58,9 +62,9 @@ class Ranks:
         out = x_Mc.new_empty(self.size * x_Mc.shape[0], x_Mc.shape[1])
         if x_Mc.device.type == "cpu":
             with noticing(self.group):
-                dist.all_gather_into_tensor(out, x_Mc, group=self.group)
+                _gather(out, x_Mc, group=self.group)
         else:
-            dist.all_gather_into_tensor(out, x_Mc, group=self.group)
+            _gather(out, x_Mc, group=self.group)
         return out.view(self.size, *x_Mc.shape)
 
     def join(self, x_Mc: Tensor, columns: int) -> Tensor:

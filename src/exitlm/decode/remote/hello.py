@@ -57,7 +57,7 @@ def greet(link: Link, key: bytes, versions: dict[str, object] | None = None) -> 
     link.say(hello=versions or VERSIONS, number=mine, place=f"{socket.gethostname()}:{os.getpid()}")
     answer = heard(link)
     theirs, proof = str(answer.get("number", "")), str(answer.get("proof", ""))
-    if not hmac.compare_digest(proof, _proof(key, "head", mine, theirs)):
+    if not _same(proof, _proof(key, "head", mine, theirs)):
         link.say(refused="the head does not know the key")
         raise Refused(f"{link.peer} does not know the key of this stage; give both the same --key-file")
     link.say(proof=_proof(key, "stage", mine, theirs))
@@ -83,7 +83,7 @@ def receive(link: Link, key: bytes) -> Peer:
     theirs, mine = str(hello.get("number", "")), secrets.token_hex(16)
     link.say(number=mine, proof=_proof(key, "head", theirs, mine))
     answer = link.hear(PATIENCE)
-    if not hmac.compare_digest(str(answer.get("proof", "")), _proof(key, "stage", theirs, mine)):
+    if not _same(str(answer.get("proof", "")), _proof(key, "stage", theirs, mine)):
         raise refuse(link, f"stage {place} does not know the key; give it the --key-file of this head")
     link.say(welcome=True)
     return Peer(place)
@@ -111,4 +111,14 @@ def _line(text: object, most: int) -> str:
 
 
 def _proof(key: bytes, who: str, stage: str, head: str) -> str:
-    return hmac.new(key, f"{who} {stage} {head}".encode(), "sha256").hexdigest()
+    return hmac.new(key, _bytes(f"{who} {stage} {head}"), "sha256").hexdigest()
+
+
+def _same(proof: str, expected: str) -> bool:
+    """Without telling by the time that it takes how much of it is right."""
+    return hmac.compare_digest(_bytes(proof), expected.encode())
+
+
+def _bytes(text: str) -> bytes:
+    """What the other end wrote may be any text, also one that UTF-8 can't hold."""
+    return text.encode(errors="backslashreplace")

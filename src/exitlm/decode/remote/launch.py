@@ -7,6 +7,7 @@ can't greet is refused by name, and the next one may come.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import secrets
 import socket
@@ -27,7 +28,9 @@ _START, _END = 120.0, 1.0  # seconds that a process of this machine has to come 
 
 
 class Launcher(Protocol):
-    """Gives a head its stages."""
+    """Gives a head its stages. ``others``: whether another one may come where one was refused."""
+
+    others: bool
 
     def start(self, number: int) -> Link:
         """A new stage, greeted, for the place ``number``. Raises :class:`UserError` where none comes."""
@@ -63,21 +66,25 @@ def admitted(listener: socket.socket, key: bytes, until: float, context: ssl.SSL
         except TimeoutError:
             return None
         link: Link | None = None
+        place = f"{address[0]}:{address[1]}"
         try:
             if context is not None:
                 connection.settimeout(10.0)
                 connection = context.wrap_socket(connection, server_side=True)
-            link = Link(connection, f"{address[0]}:{address[1]}")
+            link = Link(connection, place)
             link.peer = receive(link, key).place
             return link
         except (Refused, Closed, BadFrame, OSError) as error:
-            warnings.warn(f"a stage was refused: {error}", stacklevel=2)
+            where = "" if isinstance(error, Refused | Closed) else f" at {place}"  # these name it already
+            warnings.warn(f"a stage{where} was refused: {error}", stacklevel=2)
             (link or connection).close()
     return None
 
 
 class Children:
     """Stages that are processes of this machine, started with this interpreter."""
+
+    others = False
 
     def __init__(self) -> None:
         self._key = secrets.token_hex(32)
@@ -124,6 +131,8 @@ class Children:
 class Joining:
     """Stages of any machine that join at an address: ``exitlm stage --join HOST:PORT``."""
 
+    others = True
+
     def __init__(self, address: str, key: str | None, certificate: str | None, patience: float) -> None:
         """``key``: what stages must know. ``certificate``: a PEM file with the head's certificate and private key; both
         are needed where other machines can reach the address. ``patience``: seconds to wait for a stage that replaces
@@ -139,14 +148,13 @@ class Joining:
                 "certificate (--stage-certificate); only 127.0.0.1 goes without"
             )
         self._context = None if certificate is None else server_context(certificate)
-        self._key, self._patience, self._waited = (key or "").encode(), patience, set[int]()
+        self._key, self._patience, self._gone = (key or "").encode(), patience, set[int]()
         self._listener = listen(host, port)
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
 
     def start(self, number: int) -> Link:
         """See :class:`Launcher`."""
-        first = number not in self._waited
-        self._waited.add(number)
+        first = number not in self._gone
         if first:
             print(f"waiting for stage {number + 1} at {self.address}", file=sys.stderr, flush=True)
         until = float("inf") if first else time.monotonic() + self._patience
@@ -162,6 +170,7 @@ class Joining:
 
     def stop(self, number: int) -> None:
         """See :class:`Launcher`: its link was closed, which it notices."""
+        self._gone.add(number)
 
     def close(self) -> None:
         """See :class:`Launcher`."""
@@ -178,7 +187,10 @@ def address_of(text: str) -> tuple[str, int]:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach it."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: 127.example.org may be anywhere
+        return host == "localhost"
 
 
 def server_context(certificate: str) -> ssl.SSLContext:

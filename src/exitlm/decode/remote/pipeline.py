@@ -19,6 +19,7 @@ import select
 import socket
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -202,21 +203,21 @@ class Pipeline:
             UserError: a stage can't be had.
         """
         self._model, self._launcher, self._timeout = model, launcher, timeout
+        self.links: dict[int, Link] = {}
+        self._closer = weakref.finalize(self, _close, launcher, self.links)
         self._weights = replace(weights, rounds=rounds_exits(model, weights.quant))
         L, tensor = model.config.num_hidden_layers, weights.options.tensor
         self._heads = model.heads_by_key()
-        check_tensor(model.config, [head.config for head in self._heads.values()], tensor, False, 0)
         self._remote = range(int(tensor == 1), stages)  # the first stage is this process, if one is enough for it
-        if layers_per_stage is not None:
-            given_cuts(layers_per_stage, stages, L)
-        cuts_of([Speed(layer=1.0, head=1.0)] * stages, L, {})
         self.seconds, self._memory = [0.0] * stages, dict[int, float]()
-        self.links: dict[int, Link] = {}
-        self._closer = weakref.finalize(self, _close, launcher, self.links)
+        self._number, self._asked = 0, dict[int, int]()
         try:
+            check_tensor(model.config, [head.config for head in self._heads.values()], tensor, False, 0)
+            if layers_per_stage is not None:
+                given_cuts(layers_per_stage, stages, L)
+            cuts_of([Speed(layer=1.0, head=1.0)] * stages, L, {})
             for number in self._remote:
-                self.links[number] = launcher.start(number)
-                self.links[number].trust()
+                self._start_any(number)
             cuts = self._cuts(stages) if layers_per_stage is None else given_cuts(layers_per_stage, stages, L)
             self.bounds = bounds_of(model, cuts)
             self.early = tuple(sorted({layer for _, layer in self._heads if layer < L}))
@@ -245,7 +246,6 @@ class Pipeline:
             {name: self.fused.heads[name, at] for name, at in self._heads if at == layer} for layer in self.bounds
         ]
         self._since: dict[int, float] = {}
-        self._number, self._asked = 0, dict[int, int]()
         self._until: dict[int, float] = {}
 
     # ---- what the engine knows of it
@@ -266,6 +266,30 @@ class Pipeline:
         return next(iter(heads.values())) if adapter is None else heads[adapter]
 
     # ---- stages
+
+    def _start_any(self, number: int) -> None:
+        """As :meth:`_start`; where one is refused, another one may join.
+
+        Raises:
+            UserError: none can.
+        """
+        while True:
+            try:
+                self._start(number)
+            except (Refused, Closed, BadFrame) as error:
+                if not self._launcher.others:
+                    raise
+                warnings.warn(f"{self.links[number].peer} was refused: {error}", stacklevel=2)
+                self._hang_up(number)
+            else:
+                return
+
+    def _start(self, number: int) -> None:
+        """Take a stage that has these weights."""
+        link = self.links[number] = self._launcher.start(number)
+        link.trust()
+        link.say(weights=asdict(self._weights))
+        heard(link, _LOAD)
 
     def _cuts(self, stages: int) -> tuple[int, ...]:
         """Split the layers by what they take on each machine, measured one after the other."""
@@ -381,8 +405,7 @@ class Pipeline:
         self._hang_up(number)
         self._launcher.stop(number)
         try:
-            link = self.links[number] = self._launcher.start(number)
-            link.trust()
+            self._start(number)
             self._send_job(number)
             self._await_ready(number)
         except (Closed, BadFrame, Refused) as error:

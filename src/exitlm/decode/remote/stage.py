@@ -1,7 +1,8 @@
 """A stage of a pipeline: a process, or in tests a thread, that does what comes over one link to the head.
 
 ```
-greet -> (probe: how fast is this machine?) -> job, exits -> ready -> pass after pass, in order, until the head ends
+greet -> weights: are they here? -> (probe: how fast is this machine?) -> job, exits -> ready
+-> pass after pass, in order, until the head ends
 ```
 """
 
@@ -90,6 +91,10 @@ def serve_link(link: Link, opens: Opens) -> None:
             link.say(ready=True)
             follow(group, link, stage.perform)
     try:
+        if "weights" in words:
+            check_digest(_weights(words["weights"]), opens)
+            link.say(accepted=True)
+            words = words_of(link.receive())
         if "probe" in words:
             link.say(**probe(_weights(words["probe"]), opens))
             words = words_of(link.receive())

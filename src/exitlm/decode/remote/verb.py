@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import socket
+import ssl
 import sys
 import time
 
@@ -48,6 +49,11 @@ def stage(
             connection = socket.create_connection((host, port), timeout=10.0)
             if context is not None:
                 connection = context.wrap_socket(connection, server_hostname=host)
+        except ssl.SSLCertVerificationError as error:
+            raise UserError(
+                f"the head at {join} has another certificate than {certificate} ({error.verify_message}); give this "
+                "stage the certificate of its head"
+            ) from error
         except OSError as error:
             if once and time.monotonic() - begun > _PATIENCE:
                 raise UserError(f"no head answers at {join}: {error}") from error
