@@ -11,6 +11,7 @@ replaced, and its keys are computed anew: all texts give their memory and wait, 
 
 from __future__ import annotations
 
+import bisect
 import warnings
 
 from torch import Tensor
@@ -77,10 +78,18 @@ class PipelinedEngine(Engine):
         except StageLost as lost:
             self._replace(lost)
 
+    def _stage(self, layer: int) -> int:
+        """The stage, from 1, whose last layers a head stands behind."""
+        return 1 + bisect.bisect_left([share.layers.stop for share in self.pipeline.shares], layer)
+
+    def _fired(self, sequence: Sequence, layer: int, token: int, raw_K: Tensor, candidates_K: Tensor | None) -> None:
+        self._stages.passed(self._stage(layer))
+        super()._fired(sequence, layer, token, raw_K, candidates_K)
+
     def _emit(self, sequence: Sequence, token: TokenTrace, raw_V: Tensor) -> None:
-        token.stage = 1 + next(
-            i for i, share in enumerate(self.pipeline.shares) if token.exit_layer <= share.layers.stop
-        )
+        token.stage = self._stage(token.exit_layer)
+        if token.source == "final":
+            self._stages.passed(self.pipeline.stages)
         super()._emit(sequence, token, raw_V)
 
     def _submit(self, number: int, chosen: Chosen) -> None:

@@ -185,7 +185,8 @@ class _Thread:
 class Pipeline:
     """The stages of one engine; see :class:`~exitlm.decode.arrival.Runs`.
 
-    ``free`` are the stages that have nothing to do; ``seconds[s]`` what a pass of stage s takes lately (0: unknown).
+    ``free`` are the stages that have nothing to do; ``seconds[s]`` what a pass of one row through stage s takes
+    lately (0: unknown), ``row_seconds[s]`` what each further row adds.
     """
 
     reads_runs = False
@@ -209,7 +210,8 @@ class Pipeline:
         L, tensor = model.config.num_hidden_layers, weights.options.tensor
         self._heads = model.heads_by_key()
         self._remote = range(int(tensor == 1), stages)  # the first stage is this process, if one is enough for it
-        self.seconds, self._memory = [0.0] * stages, dict[int, float]()
+        self.seconds, self.row_seconds = [0.0] * stages, [0.0] * stages
+        self._memory: dict[int, float] = {}
         self._number, self._asked = 0, dict[int, int]()
         try:
             check_tensor(model.config, [head.config for head in self._heads.values()], tensor, False, 0)
@@ -247,6 +249,7 @@ class Pipeline:
         ]
         self._since: dict[int, float] = {}
         self._until: dict[int, float] = {}
+        self._sizes: dict[int, tuple[int, float]] = {}
 
     # ---- what the engine knows of it
 
@@ -436,7 +439,9 @@ class Pipeline:
 
     def left(self, number: int) -> float:
         """Seconds until a busy stage is done, by its passes so far."""
-        return max(0.0, self._since[number] + self.seconds[number] - time.monotonic())
+        rows, part = self._sizes[number]
+        taken = (self.seconds[number] + self.row_seconds[number] * (rows - 1)) * part
+        return max(0.0, self._since[number] + taken - time.monotonic())
 
     def submit(self, number: int, work: Work) -> int:
         """Let a stage run a pass; its number.
@@ -448,6 +453,9 @@ class Pipeline:
         work = replace(work, number=self._number)
         now, expected = time.monotonic(), self.seconds[number] * work.batch.count
         self._asked[number], self._since[number] = work.number, now
+        share = self.shares[number]
+        layers = self.bounds[work.last] - self.bounds[work.first]
+        self._sizes[number] = work.batch.count, layers / len(share.layers)
         here = number == 0 and self._thread is not None
         self._until[number] = math.inf if here else now + max(self._timeout, _SLOWER * expected)
         if number == 0 and self._thread is not None:
@@ -504,8 +512,12 @@ class Pipeline:
         if self._asked.get(number) != brought.number:
             raise BadFrame("an answer came to a pass that nobody asked for")
         del self._asked[number]
-        before = self.seconds[number]
-        self.seconds[number] = 0.7 * before + 0.3 * brought.seconds if before else brought.seconds
+        rows, part = self._sizes.pop(number)
+        seconds, one = brought.seconds / part, self.seconds[number]
+        if rows == 1 or not one:
+            self.seconds[number] = _mean(one, seconds / rows)
+        else:
+            self.row_seconds[number] = _mean(self.row_seconds[number], max(0.0, seconds - one) / (rows - 1))
         return brought
 
     def _take(self, number: int) -> list[Brought]:
@@ -539,6 +551,11 @@ class Pipeline:
     def _lost(self, number: int, reason: str) -> StageLost:
         self._hang_up(number)
         return StageLost(number, reason)
+
+
+def _mean(before: float, now: float) -> float:
+    """A running mean, of which nothing is known at first."""
+    return 0.7 * before + 0.3 * now if before else now
 
 
 def _positive(value: Any, most: float = 3600.0) -> float:

@@ -16,6 +16,7 @@ from exitlm.decode.remote.pipeline import Pipeline
 from exitlm.decode.sequence import Sequence
 
 _MOST_NOTED = 4096
+_DEPTH_WEIGHT = 0.02
 
 
 class StageAgenda:
@@ -24,7 +25,7 @@ class StageAgenda:
     def __init__(self, agenda: Agenda, pipeline: Pipeline, options: EngineConfig) -> None:
         self._agenda, self._pipeline, self._roster, self._bounds = agenda, pipeline, agenda.roster, pipeline.bounds
         self._limits = Limits(max_rows=options.max_rows, prefill_chunk=options.prefill_chunk, max_wait=options.max_wait)
-        self._turn = 0
+        self._turn, self._depth = 0, float(pipeline.stages)
         self._since: dict[tuple[int, int], tuple[int, int]] = {}
 
     def next_pass(self, number: int) -> Chosen | None:
@@ -49,6 +50,7 @@ class StageAgenda:
             first=bounds[share.first], last=bounds[share.last], waiting=tuple(waiting),
             seconds=self._pipeline.seconds[number], coming=self._coming(number), stages=self._pipeline.stages,
             sequences=sum(not sequence.prefilling for sequence in self._roster.running),
+            row=self._pipeline.row_seconds[number], depth=self._depth,
         )  # fmt: skip
         chosen = next_stage_pass(view, self._limits)
         if chosen is None:
@@ -61,6 +63,10 @@ class StageAgenda:
         tested = {member.key for member in chosen.members if member.tested}
         first, last = bounds.index(chosen.first), bounds.index(chosen.last)
         return Chosen(first, last, members, tested) if members else self.next_pass(number)
+
+    def passed(self, stages: int) -> None:
+        """A row has passed so many stages when the next one of its sequence could start."""
+        self._depth += _DEPTH_WEIGHT * (stages - self._depth)
 
     def _coming(self, number: int) -> float:
         """Seconds until rows may come to a stage."""
