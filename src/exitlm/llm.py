@@ -39,6 +39,8 @@ from exitlm.weights.source import resolve
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from exitlm.serve.config import ServeConfig
+
 Source = str | PathLike[str]
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
@@ -70,6 +72,15 @@ def load(
     elif adapters is None and is_adapter(own := resolve(source)):
         attach(model, [own], allow_other_base=any_base, names=[OWN_EXITS])
     return LLM(model, quant=quant, engine=options)
+
+
+def served(config: ServeConfig) -> LLM:
+    """The model that a server offers, by its settings. Raises :class:`UserError` as :func:`load` does."""
+    m = config.model
+    return load(
+        m.source, adapter=m.adapters or None, dtype=m.dtype, device=m.device, quant=m.quant,
+        allow_other_base=m.allow_other_base, engine=config.engine,
+    )  # fmt: skip
 
 
 _BUILDING = threading.Lock()  # several threads may ask for an engine first; one lock serves all models

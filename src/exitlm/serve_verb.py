@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from exitlm.errors import UserError
 
 if TYPE_CHECKING:
-    from exitlm.llm import LLM
+    pass
 
 _SECTION_OF = {
     "model": ("source", "adapters", "name", "dtype", "device", "quant"),
@@ -36,10 +36,13 @@ def add_serve(parser: argparse.ArgumentParser, model_help: str) -> None:
     add("--api-key", metavar="K", help="ask clients for this key (default: EXITLM_API_KEY, else none)")
     add("--api-key-file", metavar="FILE", help="a file with one key a line; any of them opens the server")
     add("--without-key", action="store_true", help="listen beyond this machine although no key is asked for")
+    add("--replicas", type=int, metavar="N", help="copies of the server, on Ray Serve (default: 0, this process alone)")
     add("--dtype", metavar="D", help="of the weights, such as float32 (default: the checkpoint's)")
     add("--device", metavar="D", help="cpu (default) or cuda")
     add("--quant", metavar="Q", help="how weights are packed on a CPU (see exitlm generate --help)")
     add_processes(parser)
+    add("--dry-run", action="store_true", help="say what each process would hold and take, and load nothing")
+    add("--bandwidth", type=float, metavar="GB/S", help="what a process reads, in a dry run (default: measured here)")
     add("--stages-at", metavar="HOST:PORT", help="wait there for the other stages (exitlm stage --join HOST:PORT)")
     add("--stage-key-file", metavar="FILE", help="what stages have to know (default: EXITLM_STAGE_KEY)")
     add("--stage-certificate", metavar="FILE", help="a certificate and its key (PEM): links to stages are encrypted")
@@ -59,13 +62,17 @@ def serve(
     config: str | None = None,
     adapter: Sequence[str] | None = None,
     set: Sequence[str] = (),
+    dry_run: bool = False,
+    bandwidth: float | None = None,
     **flags: Any,
 ) -> int:
     """Answer many clients over HTTP, as OpenAI's API does; ``flags`` are settings of the server, or None."""
     from exitlm.assignments import assignments
     from exitlm.serve.config import KEY_VARIABLE, SECTIONS, ServeConfig, merged, read_tree
 
-    given: dict[str, dict[str, Any]] = {"model": {}, "http": {}, "engine": {}}
+    given: dict[str, dict[str, Any]] = {"model": {}, "http": {}, "engine": {}, "replicas": {}}
+    if (number := flags.pop("replicas", None)) is not None:
+        given["replicas"]["number"] = number
     for name, value in {"source": model, "adapters": adapter, **flags}.items():
         if value is not None and value is not False:  # a port of 0 equals False
             section = next((section for section, names in _SECTION_OF.items() if name in names), "http")
@@ -81,17 +88,24 @@ def serve(
         word = next(iter(plain))
         raise UserError(f"'{word}' names no section; write --set SECTION.KEY=VALUE, with one of {', '.join(SECTIONS)}")
     settings = ServeConfig.of(merged({} if config is None else read_tree(config), given, sections))
+    if dry_run:
+        from exitlm.decode.layout import described
+
+        m, engine = settings.model, settings.engine
+        print(described(m.source, m.adapters, engine, quant=m.quant, dtype=m.dtype, gigabytes=bandwidth))
+        return 0
+    if bandwidth is not None:
+        raise UserError("--bandwidth is what a dry run assumes; give --dry-run, too, or leave it out")
     try:
-        from exitlm.serve.server import serve
+        if settings.replicas.number:
+            from exitlm.serve.ray_app import serve_replicas
+        else:
+            from exitlm.serve.server import serve
     except ModuleNotFoundError as error:
-        raise UserError(f"serve needs {error.name}; install it with: pip install 'exitlm[serve]'") from None
-    import exitlm
+        extra = "ray" if error.name == "ray" else "serve"
+        raise UserError(f"serve needs {error.name}; install it with: pip install 'exitlm[{extra}]'") from None
+    if settings.replicas.number:
+        return serve_replicas(settings)
+    from exitlm.llm import served
 
-    def load(found: ServeConfig) -> LLM:
-        m = found.model
-        return exitlm.load(
-            m.source, adapter=m.adapters or None, dtype=m.dtype, device=m.device, quant=m.quant,
-            allow_other_base=m.allow_other_base, engine=found.engine,
-        )  # fmt: skip
-
-    return serve(settings, load)
+    return serve(settings, served)

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exitlm.decode.kernels.fused import FusedHead, FusedModel
-from exitlm.decode.kernels.runner import Arrived, Runner
-from exitlm.decode.kernels.scores import Brief, Scores
+from exitlm.decode.kernels.fused import FusedModel
+from exitlm.decode.kernels.runner import Runner
+from exitlm.decode.kernels.scores import Scores
 from exitlm.decode.kernels.tensor_model import TensorModel
 from exitlm.model import EarlyExitModel, ModelConfig
 from exitlm.model.exits import ExitConfig
@@ -101,21 +101,10 @@ def drawn(seed: int, ranks: int) -> TensorCase:
     )
 
 
-def brief(runner: Runner, scores: Scores, boundary: int, arrived: Arrived, adapter: str | None) -> Tensor:
-    """Best row, finiteness and probability of every row ``[M, 3]``: of logits, or as ranks find them without joining
-    the logits. ``adapter`` None is the final head."""
-    fused = runner.fused
-    if isinstance(fused, TensorModel) and adapter is None:
-        found = fused.final_brief(arrived.hidden_MD)
-    elif isinstance(fused, TensorModel):
-        head = runner.head(boundary, adapter)
-        assert isinstance(head, FusedHead)
-        block = None if head.block is None else head.block.feed_forward(arrived.blocks[adapter])
-        found = fused.exit_brief(head, head.input(arrived.hidden_MD, arrived.residual_MD, block))
-    else:
-        largest = torch.softmax(scores.logits_MK.double(), -1).amax(-1).tolist()
-        found = Brief(scores.best, scores.finite, largest)
-    return torch.tensor([found.best, found.finite, found.probability], dtype=torch.float64).T
+def read(scores: Scores) -> Tensor:
+    """Best row, finiteness and largest probability of every row, ``[M, 3]``."""
+    likely = scores.probability or torch.softmax(scores.logits_MK.double(), -1).amax(-1).tolist()
+    return torch.tensor([scores.best, scores.finite, likely], dtype=torch.float64).T
 
 
 @torch.no_grad()
@@ -136,7 +125,9 @@ def passes(runner: Runner, ids: Sequence[int]) -> dict[str, Any]:
                 name, head = f"{adapter} {layer} at {at}", runner.head(boundary, adapter)
                 scores = runner.exit_scores(boundary, arrived, range(size), adapter)
                 found[f"logits of {name}"] = scores.logits_MK
-                found[f"brief of {name}"] = brief(runner, scores, boundary, arrived, adapter)
+                found[f"digest of {name}"] = read(
+                    runner.exit_scores(boundary, arrived, range(size), adapter, logits=False)
+                )
                 found[f"tokens of {name}"] = [head.token(best) for best in scores.best]
                 found[f"newest of {name}"] = runner.exit_logits(boundary, arrived, [size - 1], adapter)
                 if head.has_gate:
@@ -145,7 +136,7 @@ def passes(runner: Runner, ids: Sequence[int]) -> dict[str, Any]:
         found[f"final logits of {at}"] = runner.final_logits(arrived, range(size))
         final = runner.final_scores(arrived, range(size))
         found[f"final tokens of {at}"] = final.best
-        found[f"final brief of {at}"] = brief(runner, final, runner.segments, arrived, None)
+        found[f"final digest of {at}"] = read(runner.final_scores(arrived, range(size), logits=False))
     never = {head.entry for (_, layer), head in runner.fused.heads.items() if layer == runner.bounds[-1]}
     for entry in set(range(len(runner.fused.entries()))) - never:  # an exit at the last layer is none while decoding
         found[f"keys and values of {entry}"] = driver.stored(entry)

@@ -1,9 +1,9 @@
-"""Tensor ranks in lockstep: frames arrive whole, a lost rank is noticed, an engine has the tokens of one process."""
+"""Tensor ranks in lockstep: frames arrive whole, and a lost rank is noticed."""
 
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,17 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from exitlm.decode.generation import Generation, GenerationConfig
 from exitlm.decode.kernels.ranks import RankLost, Ranks
-from exitlm.decode.kernels.runner import Runner
-from exitlm.decode.kernels.tensor_model import TensorModel
-from exitlm.decode.options import EngineConfig
 from exitlm.decode.remote.lockstep import MAX_FRAME, Lockstep
-from exitlm.model import EarlyExitModel
-from exitlm.model.exits import ExitConfig
-from tests.decode.lockstep import LeadingRunner, follow, leading_engine
-from tests.decode.models import attach, drafting_model, make_engine, random_ids
-from tests.model.families import tiny_model
 from tests.parallel.launch import launch
 
 FRAMES = [b"\0", b"request", random.Random(0).randbytes(1 << 20), memoryview(b"a view"), bytearray(5000)]
@@ -154,76 +145,3 @@ def test_a_silent_first_rank_is_noticed_after_the_timeout(tmp_path: Path) -> Non
     with pytest.raises(AssertionError, match="died"):
         launch(2, silent, tmp_path)
     assert "lost another one of its group" in (tmp_path / "1").read_text()
-
-
-# ---- an engine over several ranks
-
-REQUESTS = [
-    (random_ids(9, 1), dict(mode="full")),
-    (random_ids(21, 2), dict(mode="threshold", threshold=0.4)),
-    (random_ids(5, 3), dict(mode="lossless")),
-    (random_ids(21, 2) + random_ids(4, 4), dict(mode="threshold", threshold=0.0)),
-    (random_ids(14, 5), dict(mode="lossless", temperature=0.8, seed=3)),
-    (random_ids(14, 5), dict(mode="full", temperature=0.8, seed=3, logprobs=3)),
-]
-
-
-def requests(count: int) -> list[tuple[list[int], GenerationConfig]]:
-    """All modes, with so many new tokens."""
-    return [
-        (prompt, GenerationConfig.of({"max_new_tokens": count, "ignore_eos": True, **settings}))
-        for prompt, settings in REQUESTS
-    ]
-
-
-def models() -> list[EarlyExitModel]:
-    """Lenses with gates; and blocks, candidates and windows, with four KV heads."""
-    kinds = [
-        ExitConfig(layer=1, kind="block"),
-        ExitConfig(layer=2, kind="mlp", candidates=40),
-        ExitConfig(layer=3, kind="norm", output="low_rank", rank=9),
-    ]
-    return [drafting_model("llama"), attach(tiny_model("gemma3_text", num_key_value_heads=4), kinds)]
-
-
-def said(generations: Sequence[Generation]) -> list[list[int]]:
-    """The tokens of each text, and the layers that gave them where these do not depend on what was drafted when."""
-    modes = [settings["mode"] for _, settings in REQUESTS]
-    return [
-        each.token_ids if mode == "lossless" else [*each.token_ids, *each.exit_layers]
-        for mode, each in zip(modes, generations, strict=True)
-    ]
-
-
-def options(model: EarlyExitModel, ranks: int) -> EngineConfig:
-    """Blocks of 4 positions, too few for all texts together, and as many whoever holds how many heads of them."""
-    config = model.config
-    entries = config.num_hidden_layers + sum(head.config.kind == "block" for head in model.exit_heads().values())
-    position = 2 * config.num_key_value_heads * config.head_dim * 8 * entries
-    return EngineConfig(block_size=4, kv_bytes=120 * position // ranks)
-
-
-def decode(which: list[EarlyExitModel]) -> list[list[list[int]]] | int:
-    """What the first rank says by model and request; on the others, how many passes they ran."""
-    lockstep, found, passes = Lockstep(world()), [], 0
-    for model in which:
-        fused, room = TensorModel(model, "none", group=world()), options(model, lockstep.size)
-        if lockstep.rank:
-            passes += follow(Runner(fused, room), lockstep)
-            continue
-        engine = leading_engine(model, fused, lockstep, room)
-        found.append(said(engine.generate_all(requests(24))))
-        assert isinstance(engine.runner, LeadingRunner)
-        engine.runner.tell("end")
-    return passes or found
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_an_engine_over_ranks_has_the_tokens_of_one_process(ranks: int) -> None:
-    """All modes at once; texts wait for blocks, and share them."""
-    which = models() if ranks == 2 else models()[1:]
-    alone = [make_engine(model, options=options(model, 1)) for model in which]
-    expected = [said(engine.generate_all(requests(24))) for engine in alone]
-    first, *others = launch(ranks, decode, which)
-    assert first == expected
-    assert all(passes >= 24 * len(which) for passes in others)

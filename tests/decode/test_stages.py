@@ -127,7 +127,11 @@ def test_more_start_together_where_exits_send_them_back() -> None:
     rows = [wait(key, 4, "start") for key in range(8)]
     spread: dict[str, Any] = dict(stages=4, sequences=8, depth=1.6, seconds=1.0)
     assert keys(choose(*rows, **spread, row=0.1)) == [0, 1, 2, 3, 4]
-    assert keys(choose(*rows, **spread, row=0.4)) == [0, 1]  # rows are dearer than passes
+    assert keys(choose(*rows, **spread, row=0.7)) == [0, 1]  # rows are dearer than passes
+    draft = wait(9, 8, "draft", worth=0.5)
+    assert keys(choose(*rows, draft, **spread, row=0.1)) == [0, 1, 2, 3, 4]
+    assert keys(choose(*rows, draft, **spread, row=0.25)) == [0, 1]
+    assert keys(choose(*rows, **spread, row=0.25)) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("coming", "idle", "runs"), [(0.3, 0.0, False), (0.3, 0.3, True), (0.6, 0.0, True)])

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exitlm.decode.kernels.ranks import Ranks
-from exitlm.decode.kernels.scores import Brief, Scores, digest
+from exitlm.decode.kernels.scores import Scores, digest
 from exitlm.decode.kernels.tensor_model import TensorModel, local_part
 from exitlm.errors import UserError
 from exitlm.model import EarlyExitModel
@@ -148,10 +148,10 @@ def test_a_rank_keeps_its_part_alone() -> None:
 # ---- what is read of logits that lie on several ranks
 
 
-def cut_rows(logits_MK: Tensor, ranks: int) -> Brief:
+def cut_rows(logits_MK: Tensor, ranks: int) -> Scores:
     """What is read of logits whose columns are cut."""
     each = -(-logits_MK.shape[1] // ranks)
-    return Brief.of(torch.stack([digest(logits_MK[:, r * each : (r + 1) * each]) for r in range(ranks)]), each)
+    return Scores.of_parts(torch.stack([digest(logits_MK[:, r * each : (r + 1) * each]) for r in range(ranks)]), each)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])

@@ -23,7 +23,22 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 CONSOLE = "".join(block for language, block in BLOCKS if language == "console").replace("\\\n", " ")
 COMMANDS = [line[2:] for line in CONSOLE.splitlines() if line.startswith("$ exitlm ")]
 # What the file can't give as a value, because the default is None, or what needs a model.
-WITHOUT_DEFAULT = {"source", "name", "api_key_file", "new_tokens", "kv_bytes", "threads"}
+WITHOUT_DEFAULT = {
+    "source",
+    "name",
+    "api_key_file",
+    "layers_per_stage",
+    "stages_at",
+    "stage_key_file",
+    "stage_certificate",
+    "new_tokens",
+    "kv_bytes",
+    "threads",
+    "most",
+    "ongoing",
+    "target",
+    "gpus",
+}
 
 
 def section(number: int) -> str:
@@ -55,6 +70,7 @@ def test_the_file_of_settings_has_every_key_with_its_default(name: str) -> None:
 
 def test_every_comment_of_the_file_is_a_setting_that_can_be_taken() -> None:
     live = re.sub(r"^# (\w+ = )", r"\1", TOML, flags=re.MULTILINE).replace('api_key_file = "keys"', "")
+    live = live.replace("pipeline = 1 ", "pipeline = 2 ")  # which the settings of several stages are for
     config = ServeConfig.of(tomllib.loads(live))
     assert config.limits.new_tokens == 4096
     assert set(config.defaults) == {"mode", "threshold", "temperature", "top_p"}
@@ -62,7 +78,7 @@ def test_every_comment_of_the_file_is_a_setting_that_can_be_taken() -> None:
 
 def test_the_page_names_every_setting_of_the_server() -> None:
     named = set(first_cells(16))
-    for name in ("model", "http", "limits"):
+    for name in ("model", "http", "limits", "replicas"):
         section_of = type(getattr(ServeConfig.of({"model": {"source": "x"}}), name))
         assert {field.name for field in dataclasses.fields(section_of)} <= named
 
@@ -100,9 +116,16 @@ def test_the_parser_knows_the_command(command: str) -> None:
 
 def test_programs_compile() -> None:
     programs = [block for language, block in BLOCKS if language == "python"]
-    assert len(programs) == 5
+    assert len(programs) == 6
     for program in programs:
         compile(program, "serving.md", "exec")
+
+
+def test_the_example_of_sizing_is_computed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = dict(re.findall(r"^```(python|text)\n(.*?)^```$", section(24), re.MULTILINE | re.DOTALL))
+    exec(compile(found["python"], "serving.md", "exec"), {})
+    assert capsys.readouterr().out == found["text"]
+    assert "| 8 | 583 |" in section(23)
 
 
 def test_the_unit_and_the_image_wait_for_the_drain() -> None:

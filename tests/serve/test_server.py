@@ -121,6 +121,12 @@ def test_settings_are_checked() -> None:
         ({"model": model, "defaults": {"n": 3}}, r"\[defaults\] has no setting 'n'"),
         ({"model": model, "defaults": {"mode": "quick"}}, "quick"),
         ({"model": model, "engine": {"block_siz": 3}}, "block_size"),
+        ({"model": model, "replicas": {"number": -1}}, "replicas.number"),
+        ({"model": model, "replicas": {"number": 3, "most": 2}}, "at least replicas.number, 3"),
+        ({"model": model, "replicas": {"ongoing": 0}}, "replicas.ongoing"),
+        ({"model": model, "replicas": {"target": 0}}, "above 0"),
+        ({"model": model, "replicas": {"cpus": float("nan")}}, "from 0"),
+        ({"model": model, "replicas": {"front": 1}}, "did you mean 'fronts'"),
     ):
         with pytest.raises(UserError, match=says):
             ServeConfig.of(tree)
@@ -397,6 +403,13 @@ def test_mistakes_on_the_command_line(run: Any, arguments: list[str], says: str)
     assert code == 2
     assert says in err
     assert err.count("\n") == 1 or "event" in err
+
+
+def test_replicas_need_ray(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "exitlm.serve.ray_app", raising=False)
+    code, _, err = run("serve", "x", "--replicas", "2")
+    assert (code, err) == (2, "error: serve needs ray; install it with: pip install 'exitlm[ray]'\n")
 
 
 # ---- what is told

@@ -217,12 +217,14 @@ class TokenTrace:
     ``exit_layer`` is the layer whose head gave it (L for the final head); ``source`` is ``exit``, ``final``,
     ``lookup``, ``grammar`` or ``prediction``; ``confidence`` maps each exit that was tried to its score; ``drafted``
     says that it was a draft that the full model accepted, ``refused`` what draft it took the place of. ``logprob`` is
-    under the unfiltered distribution it was taken from.
+    under the unfiltered distribution it was taken from. ``stage``: which stage of a pipeline decided it, from 1; None
+    in one process.
     """
 
     id: int
     exit_layer: int
     source: str
+    stage: int | None = None
     drafted: bool = False
     refused: RefusedDraft | None = None
     confidence: dict[int, float] = field(default_factory=dict)

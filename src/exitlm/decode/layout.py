@@ -11,11 +11,17 @@ Shapes: D hidden_size, V vocab_size, Hkv key/value heads, Dh head_dim.
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
+
+from exitlm.decode.options import EngineConfig
 from exitlm.decode.pricing.costs import Costs
 from exitlm.errors import UserError
 from exitlm.model.config import SLIDING, ModelConfig
@@ -24,6 +30,9 @@ from exitlm.parallel.pipeline.split import Split, StageCost, make_split, stage_c
 from exitlm.parallel.tensor import check_tensor
 from exitlm.tables import aligned, scaled
 from exitlm.values import whole
+from exitlm.weights.adapter import is_adapter, read_adapter
+from exitlm.weights.checkpoint import dtype_of, open_checkpoint
+from exitlm.weights.source import resolve
 
 Adapters = Sequence[Sequence[ExitConfig]]
 """The exits of a model, those of each adapter by themselves."""
@@ -373,3 +382,43 @@ def _row(each: RankLayout) -> list[str]:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
+
+
+def described(
+    source: str, adapters: Sequence[str], options: EngineConfig, *, quant: str = "auto", dtype: str = "auto",
+    gigabytes: float | None = None,
+) -> str:  # fmt: skip
+    """What a model's files and an engine's settings make of each process, without loading weights. ``gigabytes``: what
+    a process reads in a second (None: what this one does, measured).
+
+    Raises:
+        UserError: there is no such model, or it can't be laid out so.
+    """
+    checkpoint = open_checkpoint(source)
+    place = resolve(source)
+    directories = [Path(name) for name in adapters] or ([place] if is_adapter(place) else [])
+    config, exits = checkpoint.model_config, [read_adapter(directory).exits for directory in directories]
+    own = checkpoint.dtype if dtype == "auto" else dtype_of(dtype)
+    weights = WeightBytes.of("none" if quant == "auto" else quant, own.itemsize)
+    if checkpoint.source is not None and quant in ("auto", "stored"):  # as many bytes as the file has, on average
+        count = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
+        each = checkpoint.source.stat().st_size / count
+        weights = WeightBytes(layers=each, exits=each, heads=each, embedding=each)
+    bounds = None
+    if options.layers_per_stage is not None:
+        bounds = (0, *itertools.accumulate(options.layers_per_stage))
+    layout = make_layout(
+        config, exits, pipeline=options.pipeline, tensor=options.tensor, weights=weights, bounds=bounds,
+        kv_itemsize=2 if options.kv_dtype == "float16" else 4, sequences=min(16, options.max_sequences),
+    )  # fmt: skip
+    return describe(layout, bandwidth=_bandwidth() if gigabytes is None else gigabytes * 1e9)
+
+
+def _bandwidth() -> float:
+    """Bytes that this process reads in a second, by the best of a few sums over more than a cache holds."""
+    values, best = np.ones(1 << 25), math.inf
+    for _ in range(4):
+        begun = time.perf_counter()
+        values.sum()
+        best = min(best, time.perf_counter() - begun)
+    return float(values.nbytes / best)

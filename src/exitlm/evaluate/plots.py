@@ -232,6 +232,73 @@ def timeline_picture(
     return save_figure(figure, path)
 
 
+_TOKENS = {"new": "#2a8ff4", "fired": "#00a878", "final": "#a45ee5", "fill": GREY, "refused": "#d43d51"}
+_TOKEN_NAMES = {
+    "new": "computed", "fired": "an exit at the stage's end gave the token", "final": "the last layer gave it",
+    "fill": "token known: keys and values only", "refused": "behind a wrong draft",
+}  # fmt: skip
+
+_PALE_KINDS = ("fill", "refused")
+_Pass = tuple[float, float, Sequence[tuple[str, str]]]
+
+
+def _token_looks(kind: str) -> dict[str, Any]:
+    return {
+        "facecolor": (_TOKENS[kind], _PALE if kind in _PALE_KINDS else 1.0),
+        "hatch": "////" if kind == "fill" else None,
+    }
+
+
+def decode_picture(path: Path, decodes: Sequence[tuple[str, Sequence[Sequence[_Pass]]]]) -> Path:
+    """Draw pipelined decodes below each other on one scale: per title, for every stage its passes as (start, end, what
+    is in it); these are (words, kind), kind one of new, fired, final, fill and refused.
+
+    Raises:
+        UserError: too many passes or stages for a picture.
+    """
+    pieces = sum(len(passes) for _, stages in decodes for passes in stages)
+    tallest = max(len(stages) for _, stages in decodes)
+    if pieces > _MAX_PIECES or tallest > _MAX_RANKS:
+        raise UserError(
+            f"a picture of {pieces} passes on {tallest} stages can't be read; use fewer tokens or stages (at most "
+            f"{_MAX_PIECES} passes on {_MAX_RANKS} stages), or leave the picture out"
+        )
+    from matplotlib.patches import Patch
+
+    span = max(end for _, stages in decodes for passes in stages for _, end, _ in passes)
+    heights = [len(stages) for _, stages in decodes]
+    widest = max(
+        sum(len(words) for words, _ in cells) for _, stages in decodes for passes in stages for *_, cells in passes
+    )
+    wide, high = 3 + span * max(0.22, 0.09 * widest), 0.8 + 0.34 * sum(heights) + 0.8 * len(heights)
+    figure = new_figure((min(16.0, wide), high))
+    subplots = figure.subplots(len(decodes), 1, sharex=True, squeeze=False, height_ratios=heights)
+    used: set[str] = set()
+    for axes, (title, stages) in zip(subplots[:, 0], decodes, strict=True):
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        for stage, passes in enumerate(stages):
+            for start, end, cells in passes:
+                wide = (end - start) / len(cells)
+                for index, (words, kind) in enumerate(cells):
+                    used.add(kind)
+                    left = start + index * wide
+                    axes.broken_barh([(left, wide)], (stage - 0.42, 0.84), edgecolor="white", **_token_looks(kind))
+                    ink = INK if kind in _PALE_KINDS else "white"
+                    axes.text(left + wide / 2, stage, words, ha="center", va="center", fontsize=7, color=ink)
+        axes.set(ylim=(len(stages) - 0.5, -0.5), xlim=(0, span), ylabel="stage")
+        axes.set_yticks(range(len(stages)), [str(stage) for stage in range(1, len(stages) + 1)])
+        axes.set_facecolor(BAND)
+    subplots[-1, 0].set_xlabel("time, in passes of one row through a stage")
+    marks = [
+        Patch(edgecolor="white", label=words, **_token_looks(kind))
+        for kind, words in _TOKEN_NAMES.items()
+        if kind in used
+    ]
+    figure.legend(handles=marks, loc="lower center", ncols=len(marks), frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
+    return save_figure(figure, path)
+
+
 def new_figure(size: tuple[float, float]) -> "Figure":
     """A figure of ``size`` inches that no window and no global state of pyplot knows."""
     try:

@@ -6,6 +6,7 @@ Endpoints are thin: ``chat.py``, ``completions.py`` and the like answer. ``guard
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,6 +20,7 @@ from starlette.responses import PlainTextResponse, Response
 from exitlm.errors import UserError
 from exitlm.serve import chat, completions, reference, responses, tokens
 from exitlm.serve.async_engine import Broken
+from exitlm.serve.config import ServeConfig
 from exitlm.serve.errors import ApiError, ClientLeft, refusal_of
 from exitlm.serve.guard import Application, Guard
 from exitlm.serve.keys import Keys
@@ -46,16 +48,24 @@ _SAID = {
 
 def application(state: State) -> Application:
     """The whole application, with all that stands before the endpoints."""
-    config = state.config
-    guarded: Application = Guard(
-        routes(state), keys=Keys(config.http.api_keys), body_bytes=config.limits.body_bytes,
-        read_timeout=config.limits.read_timeout, all_requests=config.http.log == "requests", closed=state.closed,
+    all_requests = state.config.http.log == "requests"
+    return guarded(routes(state), state.config, all_requests=all_requests, closed=state.closed)
+
+
+def guarded(
+    app: Application, config: ServeConfig, *, all_requests: bool, closed: Callable[[], ApiError | None]
+) -> Application:
+    """``app`` behind the guard (``all_requests``, ``closed``: see there), and open to pages of the origins allowed."""
+    guard: Application = Guard(
+        app, keys=Keys(config.http.api_keys), body_bytes=config.limits.body_bytes,
+        read_timeout=config.limits.read_timeout, all_requests=all_requests, closed=closed,
     )  # fmt: skip
     if not config.http.cors_origins:
-        return guarded
+        return guard
     return CORSMiddleware(
-        guarded, allow_origins=list(config.http.cors_origins), allow_methods=["GET", "POST", "PUT"],
-        allow_headers=["authorization", "content-type", "x-request-id"], expose_headers=["x-request-id"],
+        guard, allow_origins=list(config.http.cors_origins), allow_methods=["GET", "POST", "PUT"],
+        allow_headers=["authorization", "content-type", "x-request-id", "x-session-id"],
+        expose_headers=["x-request-id"],
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from exitlm.errors import UserError, nearest
 from exitlm.values import flag, number, path_of, paths_of, settings_of, whole, words, wrong
 
 KEY_VARIABLE = "EXITLM_API_KEY"
-SECTIONS = ("model", "http", "limits", "engine", "defaults")
+SECTIONS = ("model", "http", "limits", "engine", "replicas", "defaults")
 LOGS = ("requests", "errors")
 NOT_DEFAULTS = ("n", "logits_processor", "response_format", "prompt_logprobs", "logprobs", "prediction", "adapter")
 """Settings of a generation that belong to one request."""
@@ -128,6 +128,43 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplicasConfig:
+    """Copies of the server on Ray Serve. ``number``: how many (0: this process alone, without Ray). ``most``: up to how
+    many they may become under load (None: ``number``). ``ongoing``: requests that one has at a time; others wait, as
+    many as ``limits.queue`` (None: ``engine.max_sequences``). ``target``: requests in progress per replica, waiting
+    ones with them, that scaling aims at (None: half of ``ongoing``). ``cpus`` and ``gpus``: what one reserves; its
+    threads are as many as its ``cpus`` unless ``engine.threads`` says otherwise (``gpus`` None: 1 where
+    ``model.device`` is not cpu). ``fronts``: processes that take requests and hand them out."""
+
+    number: int = 0
+    most: int | None = None
+    ongoing: int | None = None
+    target: float | None = None
+    cpus: float = 1.0
+    gpus: float | None = None
+    fronts: int = 1
+
+    def __post_init__(self) -> None:
+        found: dict[str, Any] = {"number": whole(self.number, "replicas.number", least=0)}
+        found["fronts"] = whole(self.fronts, "replicas.fronts", least=1)
+        if self.most is not None:
+            found["most"] = whole(self.most, "replicas.most", least=1)
+            if found["most"] < found["number"]:
+                raise UserError(
+                    f"replicas.most is {found['most']}, but must be at least replicas.number, {self.number}"
+                )
+        if self.ongoing is not None:
+            found["ongoing"] = whole(self.ongoing, "replicas.ongoing", least=1)
+        for name, zero in (("target", False), ("cpus", True), ("gpus", True)):
+            if (value := getattr(self, name)) is not None:
+                expected = f"a number {'from' if zero else 'above'} 0"
+                found[name] = number(value, f"replicas.{name}", expected)
+                if not 0.0 <= found[name] < math.inf or (found[name] == 0.0 and not zero):
+                    raise UserError(f"replicas.{name} is {found[name]}, but must be {expected}")
+        _set(self, **found)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """The settings of a server. ``defaults``: settings of a generation where a request names none, fields of
     :class:`~exitlm.decode.generation.GenerationConfig`."""
@@ -136,6 +173,7 @@ class ServeConfig:
     http: HttpConfig = field(default_factory=HttpConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -163,6 +201,7 @@ class ServeConfig:
             http=settings_of(HttpConfig, tree.get("http", {}), "section [http]"),
             limits=settings_of(LimitsConfig, tree.get("limits", {}), "section [limits]"),
             engine=EngineConfig.of(tree.get("engine", {})),
+            replicas=settings_of(ReplicasConfig, tree.get("replicas", {}), "section [replicas]"),
             defaults=dict(tree.get("defaults", {})),
         )
 

@@ -48,7 +48,7 @@ def serve(config: ServeConfig, load: Load) -> int:
         UserError: the address can't be listened on, nobody would be asked for a key, or the model can't be loaded.
     """
     config.http.check_reach()
-    _log_to_stderr()
+    log_to_stderr()
     with warnings.catch_warnings(), listening(config) as listener:
         warnings.showwarning = _log_warning
         server = Server(config, load)
@@ -230,8 +230,8 @@ async def running(config: ServeConfig, model: Served) -> AsyncIterator[Any]:
         yield application(state)
 
 
-def _log_to_stderr() -> None:
-    """One JSON object a line. Messages that are no objects, as libraries write, become one."""
+def log_to_stderr() -> None:
+    """The log, one JSON object a line. Messages that are no objects, as libraries write, become one."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
     for name, level in (("exitlm", logging.INFO), ("uvicorn", logging.WARNING)):

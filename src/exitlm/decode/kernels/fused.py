@@ -21,6 +21,7 @@ from exitlm.decode.batch import Batch, Part, Run
 from exitlm.decode.cache.kv_pool import Entry, KVPool
 from exitlm.decode.kernels.formats import GRID_FORMATS, Linear, exit_format, head_format, pack_linear
 from exitlm.decode.kernels.graphs import Rotations, StaticRows, static_runner, through_layers
+from exitlm.decode.kernels.scores import Scores
 from exitlm.decode.kernels.share import Share
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
@@ -458,6 +459,9 @@ class FusedModel:
     """All layers and heads of a model, packed for decoding. ``adapters`` are the names of those that its exits come
     from, ``heads`` the exits by adapter and layer, in the order of :meth:`EarlyExitModel.heads_by_key`."""
 
+    prefers_digests: bool = False
+    """Whether what is read of logits is had for less than the logits are."""
+
     def __init__(self, model: EarlyExitModel, quant: str, compile: str = "none", share: Share | None = None) -> None:
         """``quant`` and ``compile`` are resolved ones (see ``formats.py`` and ``graphs.py``). ``share``: the layers
         that are run here, with the exits at their ends (None: all that the model has)."""
@@ -566,3 +570,11 @@ class FusedModel:
         """Logits ``[M, V]`` of the final head, in the stream's dtype."""
         logits = self.final_head(self.final_features(hidden_MD))
         return logits if logits.dtype == self.dtype else logits.to(self.dtype)
+
+    def exit_digest(self, head: FusedHead, input_MD: Tensor) -> Scores:
+        """What is read of the logits of an exit; ``input_MD``: see :meth:`FusedHead.input`."""
+        return Scores.of(head.compute(input_MD))
+
+    def final_digest(self, hidden_MD: Tensor) -> Scores:
+        """What is read of the logits of the final head."""
+        return Scores.of(self.final_logits(hidden_MD))

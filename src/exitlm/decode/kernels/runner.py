@@ -105,14 +105,22 @@ class Runner:
         block_TD = self._block(head, arrived, rows)
         return head.logits(select(arrived.hidden_MD, rows), select(arrived.residual_MD, rows), block_TD)
 
-    def exit_scores(self, boundary: int, arrived: Arrived, rows: Sequence[int], adapter: str | None = None) -> Scores:
-        """The same with what is read of each row."""
+    def exit_scores(
+        self, boundary: int, arrived: Arrived, rows: Sequence[int], adapter: str | None = None, *, logits: bool = True
+    ) -> Scores:
+        """The same with what is read of each row; where nobody wants ``logits``, they may be left out."""
         head = self.head(boundary, adapter)
         if isinstance(head, NativeHead):
-            block_TD = self._block(head, arrived, rows)
-            read = head.input(select(arrived.hidden_MD, rows), select(arrived.residual_MD, rows), block_TD)
-            return head.scores(read, mass=True)
+            return head.scores(self._input(head, arrived, rows), mass=True)
+        if not logits and isinstance(self.fused, FusedModel) and self.fused.prefers_digests:
+            return self.fused.exit_digest(head, self._input(head, arrived, rows))
         return Scores.of(self.exit_logits(boundary, arrived, rows, adapter))
+
+    @classmethod
+    def _input(cls, head: FusedHead | NativeHead, arrived: Arrived, rows: Sequence[int]) -> Tensor:
+        """What the head of an exit reads for some of the rows."""
+        hidden_TD, residual_TD = select(arrived.hidden_MD, rows), select(arrived.residual_MD, rows)
+        return head.input(hidden_TD, residual_TD, cls._block(head, arrived, rows))
 
     @staticmethod
     def _block(head: FusedHead | NativeHead, arrived: Arrived, rows: Sequence[int]) -> Tensor | None:
@@ -129,10 +137,12 @@ class Runner:
         """Logits ``[T, V]`` of the final head for some of the rows that arrived at the end."""
         return self.fused.final_logits(select(arrived.hidden_MD, rows))
 
-    def final_scores(self, arrived: Arrived, rows: Sequence[int]) -> Scores:
-        """The same with what is read of each row."""
+    def final_scores(self, arrived: Arrived, rows: Sequence[int], *, logits: bool = True) -> Scores:
+        """The same with what is read of each row; where nobody wants ``logits``, they may be left out."""
         if isinstance(self.fused, NativeModel):
             return self.fused.final.scores(select(arrived.hidden_MD, rows))
+        if not logits and self.fused.prefers_digests:
+            return self.fused.final_digest(select(arrived.hidden_MD, rows))
         return Scores.of(self.final_logits(arrived, rows))
 
     def log_probabilities(

@@ -29,25 +29,17 @@ class Scores:
         """Look at logits."""
         return cls(logits_MK, logits_MK.argmax(-1).tolist(), finite_rows(logits_MK))
 
-
-@dataclass(frozen=True, slots=True)
-class Brief:
-    """What is read of some rows without their logits; see :class:`Scores`. The first of the largest is ``best``."""
-
-    best: list[int]
-    finite: list[bool]
-    probability: list[float]
-
     @classmethod
-    def of(cls, digests_TM4: Tensor, columns: int) -> Brief:
-        """From the :func:`digest` of each of T parts, which have so many columns each."""
+    def of_parts(cls, digests_TM4: Tensor, columns: int) -> Scores:
+        """From the :func:`digest` of each of T parts, which have so many columns each; without logits, ``[M, 0]``."""
         largest_TM, at_TM, mass_TM, sum_TM = digests_TM4.unbind(-1)
         best_M, part_M = largest_TM.max(0)  # of equal ones, the first
         share_TM = torch.where(mass_TM == 0.0, 0.0, (largest_TM - best_M).exp())
         probability_M = 1.0 / (mass_TM * share_TM).sum(0)
         index_M = at_TM.gather(0, part_M[None])[0] + part_M * columns
-        found = torch.stack([index_M, sum_TM.sum(0).isfinite().double(), probability_M]).tolist()
-        return cls([int(index) for index in found[0]], [bool(finite) for finite in found[1]], found[2])
+        index, finite, probability = torch.stack([index_M, sum_TM.sum(0).isfinite(), probability_M]).tolist()
+        none_M0 = digests_TM4.new_empty(len(part_M), 0)
+        return cls(none_M0, [int(at) for at in index], [bool(number) for number in finite], probability)
 
 
 def digest(logits_Mc: Tensor) -> Tensor:

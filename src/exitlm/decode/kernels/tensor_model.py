@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from exitlm.decode.kernels.formats import Linear
 from exitlm.decode.kernels.fused import FusedHead, FusedLayer, FusedMLP, FusedModel
 from exitlm.decode.kernels.ranks import Ranks
-from exitlm.decode.kernels.scores import Brief, digest
+from exitlm.decode.kernels.scores import Scores, digest
 from exitlm.decode.kernels.share import Share
 from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
@@ -62,6 +62,7 @@ class TensorModel(FusedModel):
         layers = model.model.layers.by_number() if share is None else share.layers
         part = local_part(model, layers, self.ranks, device or model.device)
         super().__init__(part, quant, compile, share)
+        self.prefers_digests = self.static is None  # a recorded pass has logits anyway
         self._first_row = self.ranks.rank * rows_of_each(self.whole.vocab_size, self.ranks.size)
         for layer in self.layers.values():
             self._sum_layer(layer)
@@ -101,16 +102,16 @@ class TensorModel(FusedModel):
         hidden = self.ranks.sum(hidden)
         return hidden * self.embedding_scale if self.embedding_scale != 1.0 else hidden
 
-    def exit_brief(self, head: FusedHead, input_MD: Tensor) -> Brief:
-        """What is read of an exit's logits (``input_MD``: see :meth:`FusedHead.input`), which are not joined for it."""
+    def exit_digest(self, head: FusedHead, input_MD: Tensor) -> Scores:
+        """See :class:`FusedModel`: four numbers for each row and rank are sent instead of K logits."""
         last = head.projections[-1]
         assert isinstance(last, Joined)
-        return last.brief(head.features(input_MD), self.dtype)
+        return last.digest(head.features(input_MD), self.dtype)
 
-    def final_brief(self, hidden_MD: Tensor) -> Brief:
-        """The same of the final head's logits."""
+    def final_digest(self, hidden_MD: Tensor) -> Scores:
+        """See :class:`FusedModel`."""
         assert isinstance(self.final_head, Joined)
-        return self.final_head.brief(self.final_features(hidden_MD), self.dtype)
+        return self.final_head.digest(self.final_features(hidden_MD), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ class Joined:
     def __call__(self, x: Tensor) -> Tensor:
         return self.ranks.join(self.linear(x), self.rows)
 
-    def brief(self, x: Tensor, dtype: torch.dtype) -> Brief:
-        """What is read of the logits in ``dtype``: four numbers for each row from each rank instead of K."""
+    def digest(self, x: Tensor, dtype: torch.dtype) -> Scores:
+        """What is read of the logits in ``dtype``, which are not joined for it."""
         each = rows_of_each(self.rows, self.ranks.size)
         counted = max(0, min(each, self.rows - self.ranks.rank * each))
-        return Brief.of(self.ranks.stack(digest(self.linear(x).to(dtype)[:, :counted])), each)
+        return Scores.of_parts(self.ranks.stack(digest(self.linear(x).to(dtype)[:, :counted])), each)
 
 
 def rows_of_each(rows: int, ranks: int) -> int:

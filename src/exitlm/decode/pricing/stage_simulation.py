@@ -7,6 +7,7 @@ and a reply, and each of them takes the latency of a message, except to the firs
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import math
@@ -14,6 +15,7 @@ import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from exitlm.decode.pricing.costs import Costs
 from exitlm.decode.pricing.scheduler import Limits, Member, Pass
@@ -103,7 +105,10 @@ class Simulated:
         """All rows that wait, as the policy takes them."""
         if len(self.emitted) >= self.length:
             return []
-        worth = list(itertools.accumulate((chance for chance, _ in self.drafts), operator.mul, initial=1.0))
+        verifies = self.mode == "lossless" and not self.prefill
+        worth = [1.0]
+        if verifies:
+            worth = list(itertools.accumulate((chance for chance, _ in self.drafts), operator.mul, initial=1.0))
         exits = tuple(sorted(self.firing)) if self.mode != "full" and not self.prefill else ()
         found, row = [], 0
         for run in self.runs:
@@ -113,17 +118,16 @@ class Simulated:
                 found.append(
                     Waiting(
                         key=self.key, layer=run.layer, rows=run.rows, kind="prompt" if self.prefill else kind,
-                        exits=self.ahead if newest else (), worth=worth[row] if self.mode == "lossless" else 1.0,
+                        exits=self.ahead if newest else (), worth=worth[row],
                         pressed=self.pressed and not self.prefill, since=run.since,
                     )
                 )  # fmt: skip
-            row += 0 if self.prefill else run.rows
+            row += run.rows if verifies else 0
         if self.left:
             found.append(Waiting(key=self.key, layer=0, rows=self.left, kind="prompt", since=self.since))
         elif self.ready and not self.pressed and len(self.drafts) < self.max_draft + (row == 0):
-            worth_here = worth[row] if self.mode == "lossless" else 1.0
             found.append(
-                Waiting(key=self.key, layer=0, rows=1, kind="start", exits=exits, worth=worth_here, since=self.since)
+                Waiting(key=self.key, layer=0, rows=1, kind="start", exits=exits, worth=worth[row], since=self.since)
             )
         return found
 
@@ -257,6 +261,9 @@ class Pipeline:
         self._flights: list[list[_Flight]] = [[] for _ in range(self.stages)]
         self._here: list[dict[int, list[Waiting]]] = [{} for _ in range(self.stages)]
         self._back: list[tuple[float, int, _Flight]] = []
+        self._places: dict[int, set[int]] = {}  # the stages at which each sequence's rows wait
+        self._stage_of = [bisect.bisect_right(self.cuts, layer) - 1 for layer in range(self.cuts[-1])]
+        self._decoding: set[int] = set()
         self._number = itertools.count()
 
     def run(self, sequences: Sequence[Simulated], tokens: float = math.inf) -> None:
@@ -266,12 +273,13 @@ class Pipeline:
         for one in sequences:
             if one.arrival <= self.clock:
                 self._look(one)
+        by_key = {one.key: one for one in sequences}
         while self.tokens < goal:
-            self._submit(sequences)
+            self._submit(by_key)
             while coming and (not self._back or coming[0].arrival <= self._back[0][0]):
                 self.clock = max(self.clock, coming[0].arrival)
                 self._look(coming.pop(0))
-                self._submit(sequences)
+                self._submit(by_key)
             if not self._back:
                 assert not any(self._here), "rows wait, but no stage runs"
                 return
@@ -279,29 +287,26 @@ class Pipeline:
 
     def _look(self, one: Simulated) -> None:
         """Note where the rows of a sequence wait."""
-        places: dict[int, list[Waiting]] = {}
+        if one.prefill or len(one.emitted) >= one.length:
+            self._decoding.discard(one.key)
+        else:
+            self._decoding.add(one.key)
+        for stage in self._places.pop(one.key, ()):
+            del self._here[stage][one.key]
         for waiting in one.waiting():
-            stage = next(s for s in range(self.stages) if self.cuts[s] <= waiting.layer < self.cuts[s + 1])
-            places.setdefault(stage, []).append(waiting)
-        for stage in range(self.stages):
-            if stage in places:
-                self._here[stage][one.key] = places[stage]
-            else:
-                self._here[stage].pop(one.key, None)
+            stage = self._stage_of[waiting.layer]
+            self._here[stage].setdefault(one.key, []).append(waiting)
+            self._places.setdefault(one.key, set()).add(stage)
 
-    def _submit(self, sequences: Sequence[Simulated]) -> None:
+    def _submit(self, by_key: Mapping[int, Simulated]) -> None:
         """Give work to each stage that takes some."""
-        by_key = {one.key: one for one in sequences}
-        decoding = sum(
-            not one.prefill and one.arrival <= self.clock and len(one.emitted) < one.length for one in sequences
-        )
         moved = True
         while moved:
             moved = False
             for stage in range(self.stages):
                 if len(self._flights[stage]) >= (self.queue if stage else 1) or not self._here[stage]:
                     continue
-                found = self.policy(self._view(stage, decoding), self.limits)
+                found = self.policy(self._view(stage, len(self._decoding)), self.limits)
                 if found is not None:
                     self._send(stage, found, by_key)
                     self._idle[stage] = None
@@ -314,7 +319,10 @@ class Pipeline:
 
     def _view(self, stage: int, decoding: int) -> StageView:
         first, last = self.cuts[stage], self.cuts[stage + 1]
-        here = self._here[stage]
+        short = {  # their younger rows would overtake the older ones, which stop on the way
+            one.key for flight in self._flights[stage] if flight.found.last < last for one, *_ in flight.rows
+        }
+        here = {key: rows for key, rows in self._here[stage].items() if key not in short}
         one = self._seconds(first, last, 1)
         typical = max(1, decoding // self.stages)
         row = self._seconds(first, last, typical + 1) - self._seconds(first, last, typical)
@@ -389,3 +397,66 @@ class Pipeline:
                     parts=tuple(parts),
                 )
             )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steady:
+    """What a pipeline did while sequences without end ran: tokens per second in all (``rate``), the share of the time
+    that each stage computed (``busy``), rows of a pass on average, and seconds between two tokens of one sequence:
+    on average, and which 99 of 100 don't exceed."""
+
+    sequences: int
+    rate: float
+    busy: tuple[float, ...]
+    rows: float
+    latency: float
+    tail: float
+
+    def speed(self, costs: Costs) -> float:
+        """Tokens per second relative to one process that decodes as many sequences plainly."""
+        return self.rate * costs.full(self.sequences) / self.sequences
+
+
+def pipeline(stages: int, costs: Costs, *, layers: int | None = None, **options: Any) -> Pipeline:
+    """A pipeline whose stages have equally many of the layers (by default all that ``costs`` knows)."""
+    layers = layers or costs.num_hidden_layers
+    return Pipeline(cuts=[layers * stage // stages for stage in range(stages + 1)], costs=costs, **options)
+
+
+def expected_depth(firing: Mapping[int, float], layers: int) -> float:
+    """The share of the layers that a token passes until it is known, on average. One over it is the speed of a single
+    sequence in ``threshold``, where messages and rows cost nothing: 1 / (f + (1 - f)(1 - q)) for one exit."""
+    depth, left, before = 0.0, 1.0, 0
+    for layer in sorted(firing):
+        depth += left * (layer - before)
+        left, before = left * (1.0 - firing[layer]), layer
+    return (depth + left * (layers - before)) / layers
+
+
+def steady(
+    found: Pipeline,
+    sequences: int,
+    mode: str,
+    firing: Mapping[int, float],
+    right: Mapping[int, float] | None = None,
+    *,
+    tokens: int,
+) -> Steady:
+    """Run sequences without end through an idle pipeline: half of ``tokens`` unseen, then as many measured."""
+    ones = [Simulated(key=key, mode=mode, firing=firing, right=right or {}) for key in range(sequences)]
+    found.run(ones, tokens // 2)
+    clock, done, rows, passes, busy = found.clock, found.tokens, found.rows, found.passes, list(found.busy)
+    before = [len(one.emitted) for one in ones]
+    found.run(ones, tokens - tokens // 2)
+    seconds = found.clock - clock
+    gaps = sorted(
+        late - soon
+        for one, count in zip(ones, before, strict=True)
+        for soon, late in itertools.pairwise(one.emitted[max(0, count - 1) :])
+    )
+    return Steady(
+        sequences=sequences, rate=(found.tokens - done) / seconds,
+        busy=tuple((now - then) / seconds for now, then in zip(found.busy, busy, strict=True)),
+        rows=(found.rows - rows) / (found.passes - passes), latency=sequences * seconds / (found.tokens - done),
+        tail=gaps[int(0.99 * len(gaps))] if gaps else math.nan,
+    )  # fmt: skip

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 from exitlm.decode.pricing.scheduler import Limits, Member, Pass
 
-_SHARED = 0.25
+_SHARED = 0.25  # of the seconds that a row adds to a pass: a draft starts if it is worth so much of them
+_DEAR, _DEAR_WITH_DRAFTS = 2.0, 0.5  # what rows cost over what their pass does; drafts add rows that bring less
 _FILL_WORTH = 0.1  # of a token: fills run by themselves where at most a tenth of their pass delays rows on their way
 
 
@@ -69,7 +70,7 @@ class StageView:
     stages, sequences: how many stages the pipeline has, and how many sequences decode now, wherever their rows are.
     depth: stages that a row passes, on average, until the next one of its sequence starts; 0: all.
     gather: rows that have to go wait for those that are coming up to this share of what a pass costs for any number
-        of rows; 0: never. Where rows are nearly free, .5 gains up to a fourth with many sequences.
+        of rows; 0: never. Where rows are nearly free, .5 gains a tenth or more with many sequences.
     idle: seconds that they have waited so.
     """
 
@@ -94,11 +95,12 @@ class StageView:
     def group(self) -> int:
         """Sequences that may start in one pass, so that the others keep the other stages busy.
 
-        An equal share for each stage where rows cost more than the pass itself. Where they cost less, as many as are at
-        the first stage at a time: exits that fire send them back to it. 0: any number.
+        An equal share for each stage where its rows cost much more than the pass itself. Where they cost less, as many
+        as are at the first stage at a time: exits that fire send them back to it. 0: any number.
         """
+        drafts = any(one.kind in ("start", "draft") and not one.goes for one in self.waiting)
         share = -(-self.sequences // self.stages)
-        if self.depth and share * self.row < self.fixed:
+        if self.depth and share * self.row < (_DEAR_WITH_DRAFTS if drafts else _DEAR) * self.fixed:
             return max(share, math.ceil(self.sequences / self.depth))
         return share
 
@@ -117,12 +119,20 @@ def next_stage_pass(stage: StageView, limits: Limits) -> Pass | None:
         return None
     best = max(waiting, key=lambda one: (_worth(one), one.layer))
     here = [one for one in waiting if one.layer == best.layer]
+    older: dict[int, int] = {}  # by sequence the next boundary at which it has rows
+    for one in stage.waiting:
+        if one.layer > best.layer:
+            older[one.key] = min(one.layer, older.get(one.key, stage.last))
     members = _members(stage, best, here, limits)
-    stops = [stop for one, rows in members for stop in _stops(stage, one, rows)]
-    last = min(stops, default=stage.last)
-    if _may_wait(stage, best, (last - best.layer) / (stage.last - stage.first)):
+    stops = [older.get(one.key, stage.last) for one, _ in members]
+    stops += [layer for one, rows in members for layer in _tests(one, rows)]
+    last = min(stage.last, *stops)
+    share = (last - best.layer) / (stage.last - stage.first)
+    if _may_wait(stage, best, share, sum(rows for _, rows in members)):
         return None
-    members += _riders(stage, here, members, last, limits)
+    fills = [one for one in here if one.kind == "fill"]
+    riders = [one for one in fills if min(older.get(one.key, last), *_tests(one, one.rows), last) == last]
+    members += _fitting(riders, members, limits)
     return Pass(
         first=best.layer,
         last=last,
@@ -131,18 +141,18 @@ def next_stage_pass(stage: StageView, limits: Limits) -> Pass | None:
 
 
 def _worth_a_start(stage: StageView, draft: Waiting) -> bool:
-    """Whether a draft is worth its row in a part of the stages, as many of which it has to share with others."""
+    """Whether a draft is worth its row, which it doesn't cost where it runs by itself and delays nobody."""
     return draft.worth * stage.seconds >= _SHARED * stage.row
 
 
-def _may_wait(stage: StageView, best: Waiting, share: float) -> bool:
-    """Whether a pass of such rows through that share of the stage had better wait for the rows that are coming: these
-    would have to wait for its end, and that is worth nothing if the pass turns out not to have been needed."""
+def _may_wait(stage: StageView, best: Waiting, share: float, rows: int) -> bool:
+    """Whether a pass of ``rows`` such rows through that share of the stage had better wait for the rows that are
+    coming: these would have to wait for its end, for nothing if the pass turns out not to have been needed."""
     if best.goes:
         return stage.sequences > 1 and stage.idle + stage.coming < stage.gather * stage.fixed * share
     if best.kind == "fill":  # what fills cost by row, they cost later, too
         return stage.coming < (1.0 - _FILL_WORTH) * stage.fixed * share
-    return stage.coming < (1.0 - best.worth) * stage.seconds * share
+    return stage.coming < (1.0 - best.worth) * (stage.seconds + stage.row * (rows - 1)) * share
 
 
 def _worth(one: Waiting) -> float:
@@ -184,23 +194,15 @@ def _tests(one: Waiting, rows: int) -> tuple[int, ...]:
     return one.exits[:1] if rows == one.rows else ()
 
 
-def _stops(stage: StageView, one: Waiting, rows: int) -> list[int]:
-    """Boundaries of the stage at which a pass with these rows has to stop at the latest."""
-    older = [other.layer for other in stage.waiting if other.key == one.key and other.layer > one.layer]
-    return [layer for layer in (*older, *_tests(one, rows)) if layer <= stage.last]
-
-
-def _riders(
-    stage: StageView, here: Sequence[Waiting], members: Sequence[tuple[Waiting, int]], last: int, limits: Limits
+def _fitting(
+    fills: Sequence[Waiting], members: Sequence[tuple[Waiting, int]], limits: Limits
 ) -> list[tuple[Waiting, int]]:
-    """Fills at the pass's first boundary for which it doesn't have to stop earlier, and for which it has room."""
+    """Those for which the pass has room, longest waiting first."""
     keys = {one.key for one, _ in members}
     room = limits.max_rows - sum(rows for _, rows in members)
     riders = []
-    for one in sorted(here, key=lambda one: one.since):
-        if one.kind != "fill" or one.key in keys or one.rows > room:
-            continue
-        if all(stop >= last for stop in _stops(stage, one, one.rows)):
+    for one in sorted(fills, key=lambda one: one.since):
+        if one.key not in keys and one.rows <= room:
             riders.append((one, one.rows))
             room -= one.rows
     return riders

@@ -11,11 +11,15 @@ replaced, and its keys are computed anew: all texts give their memory and wait, 
 
 from __future__ import annotations
 
+import bisect
 import warnings
+
+from torch import Tensor
 
 from exitlm.decode.agenda import Chosen
 from exitlm.decode.departed import Departed
 from exitlm.decode.engine import Engine
+from exitlm.decode.generation import TokenTrace
 from exitlm.decode.options import EngineConfig
 from exitlm.decode.pricing.costs import Costs
 from exitlm.decode.pricing.measure_costs import ideal
@@ -24,12 +28,14 @@ from exitlm.decode.remote.asked import There, wants
 from exitlm.decode.remote.lost import PipelineDown, StageLost
 from exitlm.decode.remote.pipeline import Pipeline
 from exitlm.decode.remote.stage_agenda import StageAgenda
+from exitlm.decode.sequence import Sequence
 from exitlm.decode.text import Tokenizer
 from exitlm.decode.work import Work
 from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 
 _TRIES = 3  # to replace a stage
+_IN_VAIN = 5  # how often stages are replaced without one pass to the end: then it is the texts that break them
 
 
 class PipelinedEngine(Engine):
@@ -41,7 +47,7 @@ class PipelinedEngine(Engine):
     ) -> None:  # fmt: skip
         """``costs`` say which exits are worth a draft (None: by bytes alone)."""
         options = options or EngineConfig()
-        self.pipeline = pipeline
+        self.pipeline, self._in_vain = pipeline, 0
         self._flights: dict[int, Departed] = {}
         self._down: StageLost | None = None
         pricing = Pricing(pipeline, options, costs or ideal(pipeline.fused))
@@ -60,16 +66,33 @@ class PipelinedEngine(Engine):
     def _turn(self) -> None:
         if self._down is not None:
             self._replace(self._down)
+        pipeline = self.pipeline
         try:
-            for number in self.pipeline.free:
-                while number in self.pipeline.free and (chosen := self._stages.next_pass(number)) is not None:
+            for number in pipeline.free:
+                while number in pipeline.free and (chosen := self._stages.next_pass(number)) is not None:
                     self._submit(number, chosen)
-            for brought in self.pipeline.wait():
+            for brought in pipeline.wait():
                 departed = self._flights.pop(brought.number, None)
+                if departed is not None and departed.last == pipeline.segments:
+                    self._in_vain = 0
                 if departed is not None:  # else it is of a time before a stage was lost
                     self._arrive(departed, There(brought))
         except StageLost as lost:
             self._replace(lost)
+
+    def _stage(self, layer: int) -> int:
+        """The stage, from 1, whose last layers a head stands behind."""
+        return 1 + bisect.bisect_left([share.layers.stop for share in self.pipeline.shares], layer)
+
+    def _fired(self, sequence: Sequence, layer: int, token: int, raw_K: Tensor, candidates_K: Tensor | None) -> None:
+        self._stages.passed(self._stage(layer))
+        super()._fired(sequence, layer, token, raw_K, candidates_K)
+
+    def _emit(self, sequence: Sequence, token: TokenTrace, raw_V: Tensor) -> None:
+        token.stage = self._stage(token.exit_layer)
+        if token.source == "final":
+            self._stages.passed(self.pipeline.stages)
+        super()._emit(sequence, token, raw_V)
 
     def _submit(self, number: int, chosen: Chosen) -> None:
         departed, share = self._depart(chosen), self.pipeline.shares[number]
@@ -85,15 +108,20 @@ class PipelinedEngine(Engine):
 
     def _replace(self, lost: StageLost) -> None:
         """Replace a stage. Its keys are computed anew, and no token is lost."""
-        self._down = lost
+        self._down, place = lost, f"stage {lost.number + 1} of {self.pipeline.stages}"
         self.lost += 1
+        self._in_vain += 1
         self._flights.clear()
         for sequence in list(self.roster.running):
             self.roster.preempt(sequence)
         for allocator in self.memory.pool.allocators:
             allocator.clear()
-        place = f"stage {lost.number + 1} of {self.pipeline.stages}"
-        warnings.warn(f"{place} was lost ({lost}); it is replaced", stacklevel=2)
+        if self._in_vain > _IN_VAIN:
+            reason = PipelineDown(f"{place} was lost {_IN_VAIN} times without one pass to the end; last: {lost}")
+            for sequence in list(self.roster.waiting):
+                self._fail(sequence, reason)
+        times = f"; losses so far: {self.lost}"  # so that no warning is like another, which would not be shown
+        warnings.warn(f"{place} was lost ({lost}); it is replaced{times}", stacklevel=2)
         error: Exception = lost
         for _ in range(_TRIES):
             try:

@@ -71,13 +71,14 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
     pieces: list[bytes | memoryview] = []
     size = 0
     for tensor in frame.tensors:
-        held = tensor.detach()
+        held = tensor
         if held.device.type != "cpu" or not held.is_contiguous():
             held = held.contiguous().cpu()
         shape = held.shape
         records += [_DTYPES.index(held.dtype), len(shape), *shape, *(0,) * (_RECORD - 2 - len(shape))]
         if held.numel():
-            pieces.append(held.reshape(-1).view(torch.uint8).numpy().data)
+            flat = held.reshape(-1).view(torch.uint8) if held.dtype == torch.bfloat16 or not shape else held
+            pieces.append(flat.numpy().data.cast("B"))
             size += held.numel() * held.element_size()
     numbers = array("q", [*frame.ints, *records]).tobytes() + array("d", frame.floats).tobytes()
     size += len(numbers)

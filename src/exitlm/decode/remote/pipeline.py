@@ -117,6 +117,8 @@ class _Thread:
         self._worker, self._threads = worker, threads
         self._orders: queue.SimpleQueue[Work | tuple[int, Sequence[int]] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Brought | Exception] = queue.SimpleQueue()
+        self._given = self._finished = 0
+        self._next: Work | None = None
         self._bell, self._ringer = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="exitlm-stage-1", daemon=True)
         self._thread.start()
@@ -125,9 +127,28 @@ class _Thread:
         """For ``select``: readable when something is done."""
         return self._bell.fileno()
 
+    @property
+    def idle(self) -> bool:
+        """Whether the thread has nothing to do."""
+        return self._given == self._finished
+
     def order(self, order: Work | tuple[int, Sequence[int]]) -> None:
-        """A pass, or blocks to clear."""
+        """A pass to run in the thread, or blocks to clear."""
+        self._given += 1
         self._orders.put(order)
+
+    def submit(self, work: Work) -> None:
+        """A pass, which :meth:`start` lets run."""
+        self._next = work
+
+    def start(self, *, here: bool) -> Brought | None:
+        """Run the pass that was submitted: in the thread, or, where nothing else is to be waited for, ``here``."""
+        work, self._next = self._next, None
+        if work is not None and here and self.idle:
+            return self._worker.perform(work)
+        if work is not None:
+            self.order(work)
+        return None
 
     def end(self) -> None:
         """End after the pass that runs. An interpreter that ends while a thread is within torch aborts."""
@@ -151,10 +172,12 @@ class _Thread:
             try:
                 if isinstance(order, tuple):
                     self._worker.clear(*order)
+                    self._finished += 1
                     continue
                 self._done.put(self._worker.perform(order))
             except Exception as error:
                 self._done.put(error)
+            self._finished += 1
             self._ringer.send(b"!")
         self._bell.close()
         self._ringer.close()
@@ -163,8 +186,9 @@ class _Thread:
 class Pipeline:
     """The stages of one engine; see :class:`~exitlm.decode.arrival.Runs`.
 
-    ``free`` are the stages that have nothing to do; ``seconds[s]`` what a pass of stage s takes lately (0: unknown),
-    ``computed[s]`` what all of them took.
+    ``free`` are the stages that have nothing to do; ``seconds[s]`` what a pass of one row through stage s takes
+    lately (0: unknown), ``row_seconds[s]`` what each further row adds, ``computed[s]`` what all
+    its passes took.
     """
 
     reads_runs = False
@@ -188,7 +212,8 @@ class Pipeline:
         L, tensor = model.config.num_hidden_layers, weights.options.tensor
         self._heads = model.heads_by_key()
         self._remote = range(int(tensor == 1), stages)  # the first stage is this process, if one is enough for it
-        self.seconds, self._memory = [0.0] * stages, dict[int, float]()
+        self.seconds, self.row_seconds = [0.0] * stages, [0.0] * stages
+        self._memory: dict[int, float] = {}
         self.computed = [0.0] * stages
         self._number, self._asked = 0, dict[int, int]()
         try:
@@ -227,6 +252,7 @@ class Pipeline:
         ]
         self._since: dict[int, float] = {}
         self._until: dict[int, float] = {}
+        self._sizes: dict[int, tuple[int, float]] = {}
 
     # ---- what the engine knows of it
 
@@ -416,7 +442,9 @@ class Pipeline:
 
     def left(self, number: int) -> float:
         """Seconds until a busy stage is done, by its passes so far."""
-        return max(0.0, self._since[number] + self.seconds[number] - time.monotonic())
+        rows, part = self._sizes[number]
+        taken = (self.seconds[number] + self.row_seconds[number] * (rows - 1)) * part
+        return max(0.0, self._since[number] + taken - time.monotonic())
 
     def submit(self, number: int, work: Work) -> int:
         """Let a stage run a pass; its number.
@@ -428,10 +456,13 @@ class Pipeline:
         work = replace(work, number=self._number)
         now, expected = time.monotonic(), self.seconds[number] * work.batch.count
         self._asked[number], self._since[number] = work.number, now
+        share = self.shares[number]
+        layers = self.bounds[work.last] - self.bounds[work.first]
+        self._sizes[number] = work.batch.count, layers / len(share.layers)
         here = number == 0 and self._thread is not None
         self._until[number] = math.inf if here else now + max(self._timeout, _SLOWER * expected)
         if number == 0 and self._thread is not None:
-            self._thread.order(work)
+            self._thread.submit(work)
             return work.number
         try:
             self.links[number].send(of_work(work, self.fused.adapters), self._timeout)
@@ -457,12 +488,20 @@ class Pipeline:
             Exception: what broke a pass off.
         """
         found: list[Brought] = []
+        if self._thread is not None:
+            try:
+                alone = self._thread.start(here=len(self._asked) == 1)
+            except Exception:
+                self._asked.pop(0, None)
+                raise
+            if alone is not None:
+                return [self._told(0, alone)]
         while self._asked and not found:
-            late = min(self._until[number] for number in self._asked)
+            now, late = time.monotonic(), min(self._until[number] for number in self._asked)
             ends = {link.fileno(): number for number, link in self.links.items()}
             if self._thread is not None:
                 ends[self._thread.fileno()] = 0
-            left = None if late == math.inf else max(0.0, late - time.monotonic())
+            left = None if late == math.inf else max(0.0, late - now)
             ready, _, _ = select.select(list(ends), [], [], left)
             for number in sorted(ends[end] for end in ready):
                 found += self._take(number)
@@ -470,6 +509,20 @@ class Pipeline:
                 number = min(self._asked, key=lambda one: self._until[one])
                 raise self._lost(number, f"{self.links[number].peer} did not answer in time")
         return found
+
+    def _told(self, number: int, brought: Brought) -> Brought:
+        """A stage has done its pass."""
+        if self._asked.get(number) != brought.number:
+            raise BadFrame("an answer came to a pass that nobody asked for")
+        del self._asked[number]
+        self.computed[number] += brought.seconds
+        rows, part = self._sizes.pop(number)
+        seconds, one = brought.seconds / part, self.seconds[number]
+        if rows == 1 or not one:
+            self.seconds[number] = _mean(one, seconds / rows)
+        else:
+            self.row_seconds[number] = _mean(self.row_seconds[number], max(0.0, seconds - one) / (rows - 1))
+        return brought
 
     def _take(self, number: int) -> list[Brought]:
         found: list[Brought] = []
@@ -493,13 +546,7 @@ class Pipeline:
                     if frame.kind != Kind.DONE:
                         raise BadFrame("something else came than what a pass brought")
                     brought = to_brought(frame, self.fused.adapters)
-                if self._asked.get(number) != brought.number:
-                    raise BadFrame("an answer came to a pass that nobody asked for")
-                del self._asked[number]
-                before = self.seconds[number]
-                self.seconds[number] = 0.7 * before + 0.3 * brought.seconds if before else brought.seconds
-                self.computed[number] += brought.seconds
-                found.append(brought)
+                found.append(self._told(number, brought))
         except (Closed, BadFrame) as error:
             if number not in self.links:  # of this process: a defect
                 raise
@@ -508,6 +555,11 @@ class Pipeline:
     def _lost(self, number: int, reason: str) -> StageLost:
         self._hang_up(number)
         return StageLost(number, reason)
+
+
+def _mean(before: float, now: float) -> float:
+    """A running mean, of which nothing is known at first."""
+    return 0.7 * before + 0.3 * now if before else now
 
 
 def _positive(value: Any, most: float = 3600.0) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 from exitlm.decode.batch import Batch, Part
 from exitlm.decode.cache.block_table import BlockTable
-from exitlm.decode.kernels.formats import resolve_format
+from exitlm.decode.kernels.formats import NATIVE_FORMATS, resolve_format
 from exitlm.decode.kernels.fused import FusedModel
 from exitlm.decode.kernels.graphs import resolve_compile
 from exitlm.decode.kernels.native_model import NativeModel
@@ -77,7 +78,7 @@ def serve_link(link: Link, opens: Opens) -> None:
     Raises:
         Closed: the head is gone.
         BadFrame: what came is nothing that a head says.
-        RankLost: a tensor rank of this stage is gone.
+        RankLost: a tensor rank of this stage is gone, or not in step.
         UserError: what it asks for can't be done here; it was told.
     """
     link.trust()
@@ -108,6 +109,8 @@ def serve_link(link: Link, opens: Opens) -> None:
             answer = stage.perform(stage.next())
             if answer is not None:
                 link.send(answer)
+            if stage.out_of_step:
+                raise RankLost("a pass broke off on the first rank, and no other one knows how far it came")
     finally:
         stage.close()
 
@@ -119,7 +122,10 @@ class Stage:
         """``words``: the job. ``group``: where this is one of the other ranks, that of all."""
         self._link, self._job = link, Job.of(words.get("job", {}))
         self._followers: Followers | None = None
-        w, share = self._job.weights, self._job.share
+        self._follows, self.out_of_step = group is not None, False
+        share, place = self._job.share, self._job.number * self._job.weights.options.tensor
+        rank = 0 if group is None else group.rank()
+        w = replace(self._job.weights, device=device_for(self._job.weights.device, place + rank))
         check_digest(w, opens)
         link.say(accepted=True)
         if w.options.threads is not None:
@@ -168,6 +174,9 @@ class Stage:
         except (BadFrame, RankLost):
             raise
         except Exception as error:
+            if self._follows:
+                raise
+            self.out_of_step = self._followers is not None  # their next sum would be one of another pass
             text = np.frombuffer(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode(), np.uint8)
             return Frame(Kind.FAILED, tensors=[torch.from_numpy(text.copy())])
 
@@ -177,10 +186,19 @@ class Stage:
             self._followers.close()
 
 
+def device_for(device: str, place: int) -> str:
+    """The device of a process: of several GPUs each takes its own, in turn."""
+    if torch.device(device).type != "cuda" or torch.cuda.device_count() < 2:
+        return device
+    return f"cuda:{place % torch.cuda.device_count()}"
+
+
 def _packed(model: EarlyExitModel, w: Weights, share: Share, group: ProcessGroup | None) -> FusedModel | NativeModel:
     """The layers of a stage as they are run, or this rank's part of them."""
     if group is None:
         return packed_model(model, w.quant, w.compile, w.options, share, w.rounds)
+    if w.quant in NATIVE_FORMATS:
+        raise UserError(f"quant '{w.quant}' is a format of the native kernels, which tensor ranks lack; use 'auto'")
     from exitlm.decode.kernels.tensor_model import TensorModel
 
     matrices = [weight.detach() for weight in model.model.layers.parameters() if weight.dim() == 2]

@@ -16,6 +16,7 @@ from exitlm.decode.remote.pipeline import Pipeline
 from exitlm.decode.sequence import Sequence
 
 _MOST_NOTED = 4096
+_DEPTH_WEIGHT = 0.02
 
 
 class StageAgenda:
@@ -24,7 +25,7 @@ class StageAgenda:
     def __init__(self, agenda: Agenda, pipeline: Pipeline, options: EngineConfig) -> None:
         self._agenda, self._pipeline, self._roster, self._bounds = agenda, pipeline, agenda.roster, pipeline.bounds
         self._limits = Limits(max_rows=options.max_rows, prefill_chunk=options.prefill_chunk, max_wait=options.max_wait)
-        self._turn = 0
+        self._turn, self._depth = 0, float(pipeline.stages)
         self._since: dict[tuple[int, int], tuple[int, int]] = {}
 
     def next_pass(self, number: int) -> Chosen | None:
@@ -35,18 +36,21 @@ class StageAgenda:
                 if not sequence.prefilling and sequence.sent[0] >= sequence.prefill_end and not sequence.prepared:
                     self._agenda.prepare(sequence)
         self._turn += 1
-        waiting = [
-            found
-            for sequence in self._roster.running
-            for boundary in range(share.first, share.last)
-            if (found := self._waiting(sequence, boundary)) is not None
-        ]
+        waiting = []
+        for sequence in self._roster.running:
+            sent, filled = sequence.sent, sequence.filled
+            for boundary in range(share.first, share.last):
+                if boundary == 0 or filled[boundary - 1] > sent[boundary]:
+                    found = self._waiting(sequence, boundary)
+                    if found is not None:
+                        waiting.append(found)
         if not waiting:
             return None
         view = StageView(
             first=bounds[share.first], last=bounds[share.last], waiting=tuple(waiting),
             seconds=self._pipeline.seconds[number], coming=self._coming(number), stages=self._pipeline.stages,
             sequences=sum(not sequence.prefilling for sequence in self._roster.running),
+            row=self._pipeline.row_seconds[number], depth=self._depth,
         )  # fmt: skip
         chosen = next_stage_pass(view, self._limits)
         if chosen is None:
@@ -59,6 +63,10 @@ class StageAgenda:
         tested = {member.key for member in chosen.members if member.tested}
         first, last = bounds.index(chosen.first), bounds.index(chosen.last)
         return Chosen(first, last, members, tested) if members else self.next_pass(number)
+
+    def passed(self, stages: int) -> None:
+        """A row has passed so many stages when the next one of its sequence could start."""
+        self._depth += _DEPTH_WEIGHT * (stages - self._depth)
 
     def _coming(self, number: int) -> float:
         """Seconds until rows may come to a stage."""

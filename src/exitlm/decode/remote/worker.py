@@ -92,7 +92,8 @@ class Worker:
         rows = [row for row in test.rows if row in needs]
         if rows:
             logits = dict(zip(test.rows, test.logits, strict=True))
-            scores = self.runner.exit_scores(boundary, arrived, rows, test.adapter)
+            wanted = any(logits[row] for row in rows)
+            scores = self.runner.exit_scores(boundary, arrived, rows, test.adapter, logits=wanted)
             found |= _scored(scores, rows, logits, gates, likeliest(scores))
         return found
 
@@ -101,7 +102,7 @@ class Worker:
         for cut in range(0, len(finals), _FINAL_ROWS):
             some = finals[cut : cut + _FINAL_ROWS]
             rows = [final.row for final in some]
-            scores = self.runner.final_scores(arrived, rows)
+            scores = self.runner.final_scores(arrived, rows, logits=any(final.logits for final in some))
             found |= _scored(scores, rows, {final.row: final.logits for final in some}, {}, [0.0] * len(rows))
         return found
 
