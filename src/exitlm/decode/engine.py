@@ -102,6 +102,12 @@ class Engine:
         self._outbox: deque[Event] = deque()
         self._next_key = 0
         self._in_step, self._to_abort = False, list[int]()
+        self.lost, self.is_down = 0, False  # stages that were lost, and whether the last one could not be replaced
+
+    @property
+    def stage_seconds(self) -> collections.abc.Sequence[float]:
+        """What the passes of each stage took so far; none where there is one process."""
+        return ()
 
     def close(self) -> None:
         """Give back what is not memory: other processes, where there are some."""

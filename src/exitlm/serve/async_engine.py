@@ -120,6 +120,7 @@ class Submission:
         Raises:
             UserError: a prompt or settings that can't be met, or a text that can't go on; :class:`Expired`.
             Broken: a pass broke off.
+            PipelineDown: a stage was lost and can't be replaced.
         """
         try:
             while self.left:
@@ -236,8 +237,8 @@ class AsyncEngine:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the last passes all broke off."""
-        return self.broken_steps >= MAX_BROKEN_STEPS
+        """Whether the last passes all broke off, or a stage was lost that could not be replaced."""
+        return self.broken_steps >= MAX_BROKEN_STEPS or self.engine.is_down
 
     def submit(self, requests: Sequence[Request], *, streams: bool, deadline: float | None = None) -> Submission:
         """Let texts be decoded; read :meth:`Submission.batches` to the end or :meth:`Submission.close` it.

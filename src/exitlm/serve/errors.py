@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from exitlm.decode.remote.lost import PipelineDown
 from exitlm.errors import UserError
 from exitlm.serve.async_engine import Broken, Expired, Full
 
@@ -13,6 +14,9 @@ _TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
     500: "server_error", 503: "service_unavailable_error", 504: "timeout_error",
 }  # fmt: skip
+
+
+_REPLACED = "10"  # seconds after which somebody may have started another stage
 
 
 class ApiError(Exception):
@@ -58,6 +62,8 @@ def refusal_of(error: BaseException, param: str | None = None) -> ApiError:
         return ApiError(400, str(error), param=param)
     if isinstance(error, ClientLeft):
         return ApiError(499, str(error))  # which nobody reads
+    if isinstance(error, PipelineDown):
+        return ApiError(503, str(error), code="stage_lost", headers={"retry-after": _REPLACED})
     if isinstance(error, Broken):
         return ApiError(500, str(error), code="engine_error")
     return ApiError(500, "the server failed to answer; its log says why", code="internal_error")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -131,6 +131,11 @@ class Metrics(Collector):
         yield _gauge("num_requests_waiting", "Texts that wait to be decoded", len(engine.roster.waiting))
         yield _gauge("kv_cache_usage_perc", "Share of the blocks for keys and values in use, 0 to 1", max(used))
         yield _gauge("scheduler_rate_ratio", "Tokens per second over those of plain decoding", engine.pricing.gain)
+        yield _counter(
+            "stages_lost", "Stages that ended or did not answer, each of which was to be replaced", engine.lost
+        )
+        busy = {str(number): seconds for number, seconds in enumerate(engine.stage_seconds, 1)}
+        yield _labelled("stage_busy_seconds", "Seconds that passes of a stage took", "stage", busy)
         yield _counter("spec_decode_num_drafts", "Rounds in which drafts were verified", drafts.rounds)
         yield _counter("spec_decode_num_draft_tokens", "Drafts that were verified or dropped", drafts.drafted)
         yield _counter("spec_decode_num_accepted_tokens", "Drafts that were accepted", sum(drafts.accepted_at))
@@ -148,8 +153,8 @@ def _counter(name: str, what: str, value: float) -> Metric:
     return CounterMetricFamily(f"exitlm:{name}", f"{what}.", value=value)
 
 
-def _labelled(name: str, what: str, label: str, counts: Counter[str] | Counter[int]) -> Metric:
+def _labelled(name: str, what: str, label: str, counts: Mapping[str, float] | Mapping[int, int]) -> Metric:
     found = CounterMetricFamily(f"exitlm:{name}", f"{what}.", labels=[label])
-    for value, count in sorted(counts.copy().items()):  # another thread may add one meanwhile
+    for value, count in sorted(dict(counts).items()):  # another thread may add one meanwhile
         found.add_metric([str(value)], count)
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,9 +65,15 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def kill_process(pid: int) -> None:
+    """End any process at once."""
+    os.kill(pid, signal.SIGKILL)
+
+
 def children_of_process(pid: int) -> list[int]:
     """The processes that a process has started."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def wait_for(true: Callable[[], object], what: str) -> None:

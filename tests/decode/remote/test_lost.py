@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 
 from exitlm.decode.generation import GenerationConfig
-from exitlm.decode.remote.engine import PipelinedEngine, PipelineDown
+from exitlm.decode.remote.engine import PipelinedEngine
 from exitlm.decode.remote.frames import HEADER, MAGIC, Frame, Kind
 from exitlm.decode.remote.hello import Refused
 from exitlm.decode.remote.link import Link
+from exitlm.decode.remote.lost import PipelineDown
 from exitlm.decode.remote.stage import serve_link
 from exitlm.errors import UserError
 from tests.decode.arithmetic import FLOAT64

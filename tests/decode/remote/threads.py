@@ -58,13 +58,15 @@ class InThreads:
         self._model, self._serve = model, serve
         self.started: list[int] = []
         self.far: dict[int, socket.socket] = {}
+        self._threads: list[threading.Thread] = []
 
     def start(self, number: int) -> Link:
         """A stage."""
         near, far = socket.socketpair()
         self.started.append(number)
         self.far[number] = far
-        threading.Thread(target=self._run, args=(Link(far, "the head"),), daemon=True).start()
+        self._threads.append(threading.Thread(target=self._run, args=(Link(far, "the head"),), daemon=True))
+        self._threads[-1].start()
         link = Link(near, f"stage {number + 1}")
         receive(link, KEY)
         return link
@@ -84,7 +86,11 @@ class InThreads:
         """Nothing is left to stop."""
 
     def close(self) -> None:
-        """Nothing is left to close."""
+        """Wait until all have ended, which they do with their links: one that is within torch when the interpreter ends
+        would abort it."""
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(10.0)
 
 
 def weights_of_model(model: EarlyExitModel, quant: str, options: EngineConfig) -> Weights:

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,10 +32,10 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(model: Path, *settings: str) -> Iterator[Process]:
+def process(model: Path, *settings: str, flags: Sequence[str] = ()) -> Iterator[Process]:
     """Serve a model until the end of the block."""
     environment = {name: value for name, value in os.environ.items() if name != "EXITLM_API_KEY"}
-    command = [sys.executable, "-m", "exitlm", "serve", str(model), "--name", "tiny", "--port", "0"]
+    command = [sys.executable, "-m", "exitlm", "serve", str(model), "--name", "tiny", "--port", "0", *flags]
     with subprocess.Popen(
         [*command, *(["--set", *settings] if settings else [])], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=environment,

@@ -25,7 +25,8 @@ from exitlm.decode.pricing.costs import Costs
 from exitlm.decode.pricing.measure_costs import ideal
 from exitlm.decode.pricing.pricing import Pricing
 from exitlm.decode.remote.asked import There, wants
-from exitlm.decode.remote.pipeline import Pipeline, StageLost
+from exitlm.decode.remote.lost import PipelineDown, StageLost
+from exitlm.decode.remote.pipeline import Pipeline
 from exitlm.decode.remote.stage_agenda import StageAgenda
 from exitlm.decode.sequence import Sequence
 from exitlm.decode.text import Tokenizer
@@ -34,11 +35,7 @@ from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 
 _TRIES = 3  # to replace a stage
-_IN_VAIN = 5  # how often stages are replaced without one pass to the end: then it is the texts that break them
-
-
-class PipelineDown(RuntimeError):
-    """A stage is gone and could not be replaced."""
+_IN_VAIN = 10  # how often stages are replaced without one pass to the end: then it is the texts that break them
 
 
 class PipelinedEngine(Engine):
@@ -50,12 +47,17 @@ class PipelinedEngine(Engine):
     ) -> None:  # fmt: skip
         """``costs`` say which exits are worth a draft (None: by bytes alone)."""
         options = options or EngineConfig()
-        self.pipeline, self.lost, self._in_vain = pipeline, 0, 0
+        self.pipeline, self._in_vain = pipeline, 0
         self._flights: dict[int, Departed] = {}
         self._down: StageLost | None = None
         pricing = Pricing(pipeline, options, costs or ideal(pipeline.fused))
         self._assemble(model, pipeline, pricing, tokenizer, options)
         self._stages = StageAgenda(self.agenda, pipeline, options)
+
+    @property
+    def stage_seconds(self) -> list[float]:
+        """See :class:`~exitlm.decode.engine.Engine`."""
+        return self.pipeline.computed
 
     def close(self) -> None:
         """End the other processes."""
@@ -115,6 +117,7 @@ class PipelinedEngine(Engine):
         for allocator in self.memory.pool.allocators:
             allocator.clear()
         if self._in_vain > _IN_VAIN:
+            self._in_vain = 0
             reason = PipelineDown(f"{place} was lost {_IN_VAIN} times without one pass to the end; last: {lost}")
             for sequence in list(self.roster.waiting):
                 self._fail(sequence, reason)
@@ -124,12 +127,13 @@ class PipelinedEngine(Engine):
         for _ in range(_TRIES):
             try:
                 self.pipeline.restart(lost.number)
-                self._down = None
+                self._down, self.is_down = None, False
                 return
             except StageLost as another:
                 error = lost = self._down = another
             except UserError as failed:
                 error = failed
+        self.is_down = True
         reason = PipelineDown(f"{place} ended and can't be replaced: {error}")
         for sequence in list(self.roster.waiting):
             self._fail(sequence, reason)

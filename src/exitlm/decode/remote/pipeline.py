@@ -39,6 +39,7 @@ from exitlm.decode.remote.hello import Refused, heard, refuse
 from exitlm.decode.remote.job import Job, Weights, pieces
 from exitlm.decode.remote.launch import Launcher
 from exitlm.decode.remote.link import Closed, Link, words_of
+from exitlm.decode.remote.lost import StageLost
 from exitlm.decode.remote.messages import of_work, to_brought
 from exitlm.decode.remote.split import Speed, cuts_of, given_cuts
 from exitlm.decode.remote.stage import facts, seconds
@@ -51,15 +52,8 @@ from exitlm.model.exits import ExitHead, ExitKey
 from exitlm.parallel.tensor import check_tensor
 
 _LOAD = 600.0  # seconds that a stage may take to load its layers
+_LAST_PASS = 10.0  # seconds that are waited for a pass whose result nobody wants any more
 _SLOWER = 10.0  # times as long as so many single rows, and a pass is taken for one that never ends
-
-
-class StageLost(Exception):
-    """A stage ended, did not answer in time, or said what makes no sense; ``number`` is its place, from 0."""
-
-    def __init__(self, number: int, reason: str) -> None:
-        super().__init__(reason)
-        self.number = number
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,8 @@ class _Thread:
         self._given = self._finished = 0
         self._next: Work | None = None
         self._bell, self._ringer = socket.socketpair()
-        threading.Thread(target=self._run, name="exitlm-stage-1", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="exitlm-stage-1", daemon=True)
+        self._thread.start()
 
     def fileno(self) -> int:
         """For ``select``: readable when something is done."""
@@ -138,7 +133,7 @@ class _Thread:
         return self._given == self._finished
 
     def order(self, order: Work | tuple[int, Sequence[int]] | None) -> None:
-        """Blocks to clear, or the end."""
+        """A pass, or blocks to clear."""
         self._given += 1
         self._orders.put(order)
 
@@ -154,6 +149,12 @@ class _Thread:
         if work is not None:
             self.order(work)
         return None
+
+    def end(self) -> None:
+        """End after the pass that runs. An interpreter that ends while a thread is within torch aborts."""
+        self._orders.put(None)
+        if threading.current_thread() is not self._thread:  # which may be the one that collects garbage
+            self._thread.join(_LAST_PASS)
 
     def poll(self) -> Brought | Exception | None:
         """What was done, if something was."""
@@ -186,7 +187,8 @@ class Pipeline:
     """The stages of one engine; see :class:`~exitlm.decode.arrival.Runs`.
 
     ``free`` are the stages that have nothing to do; ``seconds[s]`` what a pass of one row through stage s takes
-    lately (0: unknown), ``row_seconds[s]`` what each further row adds.
+    lately (0: unknown), ``row_seconds[s]`` what each further row adds,
+    ``computed[s]`` what all of its passes took.
     """
 
     reads_runs = False
@@ -212,6 +214,7 @@ class Pipeline:
         self._remote = range(int(tensor == 1), stages)  # the first stage is this process, if one is enough for it
         self.seconds, self.row_seconds = [0.0] * stages, [0.0] * stages
         self._memory: dict[int, float] = {}
+        self.computed = [0.0] * stages
         self._number, self._asked = 0, dict[int, int]()
         try:
             check_tensor(model.config, [head.config for head in self._heads.values()], tensor, False, 0)
@@ -242,7 +245,7 @@ class Pipeline:
             raise
         self._thread = None if worker is None else _Thread(worker, self._weights.options.threads)
         if self._thread is not None:
-            weakref.finalize(self, self._thread.order, None)
+            weakref.finalize(self, self._thread.end)
         self.pool.bind(self)
         self._head_facts = [
             {name: self.fused.heads[name, at] for name, at in self._heads if at == layer} for layer in self.bounds
@@ -512,6 +515,7 @@ class Pipeline:
         if self._asked.get(number) != brought.number:
             raise BadFrame("an answer came to a pass that nobody asked for")
         del self._asked[number]
+        self.computed[number] += brought.seconds
         rows, part = self._sizes.pop(number)
         seconds, one = brought.seconds / part, self.seconds[number]
         if rows == 1 or not one:
