@@ -35,7 +35,7 @@ from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 
 _TRIES = 3  # to replace a stage
-_IN_VAIN = 10  # how often stages are replaced without one pass to the end: then it is the texts that break them
+_IN_VAIN = 30  # how often stages are replaced without one pass to the end: then it is the texts that break them
 
 
 class PipelinedEngine(Engine):
