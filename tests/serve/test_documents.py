@@ -27,10 +27,6 @@ WITHOUT_DEFAULT = {
     "source",
     "name",
     "api_key_file",
-    "layers_per_stage",
-    "stages_at",
-    "stage_key_file",
-    "stage_certificate",
     "new_tokens",
     "kv_bytes",
     "threads",
@@ -38,6 +34,10 @@ WITHOUT_DEFAULT = {
     "ongoing",
     "target",
     "gpus",
+    "layers_per_stage",
+    "stages_at",
+    "stage_key_file",
+    "stage_certificate",
 }
 
 
@@ -70,7 +70,7 @@ def test_the_file_of_settings_has_every_key_with_its_default(name: str) -> None:
 
 def test_every_comment_of_the_file_is_a_setting_that_can_be_taken() -> None:
     live = re.sub(r"^# (\w+ = )", r"\1", TOML, flags=re.MULTILINE).replace('api_key_file = "keys"', "")
-    live = live.replace("pipeline = 1 ", "pipeline = 2 ")  # which the settings of several stages are for
+    live = live.replace("\npipeline = 1 ", "\npipeline = 2 ")
     config = ServeConfig.of(tomllib.loads(live))
     assert config.limits.new_tokens == 4096
     assert set(config.defaults) == {"mode", "threshold", "temperature", "top_p"}
@@ -110,7 +110,7 @@ def test_the_table_of_exit_fields_is_that_of_requests() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_parser_knows_the_command(command: str) -> None:
     verb, values = cli._parse(shlex.split(command)[1:])
-    assert verb in ("serve", "chat", "bench-serve")
+    assert verb in ("serve", "stage", "chat", "bench-serve")
     assert values
 
 

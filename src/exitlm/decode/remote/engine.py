@@ -35,7 +35,7 @@ from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 
 _TRIES = 3  # to replace a stage
-_IN_VAIN = 5  # how often stages are replaced without one pass to the end: then it is the texts that break them
+_IN_VAIN = 30  # how often stages are replaced without one pass to the end: then it is the texts that break them
 
 
 class PipelinedEngine(Engine):
@@ -117,6 +117,7 @@ class PipelinedEngine(Engine):
         for allocator in self.memory.pool.allocators:
             allocator.clear()
         if self._in_vain > _IN_VAIN:
+            self._in_vain = 0
             reason = PipelineDown(f"{place} was lost {_IN_VAIN} times without one pass to the end; last: {lost}")
             for sequence in list(self.roster.waiting):
                 self._fail(sequence, reason)

@@ -187,8 +187,8 @@ class Pipeline:
     """The stages of one engine; see :class:`~exitlm.decode.arrival.Runs`.
 
     ``free`` are the stages that have nothing to do; ``seconds[s]`` what a pass of one row through stage s takes
-    lately (0: unknown), ``row_seconds[s]`` what each further row adds, ``computed[s]`` what all
-    its passes took.
+    lately (0: unknown), ``row_seconds[s]`` what each further row adds,
+    ``computed[s]`` what all of its passes took.
     """
 
     reads_runs = False
