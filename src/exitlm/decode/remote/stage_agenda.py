@@ -40,7 +40,8 @@ class StageAgenda:
         for sequence in self._roster.running:
             sent, filled = sequence.sent, sequence.filled
             for boundary in range(share.first, share.last):
-                if boundary == 0 or filled[boundary - 1] > sent[boundary]:
+                entered = filled[boundary - 1] if boundary else max(sequence.length, sequence.prefill_end)
+                if entered > sent[boundary]:
                     found = self._waiting(sequence, boundary)
                     if found is not None:
                         waiting.append(found)
