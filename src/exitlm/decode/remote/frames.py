@@ -44,6 +44,9 @@ class Kind(IntEnum):
     FAILED = 5  # a JSON object: a pass broke off
 
 
+_KINDS = tuple(Kind)
+
+
 @dataclass(frozen=True)
 class Frame:
     """One frame."""
@@ -95,13 +98,13 @@ def read_header(data: bytes | bytearray | memoryview, limit: int) -> Size:
     magic, kind, ints, floats, tensors, payload = HEADER.unpack(data)
     if magic != MAGIC:
         raise BadFrame("what came is no frame of exitlm")
-    if kind >= len(Kind):
+    if kind >= len(_KINDS):
         raise BadFrame(f"a frame of kind {kind} came, which is none")
     if payload > limit:
         raise BadFrame(f"a frame of {payload} bytes came, but at most {limit} are taken")
     if tensors > _MAX_TENSORS or 8 * (ints + floats + _RECORD * tensors) > payload:
         raise BadFrame("a frame came whose parts do not fit into it")
-    return Size(Kind(kind), ints, floats, tensors, payload)
+    return Size(_KINDS[kind], ints, floats, tensors, payload)
 
 
 def decode(size: Size, payload: bytearray) -> Frame:
@@ -111,11 +114,8 @@ def decode(size: Size, payload: bytearray) -> Frame:
         BadFrame: the parts are not what the header says.
     """
     count = size.ints + _RECORD * size.tensors
-    ints, floats = array("q"), array("d")
-    ints.frombytes(memoryview(payload)[: 8 * count])
-    at = 8 * (count + size.floats)
-    floats.frombytes(memoryview(payload)[8 * count : at])
-    numbers, values = ints.tolist(), floats.tolist()
+    found = struct.unpack_from(f"{count}q{size.floats}d", payload)
+    numbers, values, at = found[:count], found[count:], 8 * (count + size.floats)
     tensors = []
     for i in range(size.tensors):
         code, dimensions, *shape = numbers[size.ints + _RECORD * i : size.ints + _RECORD * (i + 1)]

@@ -100,7 +100,7 @@ def to_work(frame: Frame, adapters: Sequence[str], blocks: Sequence[int], block_
     number, first, last, parts = read.next(4)
     slots = [count * block_size for count in blocks]
     batch = Batch.of(tuple([_part(read, slots) for _ in range(parts)]))
-    tokens, waiting, kept = read.some(), read.some(), read.some()
+    tokens, waiting, kept = list(read.some()), list(read.some()), list(read.some())
     tests = []
     for _ in range(read.count()):
         adapter, rows = read.one(), read.some()
@@ -132,20 +132,25 @@ def _part(read: _Numbers, slots: Sequence[int]) -> Part:
     firsts = tuple(read.next(groups))
     if groups != len(slots) or count < 1 or min(firsts) < 0 or max(firsts) > start:
         raise BadFrame("a pass came with rows that are none")
-    reads = tuple(_runs(read, start + count - first, most) for first, most in zip(firsts, slots, strict=True))
-    writes = tuple(_runs(read, count, most) for most in slots)
-    return Part(start, count, firsts, reads, writes, bool(stretched))
+    end = start + count
+    reads = tuple([_runs(read, end - first, most) for first, most in zip(firsts, slots, strict=True)])
+    return Part(start, count, firsts, reads, tuple([_runs(read, count, most) for most in slots]), bool(stretched))
 
 
 def _runs(read: _Numbers, positions: int, most: int) -> tuple[Run, ...]:
     """Runs of slots for so many positions, all below ``most``."""
-    numbers = read.next(2 * read.one())
-    runs = tuple(zip(numbers[::2], numbers[1::2], strict=True))
-    total = 0
-    for first, count in runs:
-        if not 0 <= first < first + count <= most:
-            raise BadFrame("a pass came with slots that the pool has not")
-        total += count
+    count, runs = read.one(), tuple[Run, ...]()
+    if count == 1:  # as it mostly is
+        first, many = read.next(2)
+        runs, total = ((first, many),), many
+        good = many > 0 <= first and first + many <= most
+    else:
+        numbers = read.next(2 * count)
+        runs = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+        total = sum(numbers[1::2])
+        good = all(many > 0 <= first and first + many <= most for first, many in runs)
+    if not good:
+        raise BadFrame("a pass came with slots that the pool has not")
     if total != positions:
         raise BadFrame("a pass came with slots that are not those of its rows")
     return runs
