@@ -23,6 +23,7 @@ from exitlm import __version__
 from exitlm.assignments import given_settings
 from exitlm.bench_serve import add_bench_serve, bench_serve
 from exitlm.chat.verb import add_chat, chat
+from exitlm.decode.remote.lost import PipelineDown
 from exitlm.decode.remote.verb import add_stage, stage
 from exitlm.errors import AlreadyTold, UserError, nearest
 from exitlm.schedules import add_schedule, schedule
@@ -445,6 +446,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # torchrun gives all processes of a node the same words
             alike = not verb and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
             return 2 if alike else _refuse(str(error))
+        except PipelineDown as error:
+            return _refuse(str(error))
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output went away; leave quietly, as other programs do
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

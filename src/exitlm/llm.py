@@ -260,6 +260,7 @@ class LLM:
         Raises:
             UserError: a device that can't be used.
         """
+        self._check_idle()
         self.model.to(device_of(device))
         self.close()
         return self

@@ -112,6 +112,9 @@ class Engine:
     def close(self) -> None:
         """Give back what is not memory: other processes, where there are some."""
 
+    def tend(self) -> None:
+        """Look after what may change while nothing is decoded; for whoever has an engine that waits."""
+
     # ---- the loop
 
     def step(self) -> list[Event]:

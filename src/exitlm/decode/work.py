@@ -17,7 +17,7 @@ from exitlm.decode.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class Tested:
+class AtExit:
     """Rows to score by one adapter's exit at a pass's last boundary.
 
     ``rows`` are numbers of the batch's rows, ascending. ``gates``: a threshold for each, below which its gate's score
@@ -51,7 +51,7 @@ class Follower:
 class Wants:
     """What is wanted of the rows that arrive."""
 
-    tests: tuple[Tested, ...] = ()
+    tests: tuple[AtExit, ...] = ()
     finals: tuple[Final, ...] = ()
     followers: tuple[Follower, ...] = ()
 

@@ -33,6 +33,7 @@ from exitlm.errors import UserError
 from exitlm.values import whole
 
 MAX_BROKEN_STEPS = 3  # in a row: then the engine is taken for broken
+_TEND = 1.0  # seconds from one look after an idle engine to the next
 _LONG_TEXT = 4096  # characters: a prompt from here on is encoded in another thread
 
 Request = tuple[Sequence[int], GenerationConfig]
@@ -357,13 +358,14 @@ class AsyncEngine:
 
     def _take_orders(self) -> None:
         try:
-            order = self._orders.get(block=not self._texts)
+            order = self._orders.get(block=not self._texts, timeout=_TEND)
             while True:
                 if order[0] is not None:
                     order[0](*order[1:])
                 order = self._orders.get_nowait()
         except Empty:
-            return
+            if not self._texts:
+                self.engine.tend()
 
     def _add(self, submission: Submission) -> None:
         """Add all texts of a submission, or none of them."""

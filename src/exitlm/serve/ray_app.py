@@ -344,7 +344,8 @@ def _of_replica(config: ServeConfig) -> ServeConfig:
     """A replica's own settings: the front answers browsers, and a share of the machine is the replica's."""
     engine = config.engine
     if engine.threads is None:
-        engine = dataclasses.replace(engine, threads=max(1, int(config.replicas.cpus)))
+        processes = engine.pipeline * engine.tensor  # each of which has so many threads
+        engine = dataclasses.replace(engine, threads=max(1, int(config.replicas.cpus) // processes))
     return dataclasses.replace(config, engine=engine, http=dataclasses.replace(config.http, cors_origins=()))
 
 

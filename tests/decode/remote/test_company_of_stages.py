@@ -1,5 +1,6 @@
 """Texts by a pipeline of stages are those of one process: any split, any company, any mode, whatever is dropped."""
 
+import itertools
 import random
 from dataclasses import replace
 from typing import Any
@@ -50,6 +51,9 @@ def check(found: Generation, expected: Generation, arithmetic: Arithmetic) -> No
     mine, theirs = found.trace, expected.trace
     close = pytest.approx([token.logprob for token in theirs if token.logprob is not None], rel=1e-9, abs=1e-12)
     assert [token.logprob for token in mine if token.logprob is not None] == close
+    for (one, some), (other, others) in zip(found.prompt_logprobs, expected.prompt_logprobs, strict=True):
+        assert (one, some) == (pytest.approx(other, rel=1e-9), pytest.approx(others, rel=1e-9))
+    assert [token.stage for token in theirs] == [None] * len(theirs)
     if found.stats.mode != "lossless":
         assert found.exit_layers == expected.exit_layers
         for one, other in zip(mine, theirs, strict=True):
@@ -64,7 +68,10 @@ def compare(company: Company, rng: random.Random) -> None:
     found, engine = together(several, rng)
     assert isinstance(engine, PipelinedEngine)
     try:
+        ends = list(itertools.accumulate(counts))
         for index, generation in found.items():
+            stages_of = [1 + sum(end < layer for end in ends) for layer in generation.exit_layers]
+            assert [token.stage for token in generation.trace] == stages_of
             check(generation, expected[index], company.arithmetic)
         assert engine.memory.hidden.used == 0
         assert all(allocator.used == 0 for allocator in engine.memory.pool.allocators)

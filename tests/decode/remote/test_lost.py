@@ -1,5 +1,7 @@
 """Stages that die, hang, lie or talk nonsense: every text is answered once, or its error says which stage it was."""
 
+import math
+import os
 import random
 import socket
 import warnings
@@ -15,6 +17,8 @@ from exitlm.decode.remote.hello import Refused
 from exitlm.decode.remote.link import Link
 from exitlm.decode.remote.lost import PipelineDown
 from exitlm.decode.remote.stage import serve_link
+from exitlm.decode.remote.worker import Worker
+from exitlm.decode.work import Brought, Work
 from exitlm.errors import UserError
 from tests.decode.arithmetic import FLOAT64
 from tests.decode.company import Letters, company_model
@@ -220,8 +224,6 @@ def test_a_stage_that_computes_otherwise_is_refused_by_name() -> None:
 
 
 def test_a_pass_that_breaks_off_in_a_stage_ends_what_runs_and_names_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    from exitlm.decode.remote.worker import Worker
-
     model = company_model("llama", 0, FLOAT64)
     engine = pipelined(model, [2, 2], tokenizer=Letters())
     perform, broken = Worker.perform, [True]
@@ -237,4 +239,88 @@ def test_a_pass_that_breaks_off_in_a_stage_ends_what_runs_and_names_the_stage(mo
         engine.generate([1, 2, 3], GenerationConfig(max_new_tokens=4))
     monkeypatch.undo()
     assert len(engine.generate([1, 2, 3], GenerationConfig(max_new_tokens=4, ignore_eos=True)).token_ids) == 4
+    engine.close()
+
+
+def test_an_interrupt_in_a_pass_of_the_first_stage_leaves_an_engine_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = company_model("llama", 0, FLOAT64)
+    engine = pipelined(model, [2, 2], tokenizer=Letters())
+    perform = Worker.perform
+
+    def interrupted(worker: Worker, work: Work) -> Brought:
+        if worker.runner.fused.share.layers.start == 0:
+            monkeypatch.setattr(Worker, "perform", perform)
+            raise KeyboardInterrupt
+        return perform(worker, work)
+
+    config = GenerationConfig(max_new_tokens=4, ignore_eos=True)
+    expected = engine.generate([1, 2, 3], config).token_ids
+    for _ in range(3):
+        monkeypatch.setattr(Worker, "perform", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([1, 2, 3], config)
+        assert engine.generate([1, 2, 3], config).token_ids == expected
+    engine.close()
+
+
+@pytest.mark.parametrize("lie", ["no rows", "a token beyond the vocabulary", "a time that never was"])
+def test_a_stage_whose_answers_can_t_be_is_replaced(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, some = company_model("llama", 0, FLOAT64), requests(3, 4)
+    expected = [FLOAT64.engine(model, tokenizer=Letters()).generate(*request).token_ids for request in some]
+    engine = pipelined(model, [2, 2], tokenizer=Letters())
+    perform = Worker.perform
+
+    def lies(worker: Worker, work: Work) -> Brought:
+        found = perform(worker, work)
+        if not found.finals:
+            return found
+        monkeypatch.setattr(Worker, "perform", perform)
+        if lie == "no rows":
+            return replace(found, finals={})
+        if lie == "a time that never was":
+            return replace(found, seconds=math.nan)
+        return replace(found, finals={row: replace(one, best=1 << 40) for row, one in found.finals.items()})
+
+    monkeypatch.setattr(Worker, "perform", lies)
+    with pytest.warns(UserWarning, match="an answer came that is none to what was asked"):
+        assert decode(engine, some, {}) == expected
+    engine.close()
+
+
+def test_descriptors_of_any_number_are_waited_for() -> None:
+    resource = pytest.importorskip("resource")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1300:
+        pytest.skip("this system allows too few open files")
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        engine = pipelined(company_model("llama", 0, FLOAT64), [2, 2], tokenizer=Letters())
+        assert max(link.fileno() for link in engine.pipeline.links.values()) > 1024
+        config = GenerationConfig(max_new_tokens=4, ignore_eos=True)
+        assert len(engine.generate([1, 2, 3], config).token_ids) == 4
+        engine.close()
+    finally:
+        for number in held:
+            os.close(number)
+
+
+def test_a_closed_engine_says_so() -> None:
+    engine = pipelined(company_model("llama", 0, FLOAT64), [2, 2], tokenizer=Letters())
+    stream = engine.stream([1, 2, 3], GenerationConfig(max_new_tokens=8, ignore_eos=True))
+    next(stream)
+    engine.close()
+    with pytest.raises(UserError, match="the engine was closed"):
+        list(stream)
+
+
+def test_a_stage_that_dies_while_nothing_is_decoded_is_replaced_when_it_is_looked_after() -> None:
+    launcher = InThreads(company_model("llama", 0, FLOAT64))
+    engine = pipelined(company_model("llama", 0, FLOAT64), [2, 2], launcher=launcher, tokenizer=Letters())
+    engine.tend()
+    assert engine.lost == 0
+    launcher.kill(1)
+    with pytest.warns(UserWarning, match="stage 2 of 2 was lost"):
+        engine.tend()
+    assert engine.lost == 1
     engine.close()

@@ -10,7 +10,7 @@ import torch
 from exitlm.decode.batch import Batch, Part
 from exitlm.decode.remote.frames import HEADER, BadFrame, Frame, decode, encode, read_header
 from exitlm.decode.remote.messages import of_brought, of_work, to_brought, to_work
-from exitlm.decode.work import Brought, Final, Follower, Scored, Tested, Wants, Work
+from exitlm.decode.work import Brought, Final, Follower, Scored, AtExit, Wants, Work
 
 ADAPTERS, BLOCKS, SIZE = ["exits", "other"], [7, 3], 4
 
@@ -42,7 +42,7 @@ def draw_work(rng: random.Random) -> Work:
     for name in rng.sample(ADAPTERS, rng.randint(0, 2)):
         some = sorted(rng.sample(rows, rng.randint(1, len(rows))))
         gates = tuple(rng.choice([0.5, math.nan]) for _ in some)
-        tests.append(Tested(name, tuple(some), gates, tuple(rng.random() < 0.5 for _ in some)))
+        tests.append(AtExit(name, tuple(some), gates, tuple(rng.random() < 0.5 for _ in some)))
     finals = tuple(Final(row, rng.random() < 0.5) for row in rows if rng.random() < 0.5)
     followers = tuple(Follower(row, rng.randrange(99), rng.randrange(3)) for row in rows if rng.random() < 0.5)
     given = rng.choice(["tokens", "hidden", "slots"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from exitlm.decode.departed import Departed, by_adapter, prompt_positions
 from exitlm.decode.kernels.scores import Scores
 from exitlm.decode.logits import is_given
-from exitlm.decode.work import Brought, Final, Follower, Scored, Tested, Wants
+from exitlm.decode.work import Brought, Final, Follower, Scored, AtExit, Wants
 
 
 def wants(departed: Departed, bounds: Sequence[int]) -> Wants:
@@ -28,7 +28,7 @@ def wants(departed: Departed, bounds: Sequence[int]) -> Wants:
             texts = [member.sequence for member in members]
             gates = tuple(s.plan.threshold(layer) if s.plan.rule_name == "gate" else math.nan for s in texts)
             logits = tuple(not (s.plain and is_given(s)) or bool(s.config.logprobs) for s in texts)
-            tests.append(Tested(adapter, tuple(member.newest for member in members), gates, logits))
+            tests.append(AtExit(adapter, tuple(member.newest for member in members), gates, logits))
         return Wants(tests=tuple(tests))
     finals, followers = [], []
     for member in departed.members:

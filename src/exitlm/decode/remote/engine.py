@@ -25,6 +25,7 @@ from exitlm.decode.pricing.costs import Costs
 from exitlm.decode.pricing.measure_costs import ideal
 from exitlm.decode.pricing.pricing import Pricing
 from exitlm.decode.remote.asked import There, wants
+from exitlm.decode.remote.hello import Refused
 from exitlm.decode.remote.lost import PipelineDown, StageLost
 from exitlm.decode.remote.pipeline import Pipeline
 from exitlm.decode.remote.stage_agenda import StageAgenda
@@ -47,7 +48,7 @@ class PipelinedEngine(Engine):
     ) -> None:  # fmt: skip
         """``costs`` say which exits are worth a draft (None: by bytes alone)."""
         options = options or EngineConfig()
-        self.pipeline, self._in_vain = pipeline, 0
+        self.pipeline, self._in_vain, self._closed = pipeline, 0, False
         self._flights: dict[int, Departed] = {}
         self._down: StageLost | None = None
         pricing = Pricing(pipeline, options, costs or ideal(pipeline.fused))
@@ -60,10 +61,28 @@ class PipelinedEngine(Engine):
         return self.pipeline.computed
 
     def close(self) -> None:
-        """End the other processes."""
-        self.pipeline.close()
+        """End the other processes, after the pass that runs. Texts that are left end by an error when they go on."""
+        with self.lock:
+            self._closed = True
+            self.pipeline.close()
+
+    def tend(self) -> None:
+        """Replace a stage that ended while nothing was decoded."""
+        with self.lock:
+            if self._closed or self._in_step:
+                return
+            try:
+                self.pipeline.tend()
+            except StageLost as lost:
+                self._replace(lost)
+
+    def _drop_all(self, error: BaseException) -> None:
+        self._flights.clear()
+        super()._drop_all(error)
 
     def _turn(self) -> None:
+        if self._closed:
+            raise UserError("the engine was closed, and with it the processes of its stages; load the model again")
         if self._down is not None:
             self._replace(self._down)
         pipeline = self.pipeline
@@ -133,6 +152,8 @@ class PipelinedEngine(Engine):
                 error = lost = self._down = another
             except UserError as failed:
                 error = failed
+                if not isinstance(failed, Refused):  # none came in all the time that there was
+                    break
         self.is_down = True
         reason = PipelineDown(f"{place} ended and can't be replaced: {error}")
         for sequence in list(self.roster.waiting):

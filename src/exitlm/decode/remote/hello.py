@@ -28,7 +28,7 @@ from exitlm.native.library import ABI
 from exitlm.native.packfile import LAYOUT
 from exitlm.version import __version__
 
-PATIENCE = 10.0  # seconds in which the other end has to answer
+_FIRST, PATIENCE = 3.0, 10.0  # seconds in which the other end has to answer
 VERSIONS = {
     "protocol": PROTOCOL, "exitlm": __version__, "kernels": f"{ABI}.{LAYOUT}", "byteorder": sys.byteorder,
 }  # fmt: skip
@@ -71,7 +71,7 @@ def receive(link: Link, key: bytes) -> Peer:
         Refused: a stage of another version or key; it was told.
         Closed, BadFrame: it ended, or what came was no greeting.
     """
-    hello = link.hear(PATIENCE)
+    hello = link.hear(_FIRST)  # a stage says it at once; who says nothing keeps others waiting
     place = _line(hello.get("place", ""), 60) or link.peer
     versions = hello.get("hello")
     for name, wanted in VERSIONS.items():

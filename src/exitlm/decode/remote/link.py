@@ -7,10 +7,12 @@ of the connection is :class:`Closed`. Nobody reads a link from two threads.
 from __future__ import annotations
 
 import json
+import math
 import select
 import socket
 import ssl
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -148,10 +150,24 @@ class Link:
 
     def _wait(self, reads: list[socket.socket], writes: list[socket.socket], until: float | None) -> None:
         left = None if until is None else until - time.monotonic()
-        if left is not None and (left <= 0 or not any(select.select(reads, writes, [], left)[:2])):
+        if left is not None and left <= 0:
             raise Late(f"{self.peer} did not answer in time")
-        if left is None:
-            select.select(reads, writes, [])
+        if not ready([each.fileno() for each in reads], [each.fileno() for each in writes], left):
+            raise Late(f"{self.peer} did not answer in time")
+
+
+def ready(reads: Sequence[int], writes: Sequence[int], timeout: float | None) -> list[int]:
+    """Which of these file descriptors can be read from or written to, within ``timeout`` seconds (None: for ever);
+    however high their numbers are, where the system has ``poll``."""
+    if not hasattr(select, "poll"):
+        found = select.select(reads, writes, [], timeout)
+        return [*found[0], *found[1]]
+    poll = select.poll()
+    for number in reads:
+        poll.register(number, select.POLLIN)
+    for number in writes:
+        poll.register(number, select.POLLOUT)
+    return [number for number, _ in poll.poll(None if timeout is None else math.ceil(timeout * 1000))]
 
 
 def words_of(frame: Frame) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from exitlm.decode.batch import Batch, Part, Run
 from exitlm.decode.remote.frames import BadFrame, Frame, Kind
-from exitlm.decode.work import Brought, Final, Follower, Scored, Tested, Wants, Work
+from exitlm.decode.rules import fires
+from exitlm.decode.work import Brought, Final, Follower, Scored, AtExit, Wants, Work
 
 PROTOCOL = 1
 
@@ -107,7 +108,7 @@ def to_work(frame: Frame, adapters: Sequence[str], blocks: Sequence[int], block_
         if not 0 <= adapter < len(adapters):
             raise BadFrame("a pass came with an adapter that is not here")
         gates = tuple([next(floats, math.nan) for _ in rows])
-        tests.append(Tested(adapters[adapter], tuple(rows), gates, tuple(map(bool, read.next(len(rows))))))
+        tests.append(AtExit(adapters[adapter], tuple(rows), gates, tuple(map(bool, read.next(len(rows))))))
     numbers = read.next(2 * read.one())
     finals = tuple([Final(row, bool(logits)) for row, logits in zip(numbers[::2], numbers[1::2], strict=True)])
     numbers = read.next(3 * read.one())
@@ -228,3 +229,34 @@ def to_brought(frame: Frame, adapters: Sequence[str]) -> Brought:
     read.one()
     read.end()
     return Brought(number, seconds, tests, finals, followers, hidden)
+
+
+def check_answer(work: Work, brought: Brought, widths: Mapping[str, int], vocab: int, hidden: int | None) -> None:
+    """Whether an answer has what a pass wanted. ``widths`` of each exit's logits; ``hidden``: of the states that leave,
+    if they do.
+
+    Raises:
+        BadFrame: something is missing, or can't be.
+    """
+    good = 0.0 <= brought.seconds < math.inf
+    if hidden is None:
+        good &= brought.hidden_MD is None
+    else:
+        good &= brought.hidden_MD is not None and brought.hidden_MD.shape == (work.batch.count, hidden)
+    for test in work.wants.tests:
+        found = brought.tests.get(test.adapter, {})
+        for row, threshold, logits in zip(test.rows, test.gates, test.logits, strict=True):
+            one = found.get(row)
+            quiet = one is not None and not math.isnan(threshold) and not fires(one.gate, threshold)
+            good &= one is not None and (quiet or _is_good(one, widths[test.adapter], logits))
+    for final in work.wants.finals:
+        last = brought.finals.get(final.row)
+        good &= last is not None and _is_good(last, vocab, final.logits)
+    good &= all(follower.row in brought.followers for follower in work.wants.followers)
+    if not good:
+        raise BadFrame("an answer came that is none to what was asked")
+
+
+def _is_good(one: Scored, width: int, logits: bool) -> bool:
+    has = one.logits_K is not None and len(one.logits_K) == width
+    return (has or not logits) and (not one.finite or 0 <= one.best < width)

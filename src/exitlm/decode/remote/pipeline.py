@@ -13,9 +13,9 @@ other, and a stage that is replaced needs nothing but its job. Not here: which r
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
-import select
 import socket
 import threading
 import time
@@ -38,9 +38,9 @@ from exitlm.decode.remote.frames import BadFrame, Frame, Kind
 from exitlm.decode.remote.hello import Refused, heard, refuse
 from exitlm.decode.remote.job import Job, Weights, pieces
 from exitlm.decode.remote.launch import Launcher
-from exitlm.decode.remote.link import Closed, Link, words_of
+from exitlm.decode.remote.link import Closed, Link, ready, words_of
 from exitlm.decode.remote.lost import StageLost
-from exitlm.decode.remote.messages import of_work, to_brought
+from exitlm.decode.remote.messages import check_answer, of_work, to_brought
 from exitlm.decode.remote.split import Speed, cuts_of, given_cuts
 from exitlm.decode.remote.stage import facts, seconds
 from exitlm.decode.remote.worker import Worker
@@ -51,9 +51,10 @@ from exitlm.model.decoder import EarlyExitModel
 from exitlm.model.exits import ExitHead, ExitKey
 from exitlm.parallel.tensor import check_tensor
 
+_LEAST_MEMORY = 1 << 26  # bytes that a machine has which runs layers
 _LOAD = 600.0  # seconds that a stage may take to load its layers
 _LAST_PASS = 10.0  # seconds that are waited for a pass whose result nobody wants any more
-_SLOWER = 10.0  # times as long as so many single rows, and a pass is taken for one that never ends
+_SLOWER = 3.0  # times as long as so many single rows, and a pass is taken for one that never ends
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class _Thread:
         self._given = self._finished = 0
         self._next: Work | None = None
         self._bell, self._ringer = socket.socketpair()
+        self._bell.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="exitlm-stage-1", daemon=True)
         self._thread.start()
 
@@ -159,11 +161,20 @@ class _Thread:
     def poll(self) -> Brought | Exception | None:
         """What was done, if something was."""
         try:
-            found = self._done.get_nowait()
+            return self._done.get_nowait()
+        except queue.Empty:
+            pass
+        with contextlib.suppress(BlockingIOError):
+            self._bell.recv(1024)
+        try:  # what was done before the bell was silenced
+            return self._done.get_nowait()
         except queue.Empty:
             return None
-        self._bell.recv(1)
-        return found
+
+    @property
+    def has_nothing(self) -> bool:
+        """Whether there is neither a pass to run nor one that was done."""
+        return self._next is None and self.idle and self._done.empty()
 
     def _run(self) -> None:
         if self._threads is not None:
@@ -253,6 +264,7 @@ class Pipeline:
         self._since: dict[int, float] = {}
         self._until: dict[int, float] = {}
         self._sizes: dict[int, tuple[int, float]] = {}
+        self._works: dict[int, Work] = {}
 
     # ---- what the engine knows of it
 
@@ -314,8 +326,11 @@ class Pipeline:
             link.say(probe=asdict(self._weights))
             found = heard(link, _LOAD)
             self._check_digest(number, found)
-            speeds.append(Speed(layer=_positive(found.get("layer")), head=_positive(found.get("head"))))
-            self._memory[number] = _positive(found.get("memory") or 1 << 62, 1 << 63)
+            try:
+                speeds.append(Speed(layer=_positive(found.get("layer")), head=_positive(found.get("head"))))
+                self._memory[number] = _positive(found.get("memory") or 1 << 62, 1 << 63, least=_LEAST_MEMORY)
+            except BadFrame as error:
+                raise refuse(link, f"{link.peer} says what makes no sense: {error}") from error
         cuts = self._balanced(speeds)
         for number, (start, stop) in enumerate(pairwise((0, *cuts, L))):
             self.seconds[number] = (stop - start) * speeds[number].layer
@@ -458,7 +473,7 @@ class Pipeline:
         self._asked[number], self._since[number] = work.number, now
         share = self.shares[number]
         layers = self.bounds[work.last] - self.bounds[work.first]
-        self._sizes[number] = work.batch.count, layers / len(share.layers)
+        self._sizes[number], self._works[number] = (work.batch.count, layers / len(share.layers)), work
         here = number == 0 and self._thread is not None
         self._until[number] = math.inf if here else now + max(self._timeout, _SLOWER * expected)
         if number == 0 and self._thread is not None:
@@ -489,9 +504,11 @@ class Pipeline:
         """
         found: list[Brought] = []
         if self._thread is not None:
+            if self._thread.has_nothing:  # what it did was lost with an interrupt
+                self._asked.pop(0, None)
             try:
                 alone = self._thread.start(here=len(self._asked) == 1)
-            except Exception:
+            except BaseException:
                 self._asked.pop(0, None)
                 raise
             if alone is not None:
@@ -502,10 +519,10 @@ class Pipeline:
             if self._thread is not None:
                 ends[self._thread.fileno()] = 0
             left = None if late == math.inf else max(0.0, late - now)
-            ready, _, _ = select.select(list(ends), [], [], left)
-            for number in sorted(ends[end] for end in ready):
+            woken = ready(list(ends), [], left)
+            for number in sorted(ends[end] for end in woken):
                 found += self._take(number)
-            if not ready:
+            if not woken:
                 number = min(self._asked, key=lambda one: self._until[one])
                 raise self._lost(number, f"{self.links[number].peer} did not answer in time")
         return found
@@ -514,6 +531,8 @@ class Pipeline:
         """A stage has done its pass."""
         if self._asked.get(number) != brought.number:
             raise BadFrame("an answer came to a pass that nobody asked for")
+        if number in self.links:
+            self._check(number, brought)
         del self._asked[number]
         self.computed[number] += brought.seconds
         rows, part = self._sizes.pop(number)
@@ -523,6 +542,20 @@ class Pipeline:
         else:
             self.row_seconds[number] = _mean(self.row_seconds[number], max(0.0, seconds - one) / (rows - 1))
         return brought
+
+    def _check(self, number: int, brought: Brought) -> None:
+        """Whether a stage answers what it was asked. Raises :class:`BadFrame`."""
+        work, share, config = self._works[number], self.shares[number], self.fused.config
+        heads = self._head_facts[work.last] if work.last < self.segments else {}
+        widths = {name: len(h.candidate_list or ()) or config.vocab_size for name, h in heads.items()}
+        leaves = work.last == share.last and not share.ends
+        check_answer(work, brought, widths, config.vocab_size, config.hidden_size if leaves else None)
+
+    def tend(self) -> None:
+        """Look whether a stage has ended while it had nothing to do. Raises :class:`StageLost`."""
+        for number in list(self.links):
+            if number not in self._asked and ready([self.links[number].fileno()], [], 0.0):
+                self._take(number)
 
     def _take(self, number: int) -> list[Brought]:
         found: list[Brought] = []
@@ -562,11 +595,11 @@ def _mean(before: float, now: float) -> float:
     return 0.7 * before + 0.3 * now if before else now
 
 
-def _positive(value: Any, most: float = 3600.0) -> float:
+def _positive(value: Any, most: float = 3600.0, least: float = 1e-9) -> float:
     """A number that a stage says."""
-    if isinstance(value, int | float) and 0.0 < value <= most:
+    if isinstance(value, int | float) and least <= value <= most:
         return float(value)
-    raise BadFrame("a stage says that a layer takes no time, or for ever")
+    raise BadFrame(f"{value!r}, where a number from {least:g} to {most:g} has to be")
 
 
 def _close(launcher: Launcher, links: Mapping[int, Link]) -> None:

@@ -8,15 +8,18 @@ ends, and the head replaces it as a whole.
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, ProcessGroup  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from exitlm.decode.remote.frames import HEADER, Frame, decode, encode, read_header
@@ -36,13 +39,15 @@ class Followers:
     def __init__(self, size: int, device: torch.device) -> None:
         """Start ``size - 1`` processes, and form a group with them."""
         self._children = Children()
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._place = tempfile.TemporaryDirectory(prefix="exitlm-")  # of this user alone: a store has no key
+        path = str(Path(self._place.name) / "store")
+        store = FileStore(path, size)
         try:
             self.links = [self._children.start(rank) for rank in range(1, size)]
             for rank, link in enumerate(self.links, 1):
                 link.peer = f"tensor rank {rank}"
                 link.trust()
-                link.say(follow={"rank": rank, "size": size, "port": store.port, "device": device.type})
+                link.say(follow={"rank": rank, "size": size, "path": path, "device": device.type})
             self.group = form(store, 0, size, device)
         except BaseException:
             self._children.close()
@@ -64,6 +69,8 @@ class Followers:
         """Wait until all have their parts of the layers."""
         for link in self.links:
             heard(link, LOAD)
+        for link in self.links:  # who waits for a frame waits no longer than a beat
+            link.say(go=True)
 
     def hand_on(self, frame: Frame) -> None:
         """Let all of them do what a frame asks for. Raises ``RankLost``."""
@@ -80,12 +87,13 @@ class Followers:
     def close(self) -> None:
         """End them."""
         self._children.close()
+        self._place.cleanup()
 
 
 @contextmanager
 def forming(found: dict[str, Any]) -> Iterator[ProcessGroup]:
     """The group that the first rank asks this process to join."""
-    store = TCPStore("127.0.0.1", int(found["port"]), is_master=False)
+    store = FileStore(str(found["path"]), int(found["size"]))
     try:
         yield form(store, int(found["rank"]), int(found["size"]), torch.device(str(found["device"])))
     finally:
@@ -94,6 +102,8 @@ def forming(found: dict[str, Any]) -> Iterator[ProcessGroup]:
 
 def form(store: Store, rank: int, size: int, device: torch.device) -> ProcessGroup:
     """Join the group of a stage's ranks: gloo among CPUs, and both where there are GPUs."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # all of them are on this machine
+        os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
     assert dist.group.WORLD is not None

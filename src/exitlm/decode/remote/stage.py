@@ -84,11 +84,12 @@ def serve_link(link: Link, opens: Opens) -> None:
     link.trust()
     words = words_of(link.receive())
     if "follow" in words:
-        from exitlm.decode.remote.ranks import follow, forming  # half a second that others need not spend
+        from exitlm.decode.remote.ranks import LOAD, follow, forming  # half a second that others need not spend
 
         with forming(words["follow"]) as group:
             stage = Stage(link, words_of(link.receive()), opens, group)
             link.say(ready=True)
+            link.hear(LOAD)
             follow(group, link, stage.perform)
     try:
         if "weights" in words:

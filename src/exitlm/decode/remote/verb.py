@@ -64,16 +64,18 @@ def stage(
             continue
         link, told = Link(connection, f"the head at {join}"), False
         try:
+            joined = False
             greet(link, (key or "").encode())
+            joined = True
             if not once:
                 print(f"joined the head at {join}", file=sys.stderr, flush=True)
             serve_link(link, OnDisk(model))
-        except (Closed, RankLost) as closed:
-            if once:
+        except (Closed, RankLost, BadFrame) as closed:
+            if once and joined:
                 return 0
+            if once:
+                raise UserError(f"the head at {join} did not take this stage ({closed})") from closed
             print(f"{closed}; waiting for the next one", file=sys.stderr, flush=True)
             time.sleep(_RETRY)
-        except BadFrame as error:
-            raise UserError(f"the head at {join}: {error}") from error
         finally:
             link.close()

@@ -18,7 +18,7 @@ from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.kernels.scores import Scores
 from exitlm.decode.remote.frames import BadFrame
 from exitlm.decode.rules import fires, probability
-from exitlm.decode.work import Brought, Final, Follower, Scored, Tested, Work
+from exitlm.decode.work import Brought, Final, Follower, Scored, AtExit, Work
 
 _FINAL_ROWS = 64  # rows of final logits at once
 
@@ -81,7 +81,7 @@ class Worker:
         if not all(test.adapter in heads for test in wants.tests):
             raise BadFrame("a pass came with a test of an exit that is not there")
 
-    def _test(self, test: Tested, boundary: int, arrived: Arrived) -> dict[int, Scored]:
+    def _test(self, test: AtExit, boundary: int, arrived: Arrived) -> dict[int, Scored]:
         """A gate that does not fire needs no logits."""
         gated = [row for row, threshold in zip(test.rows, test.gates, strict=True) if not math.isnan(threshold)]
         gates = (
