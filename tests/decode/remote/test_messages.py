@@ -10,7 +10,7 @@ import torch
 from exitlm.decode.batch import Batch, Part
 from exitlm.decode.remote.frames import HEADER, BadFrame, Frame, decode, encode, read_header
 from exitlm.decode.remote.messages import of_brought, of_work, to_brought, to_work
-from exitlm.decode.work import Brought, Final, Follower, Scored, AtExit, Wants, Work
+from exitlm.decode.work import AtExit, Brought, Final, Follower, Scored, Wants, Work
 
 ADAPTERS, BLOCKS, SIZE = ["exits", "other"], [7, 3], 4
 

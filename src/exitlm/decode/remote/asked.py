@@ -17,7 +17,7 @@ from torch import Tensor
 from exitlm.decode.departed import Departed, by_adapter, prompt_positions
 from exitlm.decode.kernels.scores import Scores
 from exitlm.decode.logits import is_given
-from exitlm.decode.work import Brought, Final, Follower, Scored, AtExit, Wants
+from exitlm.decode.work import AtExit, Brought, Final, Follower, Scored, Wants
 
 
 def wants(departed: Departed, bounds: Sequence[int]) -> Wants:

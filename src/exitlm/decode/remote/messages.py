@@ -15,7 +15,7 @@ from torch import Tensor
 from exitlm.decode.batch import Batch, Part, Run
 from exitlm.decode.remote.frames import BadFrame, Frame, Kind
 from exitlm.decode.rules import fires
-from exitlm.decode.work import Brought, Final, Follower, Scored, AtExit, Wants, Work
+from exitlm.decode.work import AtExit, Brought, Final, Follower, Scored, Wants, Work
 
 PROTOCOL = 1
 

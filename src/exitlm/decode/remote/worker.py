@@ -18,7 +18,7 @@ from exitlm.decode.kernels.runner import Arrived, Runner
 from exitlm.decode.kernels.scores import Scores
 from exitlm.decode.remote.frames import BadFrame
 from exitlm.decode.rules import fires, probability
-from exitlm.decode.work import Brought, Final, Follower, Scored, AtExit, Work
+from exitlm.decode.work import AtExit, Brought, Final, Follower, Scored, Work
 
 _FINAL_ROWS = 64  # rows of final logits at once
 
