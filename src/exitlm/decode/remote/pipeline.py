@@ -13,27 +13,23 @@ other, and a stage that is replaced needs nothing but its job. Not here: which r
 
 from __future__ import annotations
 
-import contextlib
 import math
-import queue
-import socket
-import threading
 import time
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from exitlm.decode.cache.kv_pool import KVPool
 from exitlm.decode.kernels.packed import cache_dtype, packed_model, rounds_exits
 from exitlm.decode.kernels.runner import Runner
 from exitlm.decode.kernels.share import Share, block_entries, bounds_of
 from exitlm.decode.options import EngineConfig
+from exitlm.decode.remote.first_stage import FirstStage
 from exitlm.decode.remote.frames import BadFrame, Frame, Kind
 from exitlm.decode.remote.hello import Refused, heard, refuse
 from exitlm.decode.remote.job import Job, Weights, pieces
@@ -43,59 +39,16 @@ from exitlm.decode.remote.lost import StageLost
 from exitlm.decode.remote.messages import check_answer, of_work, to_brought
 from exitlm.decode.remote.split import Speed, cuts_of, given_cuts
 from exitlm.decode.remote.stage import facts, seconds
+from exitlm.decode.remote.whole import HeadFacts, Whole
 from exitlm.decode.remote.worker import Worker
 from exitlm.decode.work import Brought, Work
 from exitlm.errors import UserError
-from exitlm.model.config import ModelConfig
 from exitlm.model.decoder import EarlyExitModel
-from exitlm.model.exits import ExitHead, ExitKey
 from exitlm.parallel.tensor import check_tensor
 
 _LEAST_MEMORY = 1 << 26  # bytes that a machine has which runs layers
 _LOAD = 600.0  # seconds that a stage may take to load its layers
-_LAST_PASS = 10.0  # seconds that are waited for a pass whose result nobody wants any more
 _SLOWER = 3.0  # times as long as so many single rows, and a pass is taken for one that never ends
-
-
-@dataclass(frozen=True)
-class HeadFacts:
-    """What the head process knows of an exit that runs elsewhere."""
-
-    config: Any
-    candidate_ids: Tensor | None
-    candidate_list: list[int] | None
-
-    @classmethod
-    def of(cls, head: ExitHead) -> HeadFacts:
-        """Of an exit head."""
-        ids = head.candidate_ids
-        return cls(head.config, ids, None if ids is None else ids.tolist())
-
-    def token(self, index: int) -> int:
-        """The token id of a row of its output matrix."""
-        return index if self.candidate_list is None else self.candidate_list[index]
-
-
-@dataclass(frozen=True)
-class Whole:
-    """What is known of a model whose parts run in several processes; see :class:`~exitlm.decode.arrival.Packed`."""
-
-    config: ModelConfig
-    quant: str
-    dtype: torch.dtype
-    cache_dtype: torch.dtype
-    kernels_name: str
-    note: str
-    exact: bool
-    adapters: list[str]
-    heads: Mapping[ExitKey, HeadFacts]
-    device: torch.device
-
-    @property
-    def original_context(self) -> int | None:
-        """The length beyond which a text has other rotations at all its positions (longrope); None: there is none."""
-        rope = self.config.rope
-        return rope.original_max_position_embeddings if rope.kind == "longrope" else None
 
 
 class _Pool(KVPool):
@@ -109,89 +62,6 @@ class _Pool(KVPool):
         """Let every stage overwrite them."""
         if blocks:
             self._pipeline.clear(group, blocks)
-
-
-class _Thread:
-    """The stage of this process: a thread that does passes, so that the head can answer others meanwhile."""
-
-    def __init__(self, worker: Worker, threads: int | None) -> None:
-        self._worker, self._threads = worker, threads
-        self._orders: queue.SimpleQueue[Work | tuple[int, Sequence[int]] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Brought | Exception] = queue.SimpleQueue()
-        self._given = self._finished = 0
-        self._next: Work | None = None
-        self._bell, self._ringer = socket.socketpair()
-        self._bell.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name="exitlm-stage-1", daemon=True)
-        self._thread.start()
-
-    def fileno(self) -> int:
-        """For ``select``: readable when something is done."""
-        return self._bell.fileno()
-
-    @property
-    def idle(self) -> bool:
-        """Whether the thread has nothing to do."""
-        return self._given == self._finished
-
-    def order(self, order: Work | tuple[int, Sequence[int]]) -> None:
-        """A pass to run in the thread, or blocks to clear."""
-        self._given += 1
-        self._orders.put(order)
-
-    def submit(self, work: Work) -> None:
-        """A pass, which :meth:`start` lets run."""
-        self._next = work
-
-    def start(self, *, here: bool) -> Brought | None:
-        """Run the pass that was submitted: in the thread, or, where nothing else is to be waited for, ``here``."""
-        work, self._next = self._next, None
-        if work is not None and here and self.idle:
-            return self._worker.perform(work)
-        if work is not None:
-            self.order(work)
-        return None
-
-    def end(self) -> None:
-        """End after the pass that runs. An interpreter that ends while a thread is within torch aborts."""
-        self._orders.put(None)
-        if threading.current_thread() is not self._thread:  # which may be the one that collects garbage
-            self._thread.join(_LAST_PASS)
-
-    def poll(self) -> Brought | Exception | None:
-        """What was done, if something was."""
-        try:
-            return self._done.get_nowait()
-        except queue.Empty:
-            pass
-        with contextlib.suppress(BlockingIOError):
-            self._bell.recv(1024)
-        try:  # what was done before the bell was silenced
-            return self._done.get_nowait()
-        except queue.Empty:
-            return None
-
-    @property
-    def has_nothing(self) -> bool:
-        """Whether there is neither a pass to run nor one that was done."""
-        return self._next is None and self.idle and self._done.empty()
-
-    def _run(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-        while (order := self._orders.get()) is not None:
-            try:
-                if isinstance(order, tuple):
-                    self._worker.clear(*order)
-                    self._finished += 1
-                    continue
-                self._done.put(self._worker.perform(order))
-            except Exception as error:
-                self._done.put(error)
-            self._finished += 1
-            self._ringer.send(b"!")
-        self._bell.close()
-        self._ringer.close()
 
 
 class Pipeline:
@@ -254,7 +124,7 @@ class Pipeline:
         except BaseException:
             self.close()
             raise
-        self._thread = None if worker is None else _Thread(worker, self._weights.options.threads)
+        self._thread = None if worker is None else FirstStage(worker, self._weights.options.threads)
         if self._thread is not None:
             weakref.finalize(self, self._thread.end)
         self.pool.bind(self)
