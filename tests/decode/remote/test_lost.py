@@ -209,6 +209,18 @@ def test_a_stage_with_other_weights_is_refused_by_name() -> None:
         pipelined(model, [2, 2], serve=lambda link, opens: serve_link(link, OtherWeights(model)))
 
 
+def test_a_stage_that_takes_other_weights_for_the_head_s_is_refused_by_name() -> None:
+    model = company_model("llama", 0, FLOAT64)
+
+    def lies(link: Link, opens: InMemory) -> None:
+        say = link.say
+        link.say = lambda **words: say(**{k: "of others" if k == "accepted" else v for k, v in words.items()})
+        serve_link(link, opens)
+
+    with pytest.raises(Refused, match="stage 2 has other weights than this head"):
+        pipelined(model, [2, 2], serve=lies)
+
+
 def test_a_stage_that_computes_otherwise_is_refused_by_name() -> None:
     model = company_model("llama", 0, FLOAT64)
 

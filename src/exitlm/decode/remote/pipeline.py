@@ -177,7 +177,8 @@ class Pipeline:
         link = self.links[number] = self._launcher.start(number)
         link.trust()
         link.say(weights=asdict(self._weights))
-        heard(link, _LOAD)
+        if heard(link, _LOAD).get("accepted") != self._weights.digest:
+            raise refuse(link, f"{link.peer} has other weights than this head; give it the same model")
 
     def _cuts(self, stages: int) -> tuple[int, ...]:
         """Split the layers by what they take on each machine, measured one after the other."""
@@ -195,7 +196,6 @@ class Pipeline:
             link = self.links[number]
             link.say(probe=asdict(self._weights))
             found = heard(link, _LOAD)
-            self._check_digest(number, found)
             try:
                 speeds.append(Speed(layer=_positive(found.get("layer")), head=_positive(found.get("head"))))
                 self._memory[number] = _positive(found.get("memory") or 1 << 62, 1 << 63, least=_LEAST_MEMORY)
@@ -211,11 +211,6 @@ class Pipeline:
         vocab = self._model.config.vocab_size
         exits = {layer: (head.config.candidates or vocab) / vocab for (_, layer), head in self._heads.items()}
         return cuts_of(speeds, self._model.config.num_hidden_layers, exits)
-
-    def _check_digest(self, number: int, said: Mapping[str, Any]) -> None:
-        if said.get("digest") != self._weights.digest:
-            link = self.links[number]
-            raise refuse(link, f"{link.peer} has other weights than this head; give it the same model")
 
     def _job(self, number: int) -> Job:
         share = self.shares[number]

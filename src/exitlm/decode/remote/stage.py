@@ -37,6 +37,7 @@ from exitlm.errors import UserError
 from exitlm.model.decoder import EarlyExitModel
 from exitlm.weights.adapter import digest_of_base
 from exitlm.weights.load import load_model
+from exitlm.weights.source import resolve
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,6 +49,9 @@ _PROBES = 12
 
 class Opens(Protocol):
     """Where a stage has its weights from."""
+
+    def place(self, source: str) -> str:
+        """Where the weights that the head calls ``source`` are here."""
 
     def digest(self, source: str) -> str:
         """That of the weights. Raises :class:`UserError` where there are none."""
@@ -62,14 +66,18 @@ class OnDisk:
     def __init__(self, source: str | None = None) -> None:
         self._source = source
 
+    def place(self, source: str) -> str:
+        """See :class:`Opens`."""
+        return source if self._source is None else str(resolve(self._source))
+
     def digest(self, source: str) -> str:
         """See :class:`Opens`."""
-        return digest_of_base(load_model(self._source or source, layers=[1]))
+        return digest_of_base(load_model(self.place(source), layers=[1]))
 
     def load(self, weights: Weights, layers: range) -> EarlyExitModel:
         """See :class:`Opens`."""
         chosen = [layer + 1 for layer in layers]
-        return load_model(self._source or weights.source, dtype=weights.dtype, device=weights.device, layers=chosen)
+        return load_model(self.place(weights.source), dtype=weights.dtype, device=weights.device, layers=chosen)
 
 
 def serve_link(link: Link, opens: Opens) -> None:
@@ -93,8 +101,7 @@ def serve_link(link: Link, opens: Opens) -> None:
             follow(group, link, stage.perform)
     try:
         if "weights" in words:
-            check_digest(_weights(words["weights"]), opens)
-            link.say(accepted=True)
+            link.say(accepted=checked_digest(_weights(words["weights"]), opens))
             words = words_of(link.receive())
         if "probe" in words:
             link.say(**probe(_weights(words["probe"]), opens))
@@ -127,7 +134,6 @@ class Stage:
         share, place = self._job.share, self._job.number * self._job.weights.options.tensor
         rank = 0 if group is None else group.rank()
         w = replace(self._job.weights, device=device_for(self._job.weights.device, place + rank))
-        check_digest(w, opens)
         link.say(accepted=True)
         if w.options.threads is not None:
             torch.set_num_threads(w.options.threads)
@@ -136,7 +142,8 @@ class Stage:
 
             self._followers = Followers(w.options.tensor, torch.device(w.device))
             group = self._followers.group
-            self._followers.say(words)
+            own = {**words["job"]["weights"], "source": opens.place(w.source)}  # which need not be where the head's are
+            self._followers.say({"job": {**words["job"], "weights": own}})
         try:
             model = opens.load(w, share.layers)
             exits = Exits(model, self._job.exits)
@@ -214,7 +221,7 @@ def _weights(found: Any) -> Weights:
         raise BadFrame(f"a question came that is none ({error})") from error
 
 
-def check_digest(weights: Weights, opens: Opens) -> str:
+def checked_digest(weights: Weights, opens: Opens) -> str:
     """The digest of the weights here. Raises :class:`UserError` if it is not that of the head's."""
     found = opens.digest(weights.source)
     if found != weights.digest:
@@ -242,13 +249,12 @@ def facts(worker: Worker) -> dict[str, Any]:
 def probe(weights: Weights, opens: Opens) -> dict[str, Any]:
     """Seconds of a layer and of the final head for one row here, by the best of a few passes of the last layer, and
     bytes of memory."""
-    found = check_digest(weights, opens)
     if weights.options.threads is not None:
         torch.set_num_threads(weights.options.threads)
     depth = opens.load(weights, range(1)).config.num_hidden_layers
     model = opens.load(weights, range(depth - 1, depth))
     layer, head = seconds(model, weights)
-    return {"digest": found, "layer": layer, "head": head, "memory": memory()}
+    return {"layer": layer, "head": head, "memory": memory()}
 
 
 def seconds(model: EarlyExitModel, weights: Weights) -> tuple[float, float]:
